@@ -1,0 +1,702 @@
+//! What one layer does with its arenas: store, fit, rebuild and attend, each as the plan says.
+//!
+//! A layer is immutable but for its counters; arenas are passed in. Work is cut so that every piece touches bytes of its own:
+//! storing by KV head, attention by (KV head, chunk of rows), rebuilding by range of cells. Must not know how a plan is made,
+//! nor about threads.
+
+use super::arena::{self, ExactRows};
+use super::plan::{Plan, SealRow, Source};
+use crate::attention::{merge, partial_floats, Accumulator, Scoring};
+use crate::codec::{self, fit, Basis};
+use crate::config::{Geometry, LayerGeometry, CHUNKS, MAX_QUERIES, TILE};
+use crate::error::{argument, Error, Result};
+use crate::rope::{Rope, RopeParams, Turn};
+use crate::simd::{self, Kernels};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::Arc;
+
+/// Rows of queries, keys or values of one ubatch, f32, with strides in floats.
+#[derive(Debug, Clone, Copy)]
+pub struct Rows<'a> {
+    data: &'a [f32],
+    n: usize,
+    row_stride: usize,
+    head_stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// `n` rows of `heads` heads of `d` elements. Checks that all of it lies in `data`.
+    pub fn new(data: &'a [f32], n: usize, row_stride: usize, head_stride: usize, heads: usize, d: usize) -> Result<Self> {
+        let need = if n == 0 { 0 } else { (n - 1) * row_stride + (heads - 1) * head_stride + d };
+        if data.len() < need {
+            return Err(Error::Buffer { need, have: data.len() });
+        }
+        Ok(Rows { data, n, row_stride, head_stride })
+    }
+    /// No rows.
+    pub fn empty() -> Self {
+        Rows { data: &[], n: 0, row_stride: 0, head_stride: 0 }
+    }
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.n
+    }
+    /// True without rows.
+    pub fn is_empty(&self) -> bool {
+        self.n == 0
+    }
+    /// True when one head of a row is finite.
+    pub fn is_finite(&self, row: usize, head: usize, d: usize) -> bool {
+        self.head(row, head, d).iter().all(|x| x.is_finite())
+    }
+    fn head(&self, row: usize, head: usize, d: usize) -> &'a [f32] {
+        &self.data[row * self.row_stride + head * self.head_stride..][..d]
+    }
+}
+
+/// The visibility of cells for each query token.
+#[derive(Debug, Clone, Copy)]
+pub enum Mask<'a> {
+    /// Every row is visible.
+    All,
+    /// ggml's: f16, one row per token, `stride` elements apart; 0 shows, -inf hides, other values are added. Cells from
+    /// `n_kv` on are hidden.
+    F16 {
+        /// Rows of the mask.
+        values: &'a [f16],
+        /// Elements from a row to the next.
+        stride: usize,
+        /// Cells covered.
+        n_kv: usize,
+    },
+    /// The same in f32.
+    F32 {
+        /// Rows of the mask.
+        values: &'a [f32],
+        /// Elements from a row to the next.
+        stride: usize,
+        /// Cells covered.
+        n_kv: usize,
+    },
+}
+
+impl Mask<'_> {
+    fn at(&self, token: usize, cell: usize) -> f32 {
+        match *self {
+            Mask::All => 0.0,
+            Mask::F16 { values, stride, n_kv } if cell < n_kv => values[token * stride + cell].to_f32(),
+            Mask::F32 { values, stride, n_kv } if cell < n_kv => values[token * stride + cell],
+            _ => f32::NEG_INFINITY,
+        }
+    }
+}
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
+        /// Counters of one layer, updated by whichever thread does the work.
+        #[derive(Debug, Default)]
+        pub struct Counters { $($(#[$doc])* pub $name: AtomicU64,)* }
+        /// A reading of [`Counters`].
+        #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+        pub struct Stats { $($(#[$doc])* pub $name: u64,)* }
+        impl Counters {
+            /// Read all.
+            pub fn read(&self) -> Stats {
+                Stats { $($name: self.$name.load(Relaxed),)* }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Rows stored by steps of more than 64 tokens.
+    appended_prefill,
+    /// Rows stored by steps of up to 64 tokens.
+    appended_decode,
+    /// Rows coded by steps of more than 64 tokens.
+    sealed_prefill,
+    /// Rows coded by steps of up to 64 tokens.
+    sealed_decode,
+    /// Visible exact rows, summed over the query tokens that attended to them.
+    attended_exact,
+    /// Visible coded rows, summed over the query tokens that attended to them.
+    attended_coded,
+    /// Coded rows rebuilt for prefill or on request.
+    reconstructed,
+    /// Times the bases were fitted.
+    fits,
+    /// Coded rows moved by compaction.
+    moved,
+    /// Nanoseconds of the first thread in storing.
+    ns_encode,
+    /// Nanoseconds of the first thread in attention.
+    ns_attend,
+    /// Nanoseconds of the first thread in rebuilding.
+    ns_reconstruct,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Layer {
+    geometry: Arc<Geometry>,
+    index: usize,
+    rope: Rope,
+    scoring: Scoring,
+    /// What this layer has done.
+    pub counters: Counters,
+}
+
+#[derive(Default)]
+struct Scratch {
+    bases: (Basis, Basis),
+    rows_k: Vec<f32>,
+    rows_v: Vec<f32>,
+    mask: Vec<f32>,
+    work: Vec<f32>,
+    accumulator: Accumulator,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// The bytes of one KV head that storing may change, and its bases.
+pub struct HeadMut<'a> {
+    /// Record and permanent exact rows.
+    pub exact: &'a mut [u8],
+    /// Before the fit: further exact rows and queries. Empty after it.
+    pub raw: &'a mut [u8],
+    /// The bases, empty before the fit.
+    pub bases: &'a [u8],
+    /// Tiles, empty before the fit.
+    pub tiles: &'a mut [u8],
+}
+
+/// A block of at most 64 rows that attention handles at once.
+enum Block<'a> {
+    Exact(usize, usize),
+    Tokens(usize, usize),
+    Tile(super::plan::TileView<'a>),
+}
+
+impl Layer {
+    /// Layer `index` of a geometry; keys are stored un-rotated until a rope is set.
+    pub fn new(geometry: Arc<Geometry>, index: usize) -> Result<Self> {
+        let Some(l) = geometry.layers.get(index) else {
+            return argument(format!("layer {index} of {}", geometry.layers.len()));
+        };
+        let scoring = Scoring { scale: 1.0 / (l.d_k as f32).sqrt(), softcap: 0.0 };
+        Ok(Layer { geometry, index, rope: Rope::identity(), scoring, counters: Counters::default() })
+    }
+
+    /// Sizes of this layer.
+    pub fn shape(&self) -> &LayerGeometry {
+        &self.geometry.layers[self.index]
+    }
+
+    /// The geometry this layer belongs to.
+    pub fn geometry(&self) -> &Arc<Geometry> {
+        &self.geometry
+    }
+
+    /// Set the rotation of this layer's keys. Rows already stored must have been rotated the same way.
+    pub fn set_rope(&mut self, params: &RopeParams) -> Result<()> {
+        let rope = Rope::new(params, self.shape().d_k)?;
+        let stats = self.counters.read();
+        if rope != self.rope && stats.appended_prefill + stats.appended_decode > 0 {
+            return Err(Error::State("the rope changed after rows were stored".into()));
+        }
+        self.rope = rope;
+        Ok(())
+    }
+
+    /// The rotation of this layer's keys.
+    pub fn rope(&self) -> &Rope {
+        &self.rope
+    }
+
+    /// Set scale and soft cap of the scores: the fit weighs errors with them. The default scale is `1/sqrt(d_k)`.
+    pub fn set_scoring(&mut self, scoring: Scoring) -> Result<()> {
+        if !(scoring.scale.is_finite() && scoring.softcap.is_finite() && scoring.softcap >= 0.0) {
+            return argument(format!("score scale {} and soft cap {}", scoring.scale, scoring.softcap));
+        }
+        self.scoring = scoring;
+        Ok(())
+    }
+
+    fn check_rows(&self, plan: &Plan, rows: &[&Rows]) -> Result<()> {
+        match rows.iter().find(|r| r.len() != plan.tokens().len()) {
+            Some(r) => argument(format!("{} rows for a plan of {} tokens", r.len(), plan.tokens().len())),
+            None => Ok(()),
+        }
+    }
+
+    fn check_finite(&self, head: usize, k: &Rows, v: &Rows) -> Result<()> {
+        let g = self.shape();
+        for i in 0..k.len() {
+            for (x, d, name) in [(k, g.d_k, "key"), (v, g.d_v, "value")] {
+                if !x.head(i, head, d).iter().all(|x| x.is_finite()) {
+                    return Err(Error::NotFinite(format!("{name} of token {i} of the step, KV head {head}")));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Byte ranges of the heads in an arena, for a plan.
+    pub fn ranges(&self, arena: &[u8], plan: &Plan) -> Result<Vec<arena::HeadRanges>> {
+        arena::ranges(arena, self.shape(), self.geometry.tiles, plan.fitted)
+    }
+
+    /// Store one KV head's part of a step that does not fit. `q` is only looked at before the fit.
+    pub fn append_head(&self, head: usize, m: HeadMut, plan: &Plan, q: &Rows, k: &Rows, v: &Rows) -> Result<()> {
+        self.check_rows(plan, &[q, k, v])?;
+        self.check_finite(head, k, v)?;
+        if head == 0 {
+            self.count_append(plan);
+        }
+        self.store_head(head, m, plan, Some((q, k, v)))
+    }
+
+    fn count_append(&self, plan: &Plan) {
+        let c = &self.counters;
+        let tokens = plan.tokens().len() as u64;
+        let sealed = (plan.seals().len() * TILE) as u64;
+        let prefill = tokens > MAX_QUERIES as u64;
+        if prefill { &c.appended_prefill } else { &c.appended_decode }.fetch_add(tokens, Relaxed);
+        if prefill { &c.sealed_prefill } else { &c.sealed_decode }.fetch_add(sealed, Relaxed);
+        c.moved.fetch_add(plan.moves().len() as u64, Relaxed);
+        c.fits.fetch_add(u64::from(plan.fit), Relaxed);
+    }
+
+    /// Without `input`: what the plan does to stored rows only (new tokens leave dead rows).
+    fn store_head(&self, head: usize, m: HeadMut, plan: &Plan, input: Option<(&Rows, &Rows, &Rows)>) -> Result<()> {
+        let (g, slots, kernels) = (self.shape(), self.geometry.exact, simd::kernels());
+        if plan.fitted {
+            let w = (Basis::widths_of(m.bases), Basis::widths_of(&m.bases[LayerGeometry::basis_bytes_of(g.d_k)..]));
+            for (from, to) in plan.moves() {
+                let codes = codec::take_row(w.0, w.1, m.tiles, from);
+                codec::put_row(w.0, w.1, m.tiles, to, &codes);
+            }
+            if plan.seals().len() > 0 {
+                let rows = ExactRows::new(g, slots, m.exact, m.raw)?;
+                let source = |s: Source, out: &mut [f32]| self.fetch(head, s, &rows, input, out);
+                self.seal_head(kernels, m.bases, m.tiles, plan, source)?;
+            }
+        } else if let (Some((q, _, _)), false) = (input, m.raw.is_empty()) {
+            let kept = arena::queries_mut(g, m.raw)?;
+            let n = g.group() * g.d_k;
+            for (token, slot) in plan.records() {
+                for (a, out) in kept[slot * n..(slot + 1) * n].chunks_exact_mut(g.d_k).enumerate() {
+                    out.convert_from_f32_slice(q.head(token, head * g.group() + a, g.d_k));
+                }
+            }
+        }
+        if let Some((_, k, v)) = input {
+            for (token, (_, slot)) in plan.tokens().enumerate() {
+                if let Some(slot) = slot {
+                    let row = arena::exact_row_mut(g, slots, m.exact, m.raw, slot)?;
+                    row[..g.d_k].convert_from_f32_slice(k.head(token, head, g.d_k));
+                    row[g.d_k..].convert_from_f32_slice(v.head(token, head, g.d_v));
+                }
+            }
+        }
+        arena::set_epoch(m.exact, plan.epoch);
+        Ok(())
+    }
+
+    /// Key and value of a source as f32, rounded through f16 as a stored row is. Absent tokens give zeros.
+    fn fetch(&self, head: usize, s: Source, rows: &ExactRows, input: Option<(&Rows, &Rows, &Rows)>, out: &mut [f32]) {
+        let g = self.shape();
+        match (s, input) {
+            (Source::Slot(slot), _) => rows.row(slot).convert_to_f32_slice(out),
+            (Source::Token(t), Some((_, k, v))) => {
+                out[..g.d_k].copy_from_slice(k.head(t, head, g.d_k));
+                out[g.d_k..].copy_from_slice(v.head(t, head, g.d_v));
+                out.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32());
+            }
+            (Source::Token(_), None) => out.fill(0.0),
+        }
+    }
+
+    fn seal_head(&self, kernels: &Kernels, bases: &[u8], tiles: &mut [u8], plan: &Plan, source: impl Fn(Source, &mut [f32])) -> Result<()> {
+        let g = self.shape();
+        let (bk, bv) = bases.split_at(LayerGeometry::basis_bytes_of(g.d_k));
+        SCRATCH.with_borrow_mut(|s| {
+            s.bases.0.load(bk, g.d_k, true)?;
+            s.bases.1.load(bv, g.d_v, true)?;
+            let (wk, wv) = (s.bases.0.widths, s.bases.1.widths);
+            let size = codec::head_tile_bytes(wk, wv);
+            let mut turn = Turn::default();
+            s.rows_k.resize(g.head_elements(), 0.0);
+            for (tile, rows) in plan.seals() {
+                let [(gk, ck), (gv, cv)] = codec::split_tile_mut(&mut tiles[tile * size..(tile + 1) * size], wk);
+                for (row, SealRow { source: from, turn: t }) in rows.enumerate() {
+                    source(from, &mut s.rows_k);
+                    let (k, v) = s.rows_k.split_at_mut(g.d_k);
+                    self.rope.turn(i64::from(t), &mut turn);
+                    self.rope.rotate(&turn, k);
+                    codec::encode_row(kernels, &s.bases.0, k, row, gk, ck, &mut s.work);
+                    codec::encode_row(kernels, &s.bases.1, v, row, gv, cv, &mut s.work);
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Store a whole step that fits the bases first. Single-threaded; allocates temporary copies of the waiting rows.
+    /// `projection` holds rows of the output projection, `n_head * d_v` each, or nothing for identity.
+    pub fn append_fit(&self, arena: &mut [u8], plan: &Plan, q: &Rows, k: &Rows, v: &Rows, projection: &[f32]) -> Result<()> {
+        self.check_rows(plan, &[q, k, v])?;
+        for head in 0..self.shape().n_head_kv {
+            self.check_finite(head, k, v)?;
+        }
+        if !projection.iter().all(|x| x.is_finite()) || projection.len() % (self.shape().n_head * self.shape().d_v) != 0 {
+            return argument("the output projection is not finite or does not consist of whole rows");
+        }
+        self.count_append(plan);
+        self.fit_and_store(arena, plan, Some((q, k, v)), projection)
+    }
+
+    fn fit_and_store(&self, arena: &mut [u8], plan: &Plan, input: Option<(&Rows, &Rows, &Rows)>, projection: &[f32]) -> Result<()> {
+        let (g, slots, kernels) = (self.shape(), self.geometry.exact, simd::kernels());
+        let before = arena::ranges(arena, g, self.geometry.tiles, false)?;
+        // Bases and tiles are about to take the place of the waiting rows: work from copies.
+        let waiting: Vec<(Vec<u8>, Vec<u8>)> = before.iter().map(|r| (arena[r.exact.clone()].to_vec(), arena[r.raw.clone()].to_vec())).collect();
+        let places = |v: Vec<(i32, i32)>| v.into_iter().map(|(pos, seq)| fit::Place { pos, seq }).collect::<Vec<_>>();
+        let fit_rows: Vec<_> = plan.fit_rows().filter(|(r, ..)| input.is_some() || matches!(r.source, Source::Slot(_))).collect();
+        let rows = places(fit_rows.iter().map(|(_, pos, seq)| (*pos, *seq)).collect());
+        let recorded: Vec<usize> = plan.records().map(|(_, slot)| slot).collect();
+        let kept: Vec<_> = plan.fit_queries().filter(|(slot, ..)| input.is_some() || !recorded.contains(slot)).collect();
+        let queries = places(kept.iter().map(|(_, pos, seq)| (*pos, *seq)).collect());
+        let mut sample = fit::Sample {
+            rows: &rows,
+            k: Vec::new(),
+            k_framed: Vec::new(),
+            v: Vec::new(),
+            queries: &queries,
+            q: Vec::new(),
+            projection,
+            scale: self.scoring.scale,
+            softcap: self.scoring.softcap,
+            window: self.geometry.config.window as i32,
+            n_cells: i64::from(self.geometry.config.n_cells),
+        };
+        let mut row = vec![0.0f32; g.head_elements()];
+        let mut turn = Turn::default();
+        for (head, (exact, raw)) in waiting.iter().enumerate() {
+            let source = ExactRows::new(g, slots, exact, raw)?;
+            let (mut k, mut framed, mut v) = (Vec::new(), Vec::new(), Vec::new());
+            for (r, ..) in &fit_rows {
+                self.fetch(head, r.source, &source, input, &mut row);
+                k.extend_from_slice(&row[..g.d_k]);
+                v.extend_from_slice(&row[g.d_k..]);
+                self.rope.turn(i64::from(r.turn), &mut turn);
+                self.rope.rotate(&turn, &mut row[..g.d_k]);
+                framed.extend_from_slice(&row[..g.d_k]);
+            }
+            let n = g.group() * g.d_k;
+            let mut stored = arena::queries(g, raw)?.to_vec();
+            if let Some((q, ..)) = input {
+                for (token, slot) in plan.records() {
+                    for (a, out) in stored[slot * n..(slot + 1) * n].chunks_exact_mut(g.d_k).enumerate() {
+                        out.convert_from_f32_slice(q.head(token, head * g.group() + a, g.d_k));
+                    }
+                }
+            }
+            sample.q.push(kept.iter().flat_map(|(slot, ..)| stored[slot * n..(slot + 1) * n].iter().map(|x| x.to_f32())).collect());
+            sample.k.push(k);
+            sample.k_framed.push(framed);
+            sample.v.push(v);
+        }
+        let bases = fit::fit(kernels, g, &self.rope, &sample)?;
+        drop(sample);
+
+        for (head, (k, v)) in bases.iter().enumerate() {
+            let at = g.body_offset() + head * g.basis_bytes();
+            let (bk, bv) = arena[at..at + g.basis_bytes()].split_at_mut(LayerGeometry::basis_bytes_of(g.d_k));
+            k.store(bk);
+            v.store(bv);
+        }
+        arena::write_header(arena);
+        let after = arena::ranges(arena, g, self.geometry.tiles, true)?;
+        for (head, (exact, raw)) in waiting.iter().enumerate() {
+            let source = ExactRows::new(g, slots, exact, raw)?;
+            let (bases, tiles) = arena.split_at_mut(after[head].tiles.start);
+            let tiles = &mut tiles[..after[head].tiles.len()];
+            self.seal_head(kernels, &bases[after[head].bases.clone()], tiles, plan, |s, out| self.fetch(head, s, &source, input, out))?;
+            let record = &mut arena[after[head].exact.clone()];
+            for (from, to) in plan.relocations() {
+                arena::exact_row_mut(g, slots, record, &mut [], to)?.copy_from_slice(source.row(from));
+            }
+            if let Some((_, k, v)) = input {
+                for (token, (_, slot)) in plan.tokens().enumerate() {
+                    if let Some(slot) = slot {
+                        let row = arena::exact_row_mut(g, slots, record, &mut [], slot)?;
+                        row[..g.d_k].convert_from_f32_slice(k.head(token, head, g.d_k));
+                        row[g.d_k..].convert_from_f32_slice(v.head(token, head, g.d_v));
+                    }
+                }
+            }
+            arena::set_epoch(record, plan.epoch);
+        }
+        Ok(())
+    }
+
+    /// After a graph that stopped part-way: do what the plan does to rows already stored, unless this arena has done it.
+    /// New tokens are gone; tile rows meant for them hold nothing anyone will look at. Single-threaded.
+    pub fn replay(&self, arena: &mut [u8], plan: &Plan) -> Result<()> {
+        let g = self.shape();
+        let heads = self.ranges(arena, plan)?;
+        if plan.fit {
+            let has_run = arena::epoch(&arena[g.exact_offset(0)..]) == plan.epoch;
+            return if has_run { Ok(()) } else { self.fit_and_store(arena, plan, None, &[]) };
+        }
+        for (head, r) in heads.into_iter().enumerate() {
+            if arena::epoch(&arena[r.exact.clone()]) == plan.epoch || (!plan.fitted && plan.seals().len() == 0) {
+                continue;
+            }
+            let bases = arena[r.bases.clone()].to_vec();
+            let (front, tiles) = arena.split_at_mut(r.tiles.start.max(g.body_offset()));
+            let m = HeadMut { exact: &mut front[r.exact], raw: &mut [], bases: &bases, tiles: &mut tiles[..r.tiles.len()] };
+            self.store_head(head, m, plan, None)?;
+        }
+        Ok(())
+    }
+
+    /// Dense roped f16 rows of the cells in `cells`: keys to `k_out[cell][head][d_k]`, values to `v_out[cell][head][d_v]`,
+    /// both starting at the first of these cells. Empty cells give zeros.
+    #[expect(clippy::too_many_arguments, reason = "two inputs and two outputs of one step")]
+    pub fn reconstruct(&self, arena: &[u8], plan: &Plan, k: &Rows, v: &Rows, cells: Range<usize>, k_out: &mut [f16], v_out: &mut [f16]) -> Result<()> {
+        let (g, kernels) = (self.shape(), simd::kernels());
+        self.check_rows(plan, &[k, v])?;
+        let heads = self.ranges(arena, plan)?;
+        let (nk, nv) = (g.n_head_kv * g.d_k, g.n_head_kv * g.d_v);
+        if k_out.len() < cells.len() * nk || v_out.len() < cells.len() * nv {
+            return Err(Error::Buffer { need: cells.len() * nk.max(nv), have: k_out.len().min(v_out.len()) });
+        }
+        k_out.fill(f16::ZERO);
+        v_out.fill(f16::ZERO);
+        let index = |cell: usize| cells.contains(&cell).then(|| cell - cells.start);
+        let mut turn = Turn::default();
+        for (token, (cell, _)) in plan.tokens().enumerate() {
+            let Some(i) = index(cell) else { continue };
+            for head in 0..g.n_head_kv {
+                k_out[i * nk + head * g.d_k..][..g.d_k].convert_from_f32_slice(k.head(token, head, g.d_k));
+                v_out[i * nv + head * g.d_v..][..g.d_v].convert_from_f32_slice(v.head(token, head, g.d_v));
+            }
+        }
+        let mut coded = 0;
+        for (head, r) in heads.iter().enumerate() {
+            let rows = ExactRows::new(g, self.geometry.exact, &arena[r.exact.clone()], if plan.fitted { &[] } else { &arena[r.raw.clone()] })?;
+            for (slot, cell, t) in plan.exact() {
+                let Some(i) = index(cell) else { continue };
+                let row = rows.row(slot);
+                let out = &mut k_out[i * nk + head * g.d_k..][..g.d_k];
+                out.copy_from_slice(&row[..g.d_k]);
+                if t != 0 && !self.rope.is_identity() {
+                    let mut key: Vec<f32> = out.iter().map(|x| x.to_f32()).collect();
+                    self.rope.turn(i64::from(t), &mut turn);
+                    self.rope.rotate(&turn, &mut key);
+                    out.convert_from_f32_slice(&key);
+                }
+                v_out[i * nv + head * g.d_v..][..g.d_v].copy_from_slice(&row[g.d_k..]);
+            }
+            if !plan.fitted || plan.tiles().len() == 0 {
+                continue;
+            }
+            SCRATCH.with_borrow_mut(|s| -> Result<()> {
+                let (bk, bv) = arena[r.bases.clone()].split_at(LayerGeometry::basis_bytes_of(g.d_k));
+                s.bases.0.load(bk, g.d_k, false)?;
+                s.bases.1.load(bv, g.d_v, false)?;
+                let size = codec::head_tile_bytes(s.bases.0.widths, s.bases.1.widths);
+                s.rows_k.resize(TILE * g.d_k, 0.0);
+                s.rows_v.resize(TILE * g.d_v, 0.0);
+                for t in plan.tiles() {
+                    let wanted = (0..TILE).filter(|row| t.cell(*row).and_then(index).is_some()).fold(0u64, |m, row| m | 1 << row);
+                    if wanted == 0 {
+                        continue;
+                    }
+                    let tile = &arena[r.tiles.clone()][t.tile * size..(t.tile + 1) * size];
+                    let [(gk, ck), (gv, cv)] = codec::split_tile(tile, s.bases.0.widths);
+                    codec::decode_rows(kernels, &s.bases.0, gk, ck, wanted, &mut s.rows_k, &mut s.work);
+                    codec::decode_rows(kernels, &s.bases.1, gv, cv, wanted, &mut s.rows_v, &mut s.work);
+                    let mut last = None;
+                    for row in (0..TILE).filter(|row| wanted >> row & 1 == 1) {
+                        let i = index(t.cell(row).expect("invariant: wanted rows have cells")).expect("invariant: wanted rows are in range");
+                        if last != Some(t.turn(row)) {
+                            self.rope.turn(i64::from(t.turn(row)), &mut turn);
+                            last = Some(t.turn(row));
+                        }
+                        let key = &mut s.rows_k[row * g.d_k..][..g.d_k];
+                        self.rope.rotate(&turn, key);
+                        k_out[i * nk + head * g.d_k..][..g.d_k].convert_from_f32_slice(key);
+                        v_out[i * nv + head * g.d_v..][..g.d_v].convert_from_f32_slice(&s.rows_v[row * g.d_v..][..g.d_v]);
+                        coded += u64::from(head == 0);
+                    }
+                }
+                Ok(())
+            })?;
+        }
+        self.counters.reconstructed.fetch_add(coded, Relaxed);
+        Ok(())
+    }
+
+    /// Floats of the partial results for `n_tokens` query tokens: `units() * unit_floats(n_tokens)`.
+    pub fn partial_floats(&self, n_tokens: usize) -> usize {
+        self.units() * self.unit_floats(n_tokens)
+    }
+
+    /// Independent pieces of one attention call, numbered `head * CHUNKS + chunk`.
+    pub fn units(&self) -> usize {
+        self.shape().n_head_kv * CHUNKS
+    }
+
+    /// Floats of one unit's result.
+    pub fn unit_floats(&self, n_tokens: usize) -> usize {
+        n_tokens * self.shape().group() * partial_floats(self.shape().d_v)
+    }
+
+    fn blocks<'a>(plan: &Plan<'a>, with_tokens: bool) -> impl Iterator<Item = Block<'a>> {
+        let cut = |n: usize| (0..n).step_by(TILE).map(move |at| (at, (at + TILE).min(n)));
+        let tokens = if with_tokens { plan.tokens().len() } else { 0 };
+        cut(plan.exact().len())
+            .map(|(a, b)| Block::Exact(a, b))
+            .chain(cut(tokens).map(|(a, b)| Block::Tokens(a, b)))
+            .chain(plan.tiles().map(Block::Tile))
+    }
+
+    /// Attention of one unit: one KV head's query group over one chunk of the rows, the step's own rows among them.
+    #[expect(clippy::too_many_arguments, reason = "one attention call has this many inputs")]
+    pub fn attend_unit(&self, unit: usize, arena: &[u8], plan: &Plan, q: &Rows, k: &Rows, v: &Rows, scoring: Scoring, mask: Mask, out: &mut [f32]) -> Result<()> {
+        let (g, kernels, n) = (self.shape(), simd::kernels(), q.len());
+        self.check_rows(plan, &[k, v])?;
+        if n == 0 || n > MAX_QUERIES || unit >= self.units() {
+            return argument(format!("{n} query tokens, unit {unit} of {}", self.units()));
+        }
+        if out.len() < self.unit_floats(n) {
+            return Err(Error::Buffer { need: self.unit_floats(n), have: out.len() });
+        }
+        let (head, chunk) = (unit / CHUNKS, unit % CHUNKS);
+        let r = self.ranges(arena, plan)?.swap_remove(head);
+        let count = plan.exact().len().div_ceil(TILE) + plan.tokens().len().div_ceil(TILE) + plan.tiles().len();
+        let (first, last) = (chunk * count / CHUNKS, (chunk + 1) * count / CHUNKS);
+        let rows = ExactRows::new(g, self.geometry.exact, &arena[r.exact.clone()], if plan.fitted { &[] } else { &arena[r.raw.clone()] })?;
+        SCRATCH.with_borrow_mut(|s| {
+            let mut value_rank = 0;
+            if plan.fitted && plan.tiles().len() > 0 {
+                let (bk, bv) = arena[r.bases.clone()].split_at(LayerGeometry::basis_bytes_of(g.d_k));
+                s.bases.0.load(bk, g.d_k, false)?;
+                s.bases.1.load(bv, g.d_v, false)?;
+                value_rank = s.bases.1.widths.rank();
+            }
+            let queries = (0..n).flat_map(|t| (0..g.group()).flat_map(move |a| q.head(t, head * g.group() + a, g.d_k).iter().copied()));
+            s.accumulator.begin(g.d_k, g.d_v, g.group(), value_rank, queries);
+            let (mut exact_seen, mut coded_seen, mut coded) = (0u64, 0u64, false);
+            for block in Self::blocks(plan, true).skip(first).take(last - first) {
+                let mut turns = [0; TILE];
+                let visible = {
+                    s.mask.clear();
+                    s.mask.resize(n * TILE, f32::NEG_INFINITY);
+                    let mut put = |row: usize, cell: usize| {
+                        (0..n).for_each(|t| s.mask[t * TILE + row] = mask.at(t, cell));
+                    };
+                    match &block {
+                        Block::Exact(a, b) => plan.exact().skip(*a).take(b - a).enumerate().for_each(|(i, (_, cell, _))| put(i, cell)),
+                        Block::Tokens(a, b) => plan.tokens().skip(*a).take(b - a).enumerate().for_each(|(i, (cell, _))| put(i, cell)),
+                        Block::Tile(t) => (0..TILE).for_each(|i| {
+                            turns[i] = t.turn(i);
+                            if let Some(cell) = t.cell(i) {
+                                put(i, cell);
+                            }
+                        }),
+                    }
+                    s.mask.iter().filter(|m| **m != f32::NEG_INFINITY).count() as u64
+                };
+                if visible == 0 {
+                    continue;
+                }
+                if let Block::Tile(t) = &block {
+                    let size = codec::head_tile_bytes(s.bases.0.widths, s.bases.1.widths);
+                    let tile = &arena[r.tiles.clone()][t.tile * size..(t.tile + 1) * size];
+                    let [k, v] = codec::split_tile(tile, s.bases.0.widths);
+                    s.accumulator.tile_block(kernels, scoring, &self.rope, (&s.bases.0, &s.bases.1), k, v, &turns, &s.mask);
+                    coded_seen += visible;
+                    coded = true;
+                    continue;
+                }
+                self.load_exact(head, &block, plan, &rows, k, v, &mut s.rows_k, &mut s.rows_v);
+                s.accumulator.exact_block(kernels, scoring, &s.rows_k, &s.rows_v, &s.mask);
+                exact_seen += visible;
+            }
+            s.accumulator.finish(kernels, coded.then_some(&s.bases.1), &mut out[..self.unit_floats(n)]);
+            if head == 0 {
+                self.counters.attended_exact.fetch_add(exact_seen, Relaxed);
+                self.counters.attended_coded.fetch_add(coded_seen, Relaxed);
+            }
+            Ok(())
+        })
+    }
+
+    /// Keys and values of an exact block as f32, keys rotated to where they are now.
+    #[expect(clippy::too_many_arguments, reason = "rows come from two places and go to two")]
+    fn load_exact(&self, head: usize, block: &Block, plan: &Plan, rows: &ExactRows, k: &Rows, v: &Rows, keys: &mut Vec<f32>, values: &mut Vec<f32>) {
+        let g = self.shape();
+        let sources: &mut dyn Iterator<Item = (Source, i32)> = match block {
+            Block::Exact(a, b) => &mut plan.exact().skip(*a).take(b - a).map(|(slot, _, turn)| (Source::Slot(slot), turn)),
+            Block::Tokens(a, b) => &mut (*a..*b).map(|t| (Source::Token(t), 0)),
+            Block::Tile(_) => return,
+        };
+        keys.clear();
+        values.clear();
+        let mut turn = Turn::default();
+        for (source, t) in sources {
+            let at = (keys.len(), values.len());
+            keys.resize(at.0 + g.d_k, 0.0);
+            values.resize(at.1 + g.d_v, 0.0);
+            let (key, value) = (&mut keys[at.0..], &mut values[at.1..]);
+            match source {
+                Source::Slot(slot) => {
+                    rows.row(slot)[..g.d_k].convert_to_f32_slice(key);
+                    rows.row(slot)[g.d_k..].convert_to_f32_slice(value);
+                }
+                Source::Token(i) => {
+                    key.copy_from_slice(k.head(i, head, g.d_k));
+                    value.copy_from_slice(v.head(i, head, g.d_v));
+                    key.iter_mut().chain(value).for_each(|x| *x = f16::from_f32(*x).to_f32());
+                }
+            }
+            if t != 0 {
+                self.rope.turn(i64::from(t), &mut turn);
+                self.rope.rotate(&turn, key);
+            }
+        }
+    }
+
+    /// Merge the units of an attention call into rows `rows` of the output, where row `token * n_head + head` has `d_v` floats;
+    /// `out` starts at the first of these rows. `sinks` holds one logit per query head, or nothing.
+    pub fn combine(&self, n_tokens: usize, partials: &[f32], sinks: &[f32], rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        let g = self.shape();
+        if partials.len() < self.partial_floats(n_tokens) {
+            return Err(Error::Buffer { need: self.partial_floats(n_tokens), have: partials.len() });
+        }
+        if rows.end > n_tokens * g.n_head || out.len() < rows.len() * g.d_v || !(sinks.is_empty() || sinks.len() == g.n_head) {
+            return argument(format!("rows {rows:?} of {} into {} floats, {} sinks", n_tokens * g.n_head, out.len(), sinks.len()));
+        }
+        let size = partial_floats(g.d_v);
+        for (row, out) in rows.zip(out.chunks_exact_mut(g.d_v)) {
+            let (token, query_head) = (row / g.n_head, row % g.n_head);
+            let (head, a) = (query_head / g.group(), query_head % g.group());
+            let chunk = |c: usize| {
+                let unit = &partials[(head * CHUNKS + c) * self.unit_floats(n_tokens)..][..self.unit_floats(n_tokens)];
+                &unit[(token * g.group() + a) * size..][..size]
+            };
+            merge((0..CHUNKS).map(chunk), sinks.get(query_head).copied(), out);
+        }
+        Ok(())
+    }
+}

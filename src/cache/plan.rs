@@ -1,0 +1,284 @@
+//! The plan of one step of one stream: everything that changes from step to step, as an array of 32-bit integers.
+//!
+//! A plan is what the table tells the layers. It can be copied, sent to a device and replayed; it holds no pointers.
+//! Sections follow the header in the order of the fields of [`Plan`]. Must not know what a row contains.
+
+use crate::config::{Geometry, QUERY_SLOTS, TILE};
+use crate::error::{Error, Result};
+
+const MAGIC: i32 = 0x534b_5650;
+const VERSION: i32 = 1;
+const HEADER: usize = 16;
+const TILE_INTS: usize = 1 + 2 * TILE;
+const SEAL_INTS: usize = 1 + 2 * TILE;
+/// Most rows a fit looks at.
+pub const FIT_ROWS_MAX: usize = 2 * crate::config::FIT_ROWS;
+const FIT_ROW_INTS: usize = 4;
+const FIT_QUERY_INTS: usize = 3;
+
+/// Where a row to be sealed or fitted comes from: an exact slot, or a token of this ubatch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// Exact slot.
+    Slot(usize),
+    /// Token of the current ubatch.
+    Token(usize),
+}
+
+impl Source {
+    fn to_int(self) -> i32 {
+        match self {
+            Source::Slot(s) => s as i32,
+            Source::Token(t) => -1 - t as i32,
+        }
+    }
+    fn from_int(i: i32) -> Self {
+        if i >= 0 {
+            Source::Slot(i as usize)
+        } else {
+            Source::Token((-1 - i) as usize)
+        }
+    }
+}
+
+/// A row on its way into a tile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SealRow {
+    /// Where it is now.
+    pub source: Source,
+    /// Position difference to rotate the stored key by, to reach the tile's frame.
+    pub turn: i32,
+}
+
+/// Owned contents of a plan, as the table makes it.
+#[derive(Debug, Clone, Default)]
+pub struct PlanData {
+    /// Number of this plan in its table; never 0.
+    pub epoch: i32,
+    /// Fit the bases in this step.
+    pub fit: bool,
+    /// Bases exist before this step.
+    pub fitted: bool,
+    /// New tokens: `(cell, slot)`, slot -1 when the token is sealed at once.
+    pub tokens: Vec<(u32, i32)>,
+    /// Live exact rows before this step: `(slot, cell, turn)`.
+    pub exact: Vec<(u32, u32, i32)>,
+    /// Tiles to fill, each with its rows.
+    pub seals: Vec<(u32, [SealRow; TILE])>,
+    /// Coded rows to move, as `tile * 64 + row`: `(from, to)`. Done before the seals.
+    pub moves: Vec<(u32, u32)>,
+    /// Exact rows to move when the fit takes the slots behind the permanent ones: `(from, to)`.
+    pub relocations: Vec<(u32, u32)>,
+    /// Queries to keep for the fit: `(token, query slot)`.
+    pub records: Vec<(u32, u32)>,
+    /// Rows to fit on: source, turn into a tile frame, position, sequence.
+    pub fit_rows: Vec<(SealRow, i32, i32)>,
+    /// Queries to fit on: `(query slot, position, sequence)`.
+    pub fit_queries: Vec<(u32, i32, i32)>,
+}
+
+/// Ints of the longest plan for `n_tokens` new tokens.
+pub fn capacity(g: &Geometry, n_tokens: usize) -> usize {
+    let before_fit = if g.tiles > 0 { g.raw } else { 0 };
+    let seals = ((before_fit + n_tokens) / TILE + 1).min(g.tiles);
+    let records = if g.tiles > 0 { n_tokens } else { 0 };
+    let fit = if g.tiles > 0 { FIT_ROWS_MAX.min(before_fit + n_tokens) * FIT_ROW_INTS + QUERY_SLOTS * FIT_QUERY_INTS + 2 * g.exact } else { 0 };
+    HEADER + 2 * n_tokens + 3 * g.raw + g.tiles * TILE_INTS + seals * (SEAL_INTS + 2 * TILE) + 2 * records + fit
+}
+
+impl PlanData {
+    /// Write in transport form; `tiles` yields the tiles in use: tile, then `(cell or -1, turn)` of its rows.
+    pub fn write(&self, tiles: impl Iterator<Item = (u32, [(i32, i32); TILE])>, out: &mut [i32]) -> Result<usize> {
+        let mut w = Writer { out, at: HEADER };
+        let mut counts = [0i32; 8];
+        counts[0] = w.items(self.tokens.iter().map(|t| [t.0 as i32, t.1]))?;
+        counts[1] = w.items(self.exact.iter().map(|e| [e.0 as i32, e.1 as i32, e.2]))?;
+        for (tile, rows) in tiles {
+            w.put(tile as i32)?;
+            for (cell, turn) in rows {
+                w.put(cell)?;
+                w.put(turn)?;
+            }
+            counts[2] += 1;
+        }
+        for (tile, rows) in &self.seals {
+            w.put(*tile as i32)?;
+            for r in rows {
+                w.put(r.source.to_int())?;
+                w.put(r.turn)?;
+            }
+            counts[3] += 1;
+        }
+        counts[4] = w.items(self.moves.iter().map(|m| [m.0 as i32, m.1 as i32]))?;
+        counts[5] = w.items(self.relocations.iter().map(|m| [m.0 as i32, m.1 as i32]))?;
+        let n_records = w.items(self.records.iter().map(|r| [r.0 as i32, r.1 as i32]))?;
+        counts[6] = w.items(self.fit_rows.iter().map(|(r, pos, seq)| [r.source.to_int(), r.turn, *pos, *seq]))?;
+        counts[7] = w.items(self.fit_queries.iter().map(|q| [q.0 as i32, q.1, q.2]))?;
+        let used = w.at;
+        out[..HEADER].copy_from_slice(&[
+            MAGIC,
+            VERSION,
+            self.epoch,
+            i32::from(self.fit) | i32::from(self.fitted) << 1,
+            counts[0],
+            counts[1],
+            counts[2],
+            counts[3],
+            counts[4],
+            counts[5],
+            n_records,
+            counts[6],
+            counts[7],
+            used as i32,
+            0,
+            0,
+        ]);
+        Ok(used)
+    }
+}
+
+struct Writer<'a> {
+    out: &'a mut [i32],
+    at: usize,
+}
+
+impl Writer<'_> {
+    fn put(&mut self, x: i32) -> Result<()> {
+        let have = self.out.len();
+        *self.out.get_mut(self.at).ok_or(Error::Buffer { need: self.at + 1, have })? = x;
+        self.at += 1;
+        Ok(())
+    }
+    fn items<const N: usize>(&mut self, items: impl Iterator<Item = [i32; N]>) -> Result<i32> {
+        let mut n = 0;
+        for item in items {
+            for x in item {
+                self.put(x)?;
+            }
+            n += 1;
+        }
+        Ok(n)
+    }
+}
+
+/// A plan in transport form, borrowed.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan<'a> {
+    /// Number of this plan in its table.
+    pub epoch: i32,
+    /// Fit the bases in this step.
+    pub fit: bool,
+    /// Bases exist before this step.
+    pub fitted: bool,
+    tokens: &'a [i32],
+    exact: &'a [i32],
+    tiles: &'a [i32],
+    seals: &'a [i32],
+    moves: &'a [i32],
+    relocations: &'a [i32],
+    records: &'a [i32],
+    fit_rows: &'a [i32],
+    fit_queries: &'a [i32],
+}
+
+/// A tile in use and its rows.
+#[derive(Debug, Clone, Copy)]
+pub struct TileView<'a> {
+    /// The tile.
+    pub tile: usize,
+    rows: &'a [i32],
+}
+
+impl TileView<'_> {
+    /// Cell of a row, or `None` for a dead row.
+    pub fn cell(&self, row: usize) -> Option<usize> {
+        usize::try_from(self.rows[2 * row]).ok()
+    }
+    /// Position difference that rotates a stored key to where it is now.
+    pub fn turn(&self, row: usize) -> i32 {
+        self.rows[2 * row + 1]
+    }
+}
+
+impl<'a> Plan<'a> {
+    /// Check the header and cut the sections. Indices are checked where they are used.
+    pub fn parse(ints: &'a [i32]) -> Result<Self> {
+        let bad = |m: &str| Err(Error::Data(format!("plan: {m}")));
+        if ints.len() < HEADER || ints[0] != MAGIC {
+            return bad("not a plan");
+        }
+        if ints[1] != VERSION {
+            return bad("of another version");
+        }
+        let sizes = [2, 3, TILE_INTS, SEAL_INTS, 2, 2, 2, FIT_ROW_INTS, FIT_QUERY_INTS];
+        let mut rest = &ints[HEADER..];
+        let mut parts: [&[i32]; 9] = [&[]; 9];
+        for (i, size) in sizes.into_iter().enumerate() {
+            let n = usize::try_from(ints[4 + i]).ok().and_then(|n| n.checked_mul(size));
+            match n.and_then(|n| rest.split_at_checked(n)) {
+                Some((part, tail)) => (parts[i], rest) = (part, tail),
+                None => return bad("a section is longer than the plan"),
+            }
+        }
+        let [tokens, exact, tiles, seals, moves, relocations, records, fit_rows, fit_queries] = parts;
+        Ok(Plan {
+            epoch: ints[2],
+            fit: ints[3] & 1 != 0,
+            fitted: ints[3] & 2 != 0,
+            tokens,
+            exact,
+            tiles,
+            seals,
+            moves,
+            relocations,
+            records,
+            fit_rows,
+            fit_queries,
+        })
+    }
+
+    /// The same plan seen after its fit.
+    pub fn after_fit(mut self) -> Self {
+        self.fitted |= self.fit;
+        self
+    }
+    /// New tokens: `(cell, slot)`.
+    pub fn tokens(&self) -> impl ExactSizeIterator<Item = (usize, Option<usize>)> + 'a {
+        self.tokens.chunks_exact(2).map(|t| (t[0] as usize, usize::try_from(t[1]).ok()))
+    }
+    /// Live exact rows: `(slot, cell, turn)`.
+    pub fn exact(&self) -> impl ExactSizeIterator<Item = (usize, usize, i32)> + 'a {
+        self.exact.chunks_exact(3).map(|e| (e[0] as usize, e[1] as usize, e[2]))
+    }
+    /// Tiles in use.
+    pub fn tiles(&self) -> impl ExactSizeIterator<Item = TileView<'a>> + 'a {
+        self.tiles.chunks_exact(TILE_INTS).map(|t| TileView { tile: t[0] as usize, rows: &t[1..] })
+    }
+    /// Tiles to fill.
+    pub fn seals(&self) -> impl ExactSizeIterator<Item = (usize, impl ExactSizeIterator<Item = SealRow> + 'a)> + 'a {
+        self.seals.chunks_exact(SEAL_INTS).map(|s| {
+            let rows = s[1..].chunks_exact(2).map(|r| SealRow { source: Source::from_int(r[0]), turn: r[1] });
+            (s[0] as usize, rows)
+        })
+    }
+    /// Coded rows to move.
+    pub fn moves(&self) -> impl ExactSizeIterator<Item = (usize, usize)> + 'a {
+        self.moves.chunks_exact(2).map(|m| (m[0] as usize, m[1] as usize))
+    }
+    /// Exact rows to move at the fit.
+    pub fn relocations(&self) -> impl ExactSizeIterator<Item = (usize, usize)> + 'a {
+        self.relocations.chunks_exact(2).map(|m| (m[0] as usize, m[1] as usize))
+    }
+    /// Queries to keep: `(token, query slot)`.
+    pub fn records(&self) -> impl ExactSizeIterator<Item = (usize, usize)> + 'a {
+        self.records.chunks_exact(2).map(|m| (m[0] as usize, m[1] as usize))
+    }
+    /// Rows to fit on: row, position, sequence.
+    pub fn fit_rows(&self) -> impl ExactSizeIterator<Item = (SealRow, i32, i32)> + 'a {
+        self.fit_rows.chunks_exact(FIT_ROW_INTS).map(|r| (SealRow { source: Source::from_int(r[0]), turn: r[1] }, r[2], r[3]))
+    }
+    /// Queries to fit on: slot, position, sequence.
+    pub fn fit_queries(&self) -> impl ExactSizeIterator<Item = (usize, i32, i32)> + 'a {
+        self.fit_queries.chunks_exact(FIT_QUERY_INTS).map(|q| (q[0] as usize, q[1], q[2]))
+    }
+}

@@ -1,0 +1,560 @@
+//! The host table of one stream: which cell's row is where, and what to do in the next step.
+//!
+//! A cell is llama.cpp's: an index with a position and sequences. The table learns what happened to cells (removed, shifted,
+//! reused) by comparing, never by being told, so every sequence operation is exact without a hook of its own. New rows enter
+//! exact slots or, when a ubatch is longer than the window, tiles directly. Rows that leave their sequence's window are sealed
+//! 64 at a time. A freed row is a hole; when tiles run out, rows of sparse tiles move, bit for bit, into holes of others.
+//! A table whose cells are all gone forgets its basis: what comes next gets the output it would get alone.
+//!
+//! A plan is pending until `commit`. Freeing the rows of vanished cells is a fact and is not rolled back; everything else is
+//! applied by `commit`. Must not know what rows contain, nor how many layers there are.
+
+use super::plan::{self, PlanData, SealRow, Source, FIT_ROWS_MAX};
+use crate::config::{Geometry, QUERY_SLOTS, TILE};
+use crate::error::{argument, Error, Result};
+use std::sync::Arc;
+
+const NOWHERE: u32 = u32::MAX;
+const CODED: u32 = 1 << 31;
+
+/// Host bytes of the table of one stream.
+pub fn table_bytes(n_cells: usize, tiles: usize, raw: usize) -> usize {
+    // location of a cell; cell and turn of a coded row; live rows of a tile; cell and position of a slot; query places
+    n_cells * 4 + tiles * (TILE * 8 + 8) + raw * 8 + QUERY_SLOTS * 8
+}
+
+/// What the caller knows about the cells of a stream, after the new tokens were put into them.
+#[derive(Debug, Clone, Copy)]
+pub struct Cells<'a> {
+    /// Position of each cell, -1 when empty.
+    pub pos: &'a [i32],
+    /// Lowest sequence that holds the cell, -1 when empty.
+    pub seq: &'a [i32],
+}
+
+/// See the module.
+#[derive(Debug, Clone)]
+pub struct Table {
+    geometry: Arc<Geometry>,
+    location: Vec<u32>,
+    row_cell: Vec<u32>,
+    /// `turn - position` of a coded row: constant under shifts.
+    row_turn: Vec<i32>,
+    live: Vec<u64>,
+    slot_cell: Vec<u32>,
+    slot_pos: Vec<i32>,
+    fitted: bool,
+    epoch: i32,
+    queries: Vec<Option<(i32, i32)>>,
+    seen: u64,
+    pending: Option<Pending>,
+}
+
+#[derive(Debug, Clone)]
+struct Pending {
+    data: PlanData,
+    /// Position and sequence of every new token.
+    token_places: Vec<(i32, i32)>,
+    /// Cell of every sealed row and its `turn - position`, in the order of the seals.
+    sealed: Vec<[(u32, i32); TILE]>,
+}
+
+/// Where the rows of a saved state go; per-cell vectors are in the order of the cells given.
+#[derive(Debug, Clone)]
+pub struct Restore {
+    /// Bases exist afterwards.
+    pub fitted: bool,
+    /// The stream takes over the state's bases.
+    pub adopt: bool,
+    /// The stream held nothing before.
+    pub was_empty: bool,
+    /// Exact rows that move because their slots give way to bases: `(from, to)`.
+    pub relocations: Vec<(u32, u32)>,
+    /// Exact slot of each cell, or `None` when it is coded.
+    pub slots: Vec<Option<u32>>,
+    /// Tile row of each coded cell.
+    pub rows: Vec<u32>,
+    /// Turn into its tile's frame of each exact row that has to be coded.
+    pub turns: Vec<i32>,
+    row_turns: Vec<i32>,
+    places: Vec<(i32, i32)>,
+}
+
+#[derive(Clone, Copy)]
+struct Candidate {
+    seq: i32,
+    pos: i32,
+    cell: u32,
+    source: Source,
+    stored_turn: i32,
+}
+
+impl Table {
+    /// An empty table.
+    pub fn new(geometry: Arc<Geometry>) -> Self {
+        let g = &geometry;
+        Table {
+            location: vec![NOWHERE; g.config.n_cells as usize],
+            row_cell: vec![NOWHERE; g.tiles * TILE],
+            row_turn: vec![0; g.tiles * TILE],
+            live: vec![0; g.tiles],
+            slot_cell: vec![NOWHERE; g.raw],
+            slot_pos: vec![0; g.raw],
+            fitted: false,
+            epoch: 0,
+            queries: vec![None; QUERY_SLOTS],
+            seen: 0,
+            pending: None,
+            geometry,
+        }
+    }
+
+    /// The geometry this table belongs to.
+    pub fn geometry(&self) -> &Arc<Geometry> {
+        &self.geometry
+    }
+
+    /// Forget everything.
+    pub fn reset(&mut self) {
+        let epoch = self.epoch;
+        *self = Table::new(self.geometry.clone());
+        // Epochs go on, so that an arena never takes a new plan for one it has seen.
+        self.epoch = epoch;
+    }
+
+    /// Bases exist.
+    pub fn is_fitted(&self) -> bool {
+        self.fitted
+    }
+
+    /// A plan waits for its commit.
+    pub fn is_pending(&self) -> bool {
+        self.pending.is_some()
+    }
+
+    /// Where a cell's row is, `Ok(slot)` or `Err((tile, row))`, and its turn less its position; `None` when there is none.
+    pub fn locate(&self, cell: usize) -> Option<(std::result::Result<usize, (usize, usize)>, i32)> {
+        match *self.location.get(cell)? {
+            NOWHERE => None,
+            l if l & CODED == 0 => Some((Ok(l as usize), self.slot_pos[l as usize].wrapping_neg())),
+            l => {
+                let row = (l & !CODED) as usize;
+                Some((Err((row / TILE, row % TILE)), self.row_turn[row]))
+            }
+        }
+    }
+
+    fn free(&mut self, cell: usize) {
+        match self.locate(cell) {
+            Some((Ok(slot), _)) => self.slot_cell[slot] = NOWHERE,
+            Some((Err((tile, row)), _)) => {
+                self.row_cell[tile * TILE + row] = NOWHERE;
+                self.live[tile] &= !(1 << row);
+            }
+            None => {}
+        }
+        self.location[cell] = NOWHERE;
+    }
+
+    fn check_new(&self, cells: &Cells, new: &[u32]) -> Result<()> {
+        let n_cells = self.location.len();
+        if cells.pos.len() != n_cells || cells.seq.len() != n_cells {
+            return argument(format!("{} positions and {} sequences for {n_cells} cells", cells.pos.len(), cells.seq.len()));
+        }
+        if cells.pos.iter().zip(cells.seq).any(|(p, s)| (*p < 0) != (*s < 0)) {
+            return argument("a cell has a position but no sequence, or the other way round");
+        }
+        let mut sorted = new.to_vec();
+        sorted.sort_unstable();
+        if sorted.windows(2).any(|w| w[0] == w[1]) {
+            return argument("a cell appears twice among the new ones");
+        }
+        match sorted.iter().find(|c| **c as usize >= n_cells || cells.pos[**c as usize] < 0) {
+            Some(c) => argument(format!("new row in cell {c}, which is empty or not among the {n_cells} cells")),
+            None => Ok(()),
+        }
+    }
+
+    /// Bring the table up to date with the cells, before `new` ones get new rows.
+    fn reconcile(&mut self, cells: &Cells, new: &[u32]) {
+        for cell in 0..self.location.len() {
+            if cells.pos[cell] < 0 && self.location[cell] != NOWHERE {
+                self.free(cell);
+            }
+        }
+        for cell in new {
+            self.free(*cell as usize);
+        }
+        if self.location.iter().all(|l| *l == NOWHERE) {
+            self.fitted = false;
+            self.queries.fill(None);
+            self.seen = 0;
+        }
+    }
+
+    /// Plan one step: the new tokens go to the cells `new`, in order. Writes the plan to `out` and returns its length.
+    pub fn plan(&mut self, cells: Cells, new: &[u32], out: &mut [i32]) -> Result<usize> {
+        self.check_new(&cells, new)?;
+        let need = plan::capacity(&self.geometry, new.len());
+        if out.len() < need {
+            return Err(Error::Buffer { need, have: out.len() });
+        }
+        self.pending = None;
+        self.reconcile(&cells, new);
+        let data = PlanData {
+            epoch: self.epoch.wrapping_add(1).max(1),
+            fitted: self.fitted,
+            exact: self
+                .slot_cell
+                .iter()
+                .enumerate()
+                .filter(|(_, c)| **c != NOWHERE)
+                .map(|(s, c)| (s as u32, *c, cells.pos[*c as usize].wrapping_sub(self.slot_pos[s])))
+                .collect(),
+            ..PlanData::default()
+        };
+        let pending = self.place(data, &cells, new)?;
+        let tiles = self.live.iter().enumerate().filter(|(_, l)| **l != 0).map(|(tile, _)| {
+            let mut rows = [(-1, 0); TILE];
+            for (row, out) in rows.iter_mut().enumerate() {
+                let cell = self.row_cell[tile * TILE + row];
+                if cell != NOWHERE {
+                    *out = (cell as i32, self.row_turn[tile * TILE + row].wrapping_add(cells.pos[cell as usize]));
+                }
+            }
+            (tile as u32, rows)
+        });
+        let used = pending.data.write(tiles, out)?;
+        self.pending = Some(pending);
+        Ok(used)
+    }
+
+    /// Decide where the new rows go, what is sealed, moved and fitted.
+    fn place(&self, mut data: PlanData, cells: &Cells, new: &[u32]) -> Result<Pending> {
+        let g = &self.geometry;
+        let at = |cell: u32| (cells.seq[cell as usize], cells.pos[cell as usize]);
+        let mut candidates: Vec<Candidate> = Vec::with_capacity(data.exact.len() + new.len());
+        for (slot, cell, turn) in &data.exact {
+            let (seq, pos) = at(*cell);
+            candidates.push(Candidate { seq, pos, cell: *cell, source: Source::Slot(*slot as usize), stored_turn: *turn });
+        }
+        for (i, cell) in new.iter().enumerate() {
+            let (seq, pos) = at(*cell);
+            candidates.push(Candidate { seq, pos, cell: *cell, source: Source::Token(i), stored_turn: 0 });
+        }
+        candidates.sort_unstable_by_key(|c| (c.seq, c.pos, c.cell));
+        let sequences: Vec<&[Candidate]> = candidates.chunk_by(|a, b| a.seq == b.seq).collect();
+        let sinks = |s: &[Candidate]| s.iter().take(g.config.sinks as usize).take_while(|c| c.pos < g.config.sinks as i32).count();
+
+        if g.tiles > 0 && !self.fitted {
+            let longest = sequences.iter().map(|s| s.len() - sinks(s)).max().unwrap_or(0);
+            data.fit = longest >= g.fit_rows || candidates.len() > g.raw;
+            let stride = (g.fit_rows / QUERY_SLOTS).max(1) as u64;
+            for i in 0..new.len() {
+                let n = self.seen + i as u64;
+                if n % stride == 0 {
+                    data.records.push((i as u32, (n / stride % QUERY_SLOTS as u64) as u32));
+                }
+            }
+            if data.fit {
+                self.fit_on(&mut data, &sequences, sinks, &at, new);
+            }
+        }
+
+        let mut sealed = Vec::new();
+        let mut leaving = vec![false; new.len()];
+        if self.fitted || data.fit {
+            let (window, mut free) = (g.config.window as usize, FreeTiles::new(self));
+            for s in &sequences {
+                let rest = &s[sinks(s)..];
+                let n = rest.len().saturating_sub(window) / TILE;
+                for group in rest.chunks_exact(TILE).take(n) {
+                    let tile = free.take(&mut data.moves)?;
+                    let anchor = group[TILE / 2].pos;
+                    let rows: [SealRow; TILE] = std::array::from_fn(|i| {
+                        if let Source::Token(t) = group[i].source {
+                            leaving[t] = true;
+                        }
+                        SealRow { source: group[i].source, turn: group[i].stored_turn.wrapping_sub(anchor) }
+                    });
+                    data.seals.push((tile, rows));
+                    sealed.push(std::array::from_fn(|i| (group[i].cell, anchor.wrapping_sub(group[i].pos))));
+                }
+            }
+        }
+        self.slots(&mut data, new, &leaving)?;
+        let token_places = new.iter().map(|c| (cells.pos[*c as usize], cells.seq[*c as usize])).collect();
+        Ok(Pending { data, token_places, sealed })
+    }
+
+    /// Give slots to the tokens that stay exact and, at the fit, to the rows that must leave the temporary ones.
+    fn slots(&self, data: &mut PlanData, new: &[u32], leaving: &[bool]) -> Result<()> {
+        let g = &self.geometry;
+        let mut taken: Vec<bool> = self.slot_cell.iter().map(|c| *c != NOWHERE).collect();
+        for (_, rows) in &data.seals {
+            for r in rows {
+                if let Source::Slot(s) = r.source {
+                    taken[s] = false;
+                }
+            }
+        }
+        let limit = if self.fitted || data.fit { g.exact } else { g.raw };
+        let mut free = 0;
+        let mut next = |taken: &mut [bool]| -> Result<u32> {
+            while free < limit && taken[free] {
+                free += 1;
+            }
+            if free == limit {
+                return Err(Error::Full(format!("all {limit} exact slots are taken by {} sequences", g.config.n_seqs)));
+            }
+            taken[free] = true;
+            Ok(free as u32)
+        };
+        if data.fit {
+            for slot in g.exact..g.raw {
+                if taken[slot] {
+                    data.relocations.push((slot as u32, next(&mut taken)?));
+                }
+            }
+        }
+        for (cell, leaves) in new.iter().zip(leaving) {
+            let slot = if *leaves { -1 } else { next(&mut taken)? as i32 };
+            data.tokens.push((*cell, slot));
+        }
+        Ok(())
+    }
+
+    fn fit_on(
+        &self,
+        data: &mut PlanData,
+        sequences: &[&[Candidate]],
+        sinks: impl Fn(&[Candidate]) -> usize,
+        at: &impl Fn(u32) -> (i32, i32),
+        new: &[u32],
+    ) {
+        for s in sequences {
+            for group in s[sinks(s)..].chunks(TILE) {
+                let anchor = group[group.len() / 2].pos;
+                for c in group {
+                    let turn = c.stored_turn.wrapping_sub(anchor);
+                    data.fit_rows.push((SealRow { source: c.source, turn }, c.pos, c.seq));
+                }
+            }
+        }
+        data.fit_rows.truncate(FIT_ROWS_MAX);
+        let mut queries = self.queries.clone();
+        for (token, slot) in &data.records {
+            let (seq, pos) = at(new[*token as usize]);
+            queries[*slot as usize] = Some((pos, seq));
+        }
+        data.fit_queries = queries.iter().enumerate().filter_map(|(i, q)| q.map(|(pos, seq)| (i as u32, pos, seq))).collect();
+    }
+
+    /// The graph of the pending plan ran to its end: the plan becomes fact.
+    pub fn commit(&mut self) -> Result<()> {
+        self.finish(true)
+    }
+
+    /// The graph of the pending plan failed and every layer replayed it: take over all but the new tokens.
+    pub fn commit_replayed(&mut self) -> Result<()> {
+        self.finish(false)
+    }
+
+    fn finish(&mut self, with_tokens: bool) -> Result<()> {
+        let Some(p) = self.pending.take() else {
+            return Err(Error::State("no plan is pending".into()));
+        };
+        self.epoch = p.data.epoch;
+        self.fitted |= p.data.fit;
+        for (from, to) in &p.data.moves {
+            let (from, to) = (*from as usize, *to as usize);
+            let cell = std::mem::replace(&mut self.row_cell[from], NOWHERE);
+            self.live[from / TILE] &= !(1 << (from % TILE));
+            self.put_coded(cell, to, self.row_turn[from]);
+        }
+        for ((tile, rows), sealed) in p.data.seals.iter().zip(&p.sealed) {
+            for (row, (r, (cell, turn))) in rows.iter().zip(sealed).enumerate() {
+                match r.source {
+                    Source::Slot(s) => self.slot_cell[s] = NOWHERE,
+                    Source::Token(_) if !with_tokens => continue,
+                    Source::Token(_) => {}
+                }
+                self.put_coded(*cell, *tile as usize * TILE + row, *turn);
+            }
+        }
+        for (from, to) in &p.data.relocations {
+            let (from, to) = (*from as usize, *to as usize);
+            let cell = std::mem::replace(&mut self.slot_cell[from], NOWHERE);
+            self.put_exact(cell, to, self.slot_pos[from]);
+        }
+        if with_tokens {
+            for ((cell, slot), (pos, _)) in p.data.tokens.iter().zip(&p.token_places) {
+                if let Ok(slot) = usize::try_from(*slot) {
+                    self.put_exact(*cell, slot, *pos);
+                }
+            }
+            for (token, slot) in &p.data.records {
+                self.queries[*slot as usize] = Some(p.token_places[*token as usize]);
+            }
+        }
+        if self.fitted {
+            self.queries.fill(None);
+            self.seen = 0;
+        } else if with_tokens {
+            self.seen += p.data.tokens.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn put_coded(&mut self, cell: u32, row: usize, turn: i32) {
+        self.row_cell[row] = cell;
+        self.row_turn[row] = turn;
+        self.live[row / TILE] |= 1 << (row % TILE);
+        self.location[cell as usize] = CODED | row as u32;
+    }
+
+    fn put_exact(&mut self, cell: u32, slot: usize, pos: i32) {
+        self.slot_cell[slot] = cell;
+        self.slot_pos[slot] = pos;
+        self.location[cell as usize] = slot as u32;
+    }
+
+    /// Where the rows of a saved state go. `coded` and `turns` (less position) are the state's; see [`crate::state`].
+    pub fn plan_restore(&mut self, cells: Cells, new: &[u32], coded: &[bool], turns: &[i32], saved_fitted: bool) -> Result<Restore> {
+        self.check_new(&cells, new)?;
+        self.pending = None;
+        self.reconcile(&cells, new);
+        let g = self.geometry.clone();
+        let was_empty = self.location.iter().all(|l| *l == NOWHERE);
+        let fitted = self.fitted || saved_fitted;
+        let mut r = Restore {
+            fitted,
+            adopt: saved_fitted && !self.fitted,
+            was_empty,
+            relocations: Vec::new(),
+            slots: vec![None; new.len()],
+            rows: vec![NOWHERE; new.len()],
+            turns: vec![0; new.len()],
+            row_turns: turns.to_vec(),
+            places: new.iter().map(|c| (cells.pos[*c as usize], cells.seq[*c as usize])).collect(),
+        };
+        let limit = if fitted { g.exact } else { g.raw };
+        let mut free: Vec<u32> = (0..limit).rev().filter(|s| self.slot_cell[*s] == NOWHERE).map(|s| s as u32).collect();
+        let full = |n: usize| Error::Full(format!("{n} exact rows do not fit into the slots that are free"));
+        for slot in limit..g.raw {
+            if self.slot_cell[slot] != NOWHERE {
+                r.relocations.push((slot as u32, free.pop().ok_or_else(|| full(1))?));
+            }
+        }
+        // Sinks and the newest rows first: what finds no slot is coded.
+        let mut exact: Vec<usize> = (0..new.len()).filter(|i| !coded[*i]).collect();
+        exact.sort_by_key(|i| (r.places[*i].0 >= g.config.sinks as i32, std::cmp::Reverse(r.places[*i].0)));
+        for i in exact {
+            r.slots[i] = free.pop();
+            if r.slots[i].is_some() {
+                continue;
+            }
+            if !fitted {
+                return Err(full(new.len()));
+            }
+            let pos = r.places[i].0;
+            let anchor = pos / TILE as i32 * TILE as i32 + TILE as i32 / 2;
+            r.turns[i] = turns[i].wrapping_add(pos).wrapping_sub(anchor);
+            r.row_turns[i] = anchor.wrapping_sub(pos);
+        }
+        let whole = (0..g.tiles).filter(|t| self.live[*t] == 0);
+        let partial = (0..g.tiles).filter(|t| self.live[*t] != 0);
+        let mut holes = whole.chain(partial).flat_map(|t| (0..TILE).map(move |row| (t, row))).filter(|(t, row)| self.live[*t] >> row & 1 == 0);
+        for i in (0..new.len()).filter(|i| r.slots[*i].is_none()) {
+            let (tile, row) = holes.next().ok_or_else(|| Error::Full("no tile row is free for the saved rows".into()))?;
+            r.rows[i] = (tile * TILE + row) as u32;
+        }
+        Ok(r)
+    }
+
+    /// The rows of a state are in their places.
+    pub fn commit_restore(&mut self, r: &Restore, new: &[u32]) {
+        self.fitted = r.fitted;
+        for (from, to) in &r.relocations {
+            let cell = std::mem::replace(&mut self.slot_cell[*from as usize], NOWHERE);
+            self.put_exact(cell, *to as usize, self.slot_pos[*from as usize]);
+        }
+        for (i, cell) in new.iter().enumerate() {
+            match r.slots[i] {
+                Some(slot) => self.put_exact(*cell, slot as usize, r.row_turns[i].wrapping_neg()),
+                None => self.put_coded(*cell, r.rows[i] as usize, r.row_turns[i]),
+            }
+        }
+    }
+
+    /// The places of the queries kept for the fit.
+    pub fn queries_to_bytes(&self) -> Vec<u8> {
+        let places = self.queries.iter().map(|q| q.unwrap_or((-1, -1)));
+        self.seen.to_le_bytes().into_iter().chain(places.flat_map(|(pos, seq)| [pos.to_le_bytes(), seq.to_le_bytes()]).flatten()).collect()
+    }
+
+    /// Take over what [`Table::queries_to_bytes`] gave, as queries of `seq` if one is given.
+    pub fn queries_from_bytes(&mut self, bytes: &[u8], as_seq: Option<i32>) -> Result<()> {
+        let Some((seen, places)) = bytes.split_first_chunk::<8>().filter(|(_, p)| p.len() == 8 * QUERY_SLOTS) else {
+            return Err(Error::Data("state: the list of queries has another length".into()));
+        };
+        self.seen = u64::from_le_bytes(*seen);
+        let int = |b: &[u8]| i32::from_le_bytes(b.try_into().expect("invariant: four bytes"));
+        for (q, p) in self.queries.iter_mut().zip(places.chunks_exact(8)) {
+            let (pos, seq) = (int(&p[..4]), int(&p[4..]));
+            *q = (pos >= 0).then_some((pos, as_seq.unwrap_or(seq)));
+        }
+        Ok(())
+    }
+}
+
+/// Tiles without live rows, and compaction when there are none left.
+struct FreeTiles {
+    live: Vec<u64>,
+    given: Vec<bool>,
+    next: usize,
+}
+
+impl FreeTiles {
+    fn new(table: &Table) -> Self {
+        FreeTiles { live: table.live.clone(), given: vec![false; table.live.len()], next: 0 }
+    }
+
+    fn take(&mut self, moves: &mut Vec<(u32, u32)>) -> Result<u32> {
+        while self.next < self.live.len() {
+            let tile = self.next;
+            self.next += 1;
+            if self.live[tile] == 0 && !self.given[tile] {
+                self.given[tile] = true;
+                return Ok(tile as u32);
+            }
+        }
+        self.compact(moves)
+    }
+
+    /// Empty the sparsest tile into holes of others.
+    fn compact(&mut self, moves: &mut Vec<(u32, u32)>) -> Result<u32> {
+        let open = |s: &Self, t: usize| !s.given[t];
+        let victim = (0..self.live.len()).filter(|t| open(self, *t)).min_by_key(|t| self.live[*t].count_ones());
+        let n = self.live.len();
+        let full = || Error::Full(format!("no hole is left in {n} tiles"));
+        let victim = victim.ok_or_else(full)?;
+        let holes: usize = (0..self.live.len()).filter(|t| *t != victim && open(self, *t)).map(|t| self.live[t].count_zeros() as usize).sum();
+        if holes < self.live[victim].count_ones() as usize {
+            return Err(full());
+        }
+        let mut target = 0;
+        let rows = self.live[victim];
+        for row in (0..TILE).filter(|r| rows >> r & 1 == 1) {
+            while target == victim || !open(self, target) || self.live[target] == u64::MAX {
+                target += 1;
+            }
+            let hole = self.live[target].trailing_ones() as usize;
+            self.live[target] |= 1 << hole;
+            moves.push(((victim * TILE + row) as u32, (target * TILE + hole) as u32));
+        }
+        self.live[victim] = 0;
+        self.given[victim] = true;
+        Ok(victim as u32)
+    }
+}

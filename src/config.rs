@@ -1,0 +1,333 @@
+//! Configuration, and the geometry that follows from it: how many rows, tiles and bytes everything has.
+//!
+//! Sizes are decided once, here, from the configuration alone; nothing grows later. Must not know what is stored.
+//!
+//! Layout of an arena (one layer, one stream; all offsets are multiples of 64 bytes):
+//!
+//! ```text
+//! header                      HEADER_BYTES
+//! per KV head: record + exact rows      f16 K then V of one head, `exact` slots
+//! body                        before the fit: per KV head, further exact slots, then recent queries
+//!                             after the fit:  per KV head the K and V basis, then per KV head its tiles
+//! ```
+
+use crate::error::{Error, Result};
+
+/// Rows of a tile.
+pub const TILE: usize = 64;
+/// Bytes of the arena header.
+pub const HEADER_BYTES: usize = 256;
+/// Bytes of the per-head record in front of its exact rows.
+pub const HEAD_RECORD_BYTES: usize = 64;
+/// Recent query tokens kept for the fit.
+pub const QUERY_SLOTS: usize = 256;
+/// Rows a basis is fitted on. 1024 rows measured better than 512, and 256 rows fail (see the codec's docs).
+pub const FIT_ROWS: usize = 1024;
+/// The fewest rows a basis is fitted on, in small contexts.
+pub const FIT_ROWS_MIN: usize = 512;
+/// Gain bytes of one head in one tile: a byte per row for K and for V.
+pub const GAIN_BYTES: usize = 2 * TILE;
+/// Most query tokens of one decode attention call.
+pub const MAX_QUERIES: usize = 64;
+/// Chunks into which the rows of one attention call are split, whatever the number of threads.
+pub const CHUNKS: usize = 8;
+
+const MAX_CELLS: u32 = 1 << 25;
+const MAX_BITS: f64 = 8.0;
+
+/// What a user asks for; one cache of some layers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// Cells of one stream: the most rows it can hold.
+    pub n_cells: u32,
+    /// Streams: independent sets of cells.
+    pub n_streams: u32,
+    /// Sequences that may share a stream; each gets its own exact window.
+    pub n_seqs: u32,
+    /// Most recent rows of a sequence that stay exact.
+    pub window: u32,
+    /// First rows of a sequence that stay exact.
+    pub sinks: u32,
+    /// f16 bytes / bytes held that is asked for. Ignored when `bits` is positive.
+    pub ratio: f32,
+    /// Code bits per element, or 0 to derive them from `ratio`.
+    pub bits: f32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config { n_cells: 0, n_streams: 1, n_seqs: 1, window: 128, sinks: 4, ratio: 8.0, bits: 0.0 }
+    }
+}
+
+/// Heads of one layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerShape {
+    /// Query heads.
+    pub n_head: u32,
+    /// KV heads; divides `n_head`.
+    pub n_head_kv: u32,
+    /// Elements of a key head.
+    pub d_k: u32,
+    /// Elements of a value head.
+    pub d_v: u32,
+}
+
+/// Sizes of one layer's arena.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerGeometry {
+    /// Query heads.
+    pub n_head: usize,
+    /// KV heads.
+    pub n_head_kv: usize,
+    /// Elements of a key head.
+    pub d_k: usize,
+    /// Elements of a value head.
+    pub d_v: usize,
+    /// Code bytes of one tile, all heads, K and V.
+    pub code_bytes: usize,
+    /// Bytes of one KV head's record and exact rows.
+    pub exact_bytes: usize,
+    /// Bytes of the body, 0 when everything is exact.
+    pub body_bytes: usize,
+    /// Bytes of one arena.
+    pub arena_bytes: usize,
+}
+
+/// Sizes of a cache. Slots, tiles and rows are counted alike in all its layers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Geometry {
+    /// The configuration this follows from.
+    pub config: Config,
+    /// Exact slots that exist at all times.
+    pub exact: usize,
+    /// Exact slots that exist before the fit (including the former).
+    pub raw: usize,
+    /// Rows of one sequence that trigger the fit.
+    pub fit_rows: usize,
+    /// Tiles; 0 when every row stays exact.
+    pub tiles: usize,
+    /// The layers.
+    pub layers: Vec<LayerGeometry>,
+}
+
+/// What a geometry holds, against f16.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SizeReport {
+    /// Bytes of all arenas of all streams.
+    pub bytes_arenas: u64,
+    /// Bytes of the host tables of all streams.
+    pub bytes_tables: u64,
+    /// Bytes an f16 cache of these cells holds.
+    pub bytes_f16: u64,
+    /// `bytes_f16 / (bytes_arenas + bytes_tables)`.
+    pub ratio: f64,
+    /// Code bits per K or V element, mean over layers by size; 16 when everything is exact.
+    pub code_bits: f64,
+}
+
+fn align(n: usize, to: usize) -> usize {
+    n.div_ceil(to) * to
+}
+
+impl LayerGeometry {
+    /// Query heads per KV head.
+    pub fn group(&self) -> usize {
+        self.n_head / self.n_head_kv
+    }
+    /// Elements of one row of one KV head, K and V.
+    pub fn head_elements(&self) -> usize {
+        self.d_k + self.d_v
+    }
+    /// f16 bytes of one row of one KV head, K and V.
+    pub fn row_bytes(&self) -> usize {
+        2 * self.head_elements()
+    }
+    /// f16 bytes of one row of all KV heads.
+    pub fn f16_row_bytes(&self) -> usize {
+        self.n_head_kv * self.row_bytes()
+    }
+    /// Bytes of the stored basis of heads of `d` elements.
+    pub fn basis_bytes_of(d: usize) -> usize {
+        align(16 + 16 * d + 4 * d * d, 64)
+    }
+    /// Bytes of one KV head's two bases.
+    pub fn basis_bytes(&self) -> usize {
+        Self::basis_bytes_of(self.d_k) + Self::basis_bytes_of(self.d_v)
+    }
+    /// Bytes of the recent queries of one KV head's group.
+    pub fn query_bytes(&self) -> usize {
+        align(QUERY_SLOTS * self.group() * self.d_k * 2, 64)
+    }
+    /// Bytes of the body that belong to one KV head before the fit.
+    pub fn raw_head_bytes(&self) -> usize {
+        self.body_bytes / self.n_head_kv / 64 * 64
+    }
+    /// Offset of a KV head's record and exact rows.
+    pub fn exact_offset(&self, head: usize) -> usize {
+        HEADER_BYTES + head * self.exact_bytes
+    }
+    /// Offset of the body.
+    pub fn body_offset(&self) -> usize {
+        HEADER_BYTES + self.n_head_kv * self.exact_bytes
+    }
+    /// Code bits per element.
+    pub fn code_bits(&self) -> f64 {
+        self.code_bytes as f64 * 8.0 / (TILE * self.n_head_kv * self.head_elements()) as f64
+    }
+}
+
+impl Geometry {
+    /// Check a configuration and compute every size.
+    pub fn new(config: &Config, shapes: &[LayerShape]) -> Result<Self> {
+        let fail = |m: String| Err(Error::Config(m));
+        let c = config;
+        if c.n_cells == 0 || c.n_cells > MAX_CELLS {
+            return fail(format!("{} cells; 1 to {MAX_CELLS} are possible", c.n_cells));
+        }
+        if c.n_streams == 0 || c.n_streams > 1024 || c.n_seqs == 0 || c.n_seqs > 1024 {
+            return fail(format!("{} streams and {} sequences; 1 to 1024 are possible", c.n_streams, c.n_seqs));
+        }
+        if c.sinks > 1024 {
+            return fail(format!("{} sinks; at most 1024 are possible", c.sinks));
+        }
+        if !(c.bits.is_finite() && (0.0..=MAX_BITS as f32).contains(&c.bits)) {
+            return fail(format!("{} code bits per element; 0 (from the ratio) to 8 are possible", c.bits));
+        }
+        if c.bits == 0.0 && !(c.ratio.is_finite() && (1.0..=64.0).contains(&c.ratio)) {
+            return fail(format!("a ratio of {}; 1 to 64 are possible", c.ratio));
+        }
+        if shapes.is_empty() || shapes.len() > 4096 {
+            return fail(format!("{} layers; 1 to 4096 are possible", shapes.len()));
+        }
+        for (i, s) in shapes.iter().enumerate() {
+            let dims_ok = |d: u32| d > 0 && d <= 1024 && d % 2 == 0;
+            if s.n_head_kv == 0 || s.n_head == 0 || s.n_head > 4096 || s.n_head % s.n_head_kv != 0 || !dims_ok(s.d_k) || !dims_ok(s.d_v) {
+                return fail(format!("layer {i}: {} query heads, {} KV heads, head sizes {} and {}", s.n_head, s.n_head_kv, s.d_k, s.d_v));
+            }
+        }
+        let cells = c.n_cells as usize;
+        let fit_rows = (cells / 2).clamp(FIT_ROWS_MIN, FIT_ROWS);
+        let wanted = c.n_seqs as usize * (c.window as usize + c.sinks as usize + TILE);
+        let all_exact = cells <= wanted.max(fit_rows);
+        let exact = if all_exact { cells } else { wanted };
+        let tiles = if all_exact { 0 } else { (cells - (c.window as usize + c.sinks as usize)).div_ceil(TILE) };
+        let f16_row: usize = shapes.iter().map(|s| (s.n_head_kv * (s.d_k + s.d_v) * 2) as usize).sum();
+        let tables = crate::cache::table_bytes(cells, tiles, cells.min(exact + FIT_ROWS)) as f64;
+        let raw_least = (fit_rows + c.sinks as usize).max(exact);
+
+        let mut layers = Vec::with_capacity(shapes.len());
+        for s in shapes {
+            let mut l = LayerGeometry {
+                n_head: s.n_head as usize,
+                n_head_kv: s.n_head_kv as usize,
+                d_k: s.d_k as usize,
+                d_v: s.d_v as usize,
+                code_bytes: 0,
+                exact_bytes: 0,
+                body_bytes: 0,
+                arena_bytes: 0,
+            };
+            l.exact_bytes = align(HEAD_RECORD_BYTES + exact * l.row_bytes(), 64);
+            if tiles > 0 {
+                let elements = (l.n_head_kv * l.head_elements()) as f64;
+                let bytes_at = |bits: f64| (elements * TILE as f64 / 8.0 * bits) as usize / 16 * 16;
+                let coded_fixed = l.n_head_kv * (l.basis_bytes() + tiles * GAIN_BYTES);
+                l.code_bytes = if c.bits > 0.0 {
+                    bytes_at(f64::from(c.bits))
+                } else {
+                    let share = l.f16_row_bytes() as f64 / f16_row as f64;
+                    let target = (cells * l.f16_row_bytes()) as f64 / f64::from(c.ratio) - tables * share;
+                    let left = target - (HEADER_BYTES + l.n_head_kv * l.exact_bytes + coded_fixed + 255) as f64;
+                    let floor = bytes_at(0.75 * 16.0 / f64::from(c.ratio)) as f64;
+                    (left / tiles as f64).clamp(floor.min(bytes_at(MAX_BITS) as f64), bytes_at(MAX_BITS) as f64) as usize / 16 * 16
+                };
+                let coded = coded_fixed + tiles * l.code_bytes;
+                let before_fit = l.n_head_kv * align((raw_least - exact) * l.row_bytes() + l.query_bytes(), 64);
+                l.body_bytes = align(coded.max(before_fit), 64);
+            }
+            l.arena_bytes = (HEADER_BYTES + l.n_head_kv * l.exact_bytes + l.body_bytes).next_multiple_of(256);
+            layers.push(l);
+        }
+        let raw = if tiles == 0 {
+            exact
+        } else {
+            let spare = layers.iter().map(|l| (l.raw_head_bytes() - l.query_bytes()) / l.row_bytes()).min();
+            // More than a few windows of rows waiting for a fit would only slow the steps before it.
+            (exact + spare.unwrap_or(0)).min(cells).min(exact + FIT_ROWS)
+        };
+        Ok(Geometry { config: c.clone(), exact, raw, fit_rows, tiles, layers })
+    }
+
+    /// Bytes held, against f16.
+    pub fn report(&self) -> SizeReport {
+        let streams = u64::from(self.config.n_streams);
+        let arenas = streams * self.layers.iter().map(|l| l.arena_bytes as u64).sum::<u64>();
+        let tables = streams * crate::cache::table_bytes(self.config.n_cells as usize, self.tiles, self.raw) as u64;
+        let f16 = streams * u64::from(self.config.n_cells) * self.layers.iter().map(|l| l.f16_row_bytes() as u64).sum::<u64>();
+        let weight: f64 = self.layers.iter().map(|l| l.f16_row_bytes() as f64).sum();
+        let bits = self.layers.iter().map(|l| l.code_bits() * l.f16_row_bytes() as f64).sum::<f64>() / weight;
+        SizeReport {
+            bytes_arenas: arenas,
+            bytes_tables: tables,
+            bytes_f16: f16,
+            ratio: f16 as f64 / (arenas + tables) as f64,
+            code_bits: if self.tiles == 0 { 16.0 } else { bits },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMALL: LayerShape = LayerShape { n_head: 4, n_head_kv: 2, d_k: 128, d_v: 128 };
+    const LARGE: LayerShape = LayerShape { n_head: 32, n_head_kv: 8, d_k: 128, d_v: 128 };
+
+    #[test]
+    fn an_eighth_of_f16_is_reached_at_32k_by_default() {
+        for (shape, layers) in [(SMALL, 3), (LARGE, 32)] {
+            let g = Geometry::new(&Config { n_cells: 32768, ..Config::default() }, &vec![shape; layers]).unwrap();
+            let r = g.report();
+            assert!(r.ratio >= 8.0, "{r:?}");
+            assert!(r.ratio < 8.05, "the budget is used up: {r:?}");
+            assert!(r.code_bits >= 1.5, "{r:?}");
+        }
+    }
+
+    #[test]
+    fn code_bits_never_fall_under_three_quarters_of_the_nominal_rate() {
+        for cells in [2048, 4096, 8192, 16384] {
+            let g = Geometry::new(&Config { n_cells: cells, ..Config::default() }, &[SMALL; 3]).unwrap();
+            assert!(g.report().code_bits >= 1.49, "{cells}: {:?}", g.report());
+            assert!(g.raw >= g.fit_rows + 4);
+        }
+    }
+
+    #[test]
+    fn a_window_as_long_as_the_context_stores_everything_exactly() {
+        let g = Geometry::new(&Config { n_cells: 2048, window: 2048, ..Config::default() }, &[SMALL]).unwrap();
+        assert_eq!((g.tiles, g.exact, g.raw), (0, 2048, 2048));
+    }
+
+    #[test]
+    fn absurd_configurations_are_refused() {
+        let ok = Config { n_cells: 4096, ..Config::default() };
+        for bad in [
+            Config { n_cells: 0, ..ok.clone() },
+            Config { n_cells: u32::MAX, ..ok.clone() },
+            Config { n_streams: 0, ..ok.clone() },
+            Config { ratio: f32::NAN, ..ok.clone() },
+            Config { ratio: 0.5, ..ok.clone() },
+            Config { bits: -1.0, ..ok.clone() },
+            Config { bits: 9.0, ..ok.clone() },
+        ] {
+            assert!(Geometry::new(&bad, &[SMALL]).is_err(), "{bad:?}");
+        }
+        assert!(Geometry::new(&ok, &[]).is_err());
+        assert!(Geometry::new(&ok, &[LayerShape { n_head: 3, ..SMALL }]).is_err());
+        assert!(Geometry::new(&ok, &[LayerShape { d_k: 0, ..SMALL }]).is_err());
+        // A window of u32::MAX rows is a context-long window, not an overflow.
+        assert_eq!(Geometry::new(&Config { window: u32::MAX, ..ok }, &[SMALL]).unwrap().tiles, 0);
+    }
+}

@@ -1,0 +1,101 @@
+//! `skv_geometry`: sizes of everything.
+
+use super::{borrow, borrow_mut, copy_text, guard, report, silent, slice, skv_config, skv_layer_shape, skv_size_report, skv_status, versioned};
+use crate::cache::plan;
+use crate::config::Geometry;
+use crate::error::Error;
+use std::ffi::c_char;
+use std::sync::Arc;
+
+/// Sizes of a cache, computed from a configuration. Immutable; may be used by several threads.
+#[allow(non_camel_case_types, reason = "the name is C's")]
+pub struct skv_geometry(pub(crate) Arc<Geometry>);
+
+/// Check a configuration and compute all sizes. `*out` is owned by the caller; free it with `skv_geometry_free`.
+/// `err` (may be NULL) receives the reason of a failure.
+///
+/// # Safety
+/// `config` and `layers` (`n_layers` structs) are readable, `out` writable, `err` writable for `err_len` bytes; each may be NULL.
+#[no_mangle]
+pub unsafe extern "C" fn skv_geometry_create(
+    config: *const skv_config,
+    layers: *const skv_layer_shape,
+    n_layers: usize,
+    out: *mut *mut skv_geometry,
+    err: *mut c_char,
+    err_len: usize,
+) -> skv_status {
+    // SAFETY: the caller's contract.
+    let tell = |text: String| unsafe { copy_text(&text, err, err_len) };
+    guard(tell, || {
+        // SAFETY: the caller's contract.
+        let (config, out) = unsafe { (versioned(config, skv_config::defaults(), "config")?, borrow_mut(out, "out")?) };
+        // SAFETY: the caller's contract.
+        let layers = unsafe { slice(layers, n_layers, "layers")? };
+        if layers.iter().any(|l| l.struct_size != size_of::<skv_layer_shape>()) {
+            return Err(Error::Argument("layers[i].struct_size must be sizeof(skv_layer_shape)".into()).into());
+        }
+        let shapes: Vec<_> = layers.iter().map(|l| l.to_shape()).collect();
+        *out = Box::into_raw(Box::new(skv_geometry(Arc::new(Geometry::new(&config.to_config(), &shapes)?))));
+        Ok(())
+    })
+}
+
+/// Free a geometry; NULL is allowed. Tables and layers made from it stay valid.
+///
+/// # Safety
+/// `geometry` is NULL or came from `skv_geometry_create` and was not freed.
+#[no_mangle]
+pub unsafe extern "C" fn skv_geometry_free(geometry: *mut skv_geometry) {
+    if !geometry.is_null() {
+        // SAFETY: the caller's contract.
+        drop(unsafe { Box::from_raw(geometry) });
+    }
+}
+
+/// Bytes of one layer's arena for one stream; a multiple of 256. An arena must start at a multiple of 32 and be zeroed before use.
+///
+/// # Safety
+/// Pointers are valid or NULL.
+#[no_mangle]
+pub unsafe extern "C" fn skv_geometry_arena_bytes(geometry: *const skv_geometry, layer: usize, bytes: *mut usize) -> skv_status {
+    guard(silent, || {
+        // SAFETY: the caller's contract.
+        let (g, bytes) = unsafe { (borrow(geometry, "geometry")?, borrow_mut(bytes, "bytes")?) };
+        let layer = g.0.layers.get(layer).ok_or_else(|| Error::Argument(format!("layer {layer} of {}", g.0.layers.len())))?;
+        *bytes = layer.arena_bytes;
+        Ok(())
+    })
+}
+
+/// Ints of the longest plan of one stream for a step of `n_tokens` tokens.
+///
+/// # Safety
+/// Pointers are valid or NULL.
+#[no_mangle]
+pub unsafe extern "C" fn skv_geometry_plan_ints(geometry: *const skv_geometry, n_tokens: usize, ints: *mut usize) -> skv_status {
+    guard(silent, || {
+        // SAFETY: the caller's contract.
+        let (g, ints) = unsafe { (borrow(geometry, "geometry")?, borrow_mut(ints, "ints")?) };
+        if n_tokens > g.0.config.n_cells as usize {
+            return Err(Error::Argument(format!("{n_tokens} tokens for {} cells", g.0.config.n_cells)).into());
+        }
+        *ints = plan::capacity(&g.0, n_tokens);
+        Ok(())
+    })
+}
+
+/// Bytes held, against f16.
+///
+/// # Safety
+/// Pointers are valid or NULL; `out->struct_size` is set.
+#[no_mangle]
+pub unsafe extern "C" fn skv_geometry_report(geometry: *const skv_geometry, out: *mut skv_size_report) -> skv_status {
+    guard(silent, || {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let g = borrow(geometry, "geometry")?;
+            report(out, &skv_size_report::new(&g.0.report(), &g.0), "out")
+        }
+    })
+}

@@ -1,0 +1,435 @@
+//! `skv_layer`: what one layer does with its arenas. Called by ggml's worker threads.
+//!
+//! `ith` of `nth` threads call the same function with the same arguments; each does its share and writes bytes of its own.
+
+use super::*;
+use crate::attention::Scoring;
+use crate::cache::{arena as layout, HeadMut, Layer, Mask, Plan, Rows};
+use half::f16;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::Mutex;
+use std::time::Instant;
+
+/// One layer: shapes, rotation and counters. Everything but `skv_layer_set_*` and `skv_layer_free` may be called from several
+/// threads at once.
+#[allow(non_camel_case_types, reason = "the name is C's")]
+pub struct skv_layer {
+    pub(crate) layer: Layer,
+    error: Mutex<String>,
+}
+
+/// Run a call on a layer, keeping the text of a failure in it.
+///
+/// # Safety
+/// `layer` is NULL or valid.
+unsafe fn on_layer(layer: *const skv_layer, body: impl FnOnce(&Layer) -> std::result::Result<(), Failure>) -> skv_status {
+    // SAFETY: the caller's contract.
+    let Ok(l) = (unsafe { borrow(layer, "layer") }) else { return skv_status::SKV_STATUS_NULL };
+    let tell = |text| *l.error.lock().unwrap_or_else(|e| e.into_inner()) = text;
+    guard(tell, || body(&l.layer))
+}
+
+fn timed<T>(first: bool, counter: &AtomicU64, body: impl FnOnce() -> T) -> T {
+    let start = Instant::now();
+    let out = body();
+    if first {
+        counter.fetch_add(start.elapsed().as_nanos() as u64, Relaxed);
+    }
+    out
+}
+
+fn check_threads(ith: u32, nth: u32) -> Result<()> {
+    if ith >= nth {
+        return Err(Error::Argument(format!("thread {ith} of {nth}")));
+    }
+    Ok(())
+}
+
+/// The `ith` of `nth` shares of `n` things.
+fn share(n: usize, ith: u32, nth: u32) -> Range<usize> {
+    n * ith as usize / nth as usize..n * (ith as usize + 1) / nth as usize
+}
+
+/// Borrow rows of `heads` heads of `d` floats.
+///
+/// # Safety
+/// `rows` is NULL or valid, and its data covers what it describes.
+pub(crate) unsafe fn rows<'a>(rows: *const skv_rows, heads: usize, d: usize, name: &'static str) -> std::result::Result<Rows<'a>, Failure> {
+    // SAFETY: the caller's contract.
+    let r = unsafe { borrow(rows, name)? };
+    if r.n_rows == 0 {
+        return Ok(Rows::empty());
+    }
+    if r.row_stride % 4 != 0 || r.head_stride % 4 != 0 {
+        return Err(Error::Argument(format!("the strides of {name} are not whole floats")).into());
+    }
+    let (row, head) = (r.row_stride / 4, r.head_stride / 4);
+    let span = (r.n_rows - 1).checked_mul(row).and_then(|a| (heads - 1).checked_mul(head).and_then(|b| a.checked_add(b)?.checked_add(d)));
+    let span = span.ok_or_else(|| Error::Argument(format!("{name} is longer than memory")))?;
+    // SAFETY: `span` floats are what the strides describe.
+    Ok(Rows::new(unsafe { slice(r.data, span, name)? }, r.n_rows, row, head, heads, d)?)
+}
+
+/// Layer number `layer` of a geometry. `*out` is owned by the caller; free it with `skv_layer_free`.
+///
+/// # Safety
+/// Pointers are valid or NULL.
+#[no_mangle]
+pub unsafe extern "C" fn skv_layer_create(geometry: *const skv_geometry, layer: usize, out: *mut *mut skv_layer) -> skv_status {
+    guard(silent, || {
+        // SAFETY: the caller's contract.
+        let (g, out) = unsafe { (borrow(geometry, "geometry")?, borrow_mut(out, "out")?) };
+        let layer = Layer::new(g.0.clone(), layer)?;
+        *out = Box::into_raw(Box::new(skv_layer { layer, error: Mutex::default() }));
+        Ok(())
+    })
+}
+
+/// Free a layer; NULL is allowed.
+///
+/// # Safety
+/// `layer` is NULL or came from `skv_layer_create` and was not freed.
+#[no_mangle]
+pub unsafe extern "C" fn skv_layer_free(layer: *mut skv_layer) {
+    if !layer.is_null() {
+        // SAFETY: the caller's contract.
+        drop(unsafe { Box::from_raw(layer) });
+    }
+}
+
+/// Run an exclusive call on a layer.
+///
+/// # Safety
+/// `layer` is NULL or valid and not used by another thread.
+unsafe fn change_layer(layer: *mut skv_layer, body: impl FnOnce(&mut Layer) -> std::result::Result<(), Failure>) -> skv_status {
+    // SAFETY: the caller's contract.
+    let Ok(l) = (unsafe { borrow_mut(layer, "layer") }) else { return skv_status::SKV_STATUS_NULL };
+    let error = &l.error;
+    guard(|text| *error.lock().unwrap_or_else(|e| e.into_inner()) = text, || body(&mut l.layer))
+}
+
+/// Set the rotation of this layer's keys; without it keys are stored as they are. Setting the same again does nothing; another
+/// one after rows were stored is `SKV_STATUS_STATE`. Exclusive.
+///
+/// # Safety
+/// Pointers are valid or NULL.
+#[no_mangle]
+pub unsafe extern "C" fn skv_layer_set_rope(layer: *mut skv_layer, rope: *const skv_rope) -> skv_status {
+    // SAFETY: the caller's contract.
+    unsafe {
+        change_layer(layer, |l| {
+            let rope = versioned(rope, skv_rope::defaults(), "rope")?;
+            let factors = slice(rope.freq_factors, rope.n_freq_factors, "freq_factors")?;
+            Ok(l.set_rope(&rope.to_params(factors)?)?)
+        })
+    }
+}
+
+/// Set scale and soft cap (0 for none) of the scores, with which the fit weighs errors. Default `1/sqrt(d_k)`. Exclusive.
+///
+/// # Safety
+/// `layer` is NULL or valid.
+#[no_mangle]
+pub unsafe extern "C" fn skv_layer_set_scoring(layer: *mut skv_layer, scale: f32, softcap: f32) -> skv_status {
+    // SAFETY: the caller's contract.
+    unsafe { change_layer(layer, |l| Ok(l.set_scoring(Scoring { scale, softcap })?)) }
+}
+
+/// Whether storing this plan wants the output projection: `*wants` becomes 0 or 1.
+///
+/// # Safety
+/// Pointers are valid for the given counts or NULL.
+#[no_mangle]
+pub unsafe extern "C" fn skv_plan_wants_projection(plan: *const i32, plan_ints: usize, wants: *mut i32) -> skv_status {
+    guard(silent, || {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let wants = borrow_mut(wants, "wants")?;
+            *wants = i32::from(Plan::parse(slice(plan, plan_ints, "plan")?)?.fit);
+        }
+        Ok(())
+    })
+}
+
+/// Store the step: seal tiles, move rows, write exact rows, fit the bases when the plan says so. Runs after the attention of
+/// the same step. `projection` may be NULL. A fit is done by thread 0 alone and allocates temporary memory.
+///
+/// # Safety
+/// Pointers are valid for what they describe or NULL; nothing else uses the arena but the other threads of this call.
+#[no_mangle]
+pub unsafe extern "C" fn skv_layer_append(
+    layer: *const skv_layer,
+    arena: *mut u8,
+    arena_bytes: usize,
+    plan: *const i32,
+    plan_ints: usize,
+    q: *const skv_rows,
+    k: *const skv_rows,
+    v: *const skv_rows,
+    projection: *const skv_projection,
+    ith: u32,
+    nth: u32,
+) -> skv_status {
+    // SAFETY (whole body): the caller's contract; heads are shared out so that no two threads touch the same bytes.
+    unsafe {
+        on_layer(layer, |l| {
+            check_threads(ith, nth)?;
+            let g = l.shape();
+            if arena.is_null() {
+                return Err(Failure::Null("arena"));
+            }
+            check_arena(arena, arena_bytes, g.arena_bytes)?;
+            let plan = Plan::parse(slice(plan, plan_ints, "plan")?)?;
+            let q = rows(q, g.n_head, g.d_k, "q")?;
+            let k = rows(k, g.n_head_kv, g.d_k, "k")?;
+            let v = rows(v, g.n_head_kv, g.d_v, "v")?;
+            timed(ith == 0, &l.counters.ns_encode, || {
+                if plan.fit {
+                    if ith > 0 {
+                        return Ok(());
+                    }
+                    let wo = match projection.as_ref() {
+                        Some(p) => {
+                            let n = p.n_rows.checked_mul(g.n_head * g.d_v).ok_or_else(|| Error::Argument("projection.n_rows".into()))?;
+                            slice(p.data, n, "projection.data")?
+                        }
+                        None => &[],
+                    };
+                    return Ok(l.append_fit(slice_mut(arena, arena_bytes, "arena")?, &plan, &q, &k, &v, wo)?);
+                }
+                // SAFETY: header and widths, which no storing thread writes outside of a fit.
+                let read = |r: Range<usize>| std::slice::from_raw_parts(arena.add(r.start), r.len());
+                let heads = layout::read_ranges(read, arena_bytes, g, l.geometry().tiles, plan.fitted)?;
+                // SAFETY: the ranges of different heads are disjoint, bases are only read, and a head has one thread.
+                let part = |r: Range<usize>| std::slice::from_raw_parts_mut(arena.add(r.start), r.len());
+                for (head, r) in heads.into_iter().enumerate().filter(|(h, _)| h % nth as usize == ith as usize) {
+                    let (raw, tiles) = if plan.fitted { (0..0, r.tiles) } else { (r.raw, 0..0) };
+                    let m = HeadMut { exact: part(r.exact), raw: part(raw), bases: read(r.bases), tiles: part(tiles) };
+                    l.append_head(head, m, &plan, &q, &k, &v)?;
+                }
+                Ok(())
+            })
+        })
+    }
+}
+
+/// After a graph that failed part-way: carry out what the plan does to rows already stored, unless this arena has it already.
+/// One thread.
+///
+/// # Safety
+/// Pointers are valid for what they describe or NULL; nothing else uses the arena.
+#[no_mangle]
+pub unsafe extern "C" fn skv_layer_replay(layer: *const skv_layer, arena: *mut u8, arena_bytes: usize, plan: *const i32, plan_ints: usize) -> skv_status {
+    // SAFETY: the caller's contract.
+    unsafe {
+        on_layer(layer, |l| {
+            check_arena(arena, arena_bytes, l.shape().arena_bytes)?;
+            let plan = Plan::parse(slice(plan, plan_ints, "plan")?)?;
+            Ok(l.replay(slice_mut(arena, arena_bytes, "arena")?, &plan)?)
+        })
+    }
+}
+
+/// Rebuild dense roped f16 rows of all cells below `n_kv`: `k_out[n_kv][n_head_kv][d_k]` and `v_out[n_kv][n_head_kv][d_v]`, last
+/// index fastest. The step's own rows are taken from `k` and `v`; empty cells give zeros.
+///
+/// # Safety
+/// Pointers are valid for what they describe or NULL; nothing changes the arena during the call.
+#[no_mangle]
+pub unsafe extern "C" fn skv_layer_reconstruct(
+    layer: *const skv_layer,
+    arena: *const u8,
+    arena_bytes: usize,
+    plan: *const i32,
+    plan_ints: usize,
+    k: *const skv_rows,
+    v: *const skv_rows,
+    k_out: *mut u16,
+    v_out: *mut u16,
+    n_kv: usize,
+    ith: u32,
+    nth: u32,
+) -> skv_status {
+    // SAFETY (whole body): the caller's contract; each thread writes the cells of its own share.
+    unsafe {
+        on_layer(layer, |l| {
+            check_threads(ith, nth)?;
+            let g = l.shape();
+            let arena = super::arena(arena, arena_bytes, g.arena_bytes)?;
+            let plan = Plan::parse(slice(plan, plan_ints, "plan")?)?;
+            let k = rows(k, g.n_head_kv, g.d_k, "k")?;
+            let v = rows(v, g.n_head_kv, g.d_v, "v")?;
+            if n_kv > l.geometry().config.n_cells as usize {
+                return Err(Error::Argument(format!("{n_kv} cells of {}", l.geometry().config.n_cells)).into());
+            }
+            if n_kv > 0 && (k_out.is_null() || v_out.is_null()) {
+                return Err(Failure::Null(if k_out.is_null() { "k_out" } else { "v_out" }));
+            }
+            let cells = share(n_kv, ith, nth);
+            let (nk, nv) = (g.n_head_kv * g.d_k, g.n_head_kv * g.d_v);
+            let k_out = slice_mut(k_out.add(cells.start * nk).cast::<f16>(), cells.len() * nk, "k_out")?;
+            let v_out = slice_mut(v_out.add(cells.start * nv).cast::<f16>(), cells.len() * nv, "v_out")?;
+            timed(ith == 0, &l.counters.ns_reconstruct, || Ok(l.reconstruct(arena, &plan, &k, &v, cells, k_out, v_out)?))
+        })
+    }
+}
+
+/// Floats of the partial results of an attention call with `n_tokens` query tokens.
+///
+/// # Safety
+/// Pointers are valid or NULL.
+#[no_mangle]
+pub unsafe extern "C" fn skv_layer_partial_floats(layer: *const skv_layer, n_tokens: usize, floats: *mut usize) -> skv_status {
+    // SAFETY: the caller's contract.
+    unsafe {
+        on_layer(layer, |l| {
+            let floats = borrow_mut(floats, "floats")?;
+            if n_tokens > SKV_MAX_QUERIES {
+                return Err(Error::Argument(format!("{n_tokens} query tokens; at most {SKV_MAX_QUERIES} are possible")).into());
+            }
+            *floats = l.partial_floats(n_tokens);
+            Ok(())
+        })
+    }
+}
+
+fn scoring(p: &skv_attend_params) -> Scoring {
+    Scoring { scale: p.scale, softcap: p.softcap }
+}
+
+/// Borrow a mask for `n` query tokens.
+///
+/// # Safety
+/// The mask covers what the parameters describe.
+unsafe fn mask<'a>(p: &skv_attend_params, n: usize) -> std::result::Result<Mask<'a>, Failure> {
+    if p.mask.is_null() {
+        return Ok(Mask::All);
+    }
+    let stride = p.mask_row_stride / 2;
+    if p.mask_row_stride % 2 != 0 || (n > 1 && stride < p.n_kv) {
+        return Err(Error::Argument(format!("a mask row of {} bytes for {} cells", p.mask_row_stride, p.n_kv)).into());
+    }
+    let len = (n - 1).checked_mul(stride).and_then(|x| x.checked_add(p.n_kv)).ok_or_else(|| Error::Argument("mask".into()))?;
+    // SAFETY: the caller's contract; f16 has the layout of u16.
+    let values = unsafe { slice(p.mask.cast::<f16>(), len, "mask")? };
+    Ok(Mask::F16 { values, stride, n_kv: p.n_kv })
+}
+
+/// Attention of 1 to 64 query tokens over the stored rows and the step's own rows, first half: partial results. The result does
+/// not depend on the number of threads.
+///
+/// # Safety
+/// Pointers are valid for what they describe or NULL; nothing changes the arena during the call.
+#[no_mangle]
+pub unsafe extern "C" fn skv_layer_attend(
+    layer: *const skv_layer,
+    arena: *const u8,
+    arena_bytes: usize,
+    plan: *const i32,
+    plan_ints: usize,
+    q: *const skv_rows,
+    k: *const skv_rows,
+    v: *const skv_rows,
+    params: *const skv_attend_params,
+    partials: *mut f32,
+    n_partials: usize,
+    ith: u32,
+    nth: u32,
+) -> skv_status {
+    // SAFETY (whole body): the caller's contract; each thread writes the units of its own share.
+    unsafe {
+        on_layer(layer, |l| {
+            check_threads(ith, nth)?;
+            let g = l.shape();
+            let arena = super::arena(arena, arena_bytes, g.arena_bytes)?;
+            let plan = Plan::parse(slice(plan, plan_ints, "plan")?)?;
+            let q = rows(q, g.n_head, g.d_k, "q")?;
+            let k = rows(k, g.n_head_kv, g.d_k, "k")?;
+            let v = rows(v, g.n_head_kv, g.d_v, "v")?;
+            let p = versioned(params, skv_attend_params::defaults(), "params")?;
+            let n = q.len();
+            if n == 0 || n > SKV_MAX_QUERIES {
+                return Err(Error::Argument(format!("{n} query tokens; 1 to {SKV_MAX_QUERIES} are possible")).into());
+            }
+            let (need, size) = (l.partial_floats(n), l.unit_floats(n));
+            if n_partials < need {
+                return Err(Error::Buffer { need, have: n_partials }.into());
+            }
+            if partials.is_null() {
+                return Err(Failure::Null("partials"));
+            }
+            let mask = mask(&p, n)?;
+            timed(ith == 0, &l.counters.ns_attend, || {
+                for unit in (ith as usize..l.units()).step_by(nth as usize) {
+                    let out = slice_mut(partials.add(unit * size), size, "partials")?;
+                    l.attend_unit(unit, arena, &plan, &q, &k, &v, scoring(&p), mask, out)?;
+                }
+                Ok(())
+            })
+        })
+    }
+}
+
+/// Second half: merge partial results into `out[n_tokens][n_head][d_v]`, `n_out` floats. `params` as in the first half.
+///
+/// # Safety
+/// Pointers are valid for what they describe or NULL.
+#[no_mangle]
+pub unsafe extern "C" fn skv_layer_combine(
+    layer: *const skv_layer,
+    params: *const skv_attend_params,
+    partials: *const f32,
+    n_partials: usize,
+    n_tokens: usize,
+    out: *mut f32,
+    n_out: usize,
+    ith: u32,
+    nth: u32,
+) -> skv_status {
+    // SAFETY (whole body): the caller's contract; each thread writes the output rows of its own share.
+    unsafe {
+        on_layer(layer, |l| {
+            check_threads(ith, nth)?;
+            let g = l.shape();
+            let p = versioned(params, skv_attend_params::defaults(), "params")?;
+            let partials = slice(partials, n_partials, "partials")?;
+            let sinks = slice(p.sinks, if p.sinks.is_null() { 0 } else { g.n_head }, "sinks")?;
+            if n_tokens > SKV_MAX_QUERIES || n_out < n_tokens * g.n_head * g.d_v {
+                return Err(Error::Buffer { need: n_tokens.saturating_mul(g.n_head * g.d_v), have: n_out }.into());
+            }
+            if out.is_null() {
+                return Err(Failure::Null("out"));
+            }
+            let mine = share(n_tokens * g.n_head, ith, nth);
+            let out = slice_mut(out.add(mine.start * g.d_v), mine.len() * g.d_v, "out")?;
+            Ok(l.combine(n_tokens, partials, sinks, mine, out)?)
+        })
+    }
+}
+
+/// Counters of a layer.
+///
+/// # Safety
+/// Pointers are valid or NULL; `out->struct_size` is set.
+#[no_mangle]
+pub unsafe extern "C" fn skv_layer_stats(layer: *const skv_layer, out: *mut skv_stats) -> skv_status {
+    // SAFETY: the caller's contract.
+    unsafe { on_layer(layer, |l| report(out, &skv_stats::new(&l.counters.read()), "out")) }
+}
+
+/// Copy the reason of the last failed call on this layer, on whichever thread it was, into `buffer` (cut to fit).
+///
+/// # Safety
+/// `layer` is NULL or valid; `buffer` is NULL or writable for `capacity` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn skv_layer_last_error(layer: *const skv_layer, buffer: *mut c_char, capacity: usize) -> skv_status {
+    // SAFETY: the caller's contract.
+    unsafe {
+        guard(silent, || {
+            let l = borrow(layer, "layer")?;
+            copy_text(&l.error.lock().unwrap_or_else(|e| e.into_inner()), buffer, capacity);
+            Ok(())
+        })
+    }
+}

@@ -1,0 +1,94 @@
+//! Saved states of a stream.
+
+use super::*;
+use crate::cache::{Cells, Layer};
+use crate::state;
+
+/// Borrow arrays of layers and arenas.
+///
+/// # Safety
+/// The arrays hold `n` valid pointers.
+unsafe fn layers<'a>(layers: *const *const skv_layer, n: usize) -> std::result::Result<Vec<&'a Layer>, Failure> {
+    // SAFETY: the caller's contract.
+    unsafe { slice(layers, n, "layers")?.iter().map(|l| Ok(&borrow(*l, "layers[i]")?.layer)).collect() }
+}
+
+/// Write the rows of `cells` (ascending, all holding rows) into `buffer`. With `buffer` NULL and `capacity` 0 only `*size` is set;
+/// it is the same for the same contents. No plan may be pending. `arenas` has the arena of each layer for this stream.
+///
+/// # Safety
+/// Pointers are valid for what they describe or NULL; nothing changes the arenas during the call.
+#[no_mangle]
+pub unsafe extern "C" fn skv_state_write(
+    table: *mut skv_table,
+    layers: *const *const skv_layer,
+    arenas: *const *const u8,
+    n_layers: usize,
+    cells: *const u32,
+    n_cells: usize,
+    buffer: *mut u8,
+    capacity: usize,
+    size: *mut usize,
+) -> skv_status {
+    // SAFETY (whole body): the caller's contract.
+    unsafe {
+        on_table(table, |t| {
+            let size = borrow_mut(size, "size")?;
+            let layers = self::layers(layers, n_layers)?;
+            let arenas: Vec<&[u8]> = slice(arenas, n_layers, "arenas")?
+                .iter()
+                .zip(&layers)
+                .map(|(a, l)| arena(*a, l.shape().arena_bytes, l.shape().arena_bytes))
+                .collect::<std::result::Result<_, _>>()?;
+            let bytes = state::write(t, &layers, &arenas, slice(cells, n_cells, "cells")?)?;
+            if buffer.is_null() && capacity == 0 {
+                *size = bytes.len();
+                return Ok(());
+            }
+            if capacity < bytes.len() {
+                return Err(Error::Buffer { need: bytes.len(), have: capacity }.into());
+            }
+            slice_mut(buffer, bytes.len(), "buffer")?.copy_from_slice(&bytes);
+            *size = bytes.len();
+            Ok(())
+        })
+    }
+}
+
+/// Read what `skv_state_write` wrote into `cells`, in the order they were written; the cells must hold no rows. `cell_pos` and
+/// `cell_seq` describe all `n_all` cells of the stream as in `skv_table_plan`. Everything is verified first; on error no row has changed.
+///
+/// # Safety
+/// Pointers are valid for what they describe or NULL; nothing else uses the arenas.
+#[no_mangle]
+pub unsafe extern "C" fn skv_state_read(
+    table: *mut skv_table,
+    layers: *const *const skv_layer,
+    arenas: *const *mut u8,
+    n_layers: usize,
+    cell_pos: *const i32,
+    cell_seq: *const i32,
+    n_all: usize,
+    cells: *const u32,
+    n_cells: usize,
+    buffer: *const u8,
+    size: usize,
+) -> skv_status {
+    // SAFETY (whole body): the caller's contract.
+    unsafe {
+        on_table(table, |t| {
+            let layers = self::layers(layers, n_layers)?;
+            let mut arenas: Vec<&mut [u8]> = slice(arenas, n_layers, "arenas")?
+                .iter()
+                .zip(&layers)
+                .map(|(a, l)| {
+                    check_arena(*a, l.shape().arena_bytes, l.shape().arena_bytes)?;
+                    slice_mut(*a, l.shape().arena_bytes, "arenas[i]")
+                })
+                .collect::<std::result::Result<_, _>>()?;
+            let all = Cells { pos: slice(cell_pos, n_all, "cell_pos")?, seq: slice(cell_seq, n_all, "cell_seq")? };
+            let bytes = slice(buffer, size, "buffer")?;
+            Ok(state::read(t, &layers, &mut arenas, all, slice(cells, n_cells, "cells")?, bytes)?)
+        })
+    }
+}

@@ -1,0 +1,115 @@
+//! Running other programs: quietly with their output kept for the error message, with a time limit,
+//! or in this program's place.
+//!
+//! Owns how a failure of a child is worded. Must not know what the children are for.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::{Command, ExitCode, Output, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+
+/// The command as a user would type it.
+pub fn shown(cmd: &Command) -> String {
+    let quote = |s: &std::ffi::OsStr| {
+        let s = s.to_string_lossy().into_owned();
+        if s.is_empty() || s.contains([' ', '\'', '"', '$', '(', ';']) {
+            format!("'{}'", s.replace('\'', "'\\''"))
+        } else {
+            s
+        }
+    };
+    let words: Vec<_> = std::iter::once(cmd.get_program()).chain(cmd.get_args()).map(quote).collect();
+    words.join(" ")
+}
+
+/// The last `n` lines of a text.
+pub fn tail(text: &str, n: usize) -> String {
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(n)..].join("\n")
+}
+
+/// Runs a command without input; on failure the error has the command and the end of its output.
+pub fn output(cmd: &mut Command) -> Result<Output> {
+    let out = cmd.stdin(Stdio::null()).output().with_context(|| format!("cannot run `{}`", shown(cmd)))?;
+    if !out.status.success() {
+        let text = [out.stdout.as_slice(), out.stderr.as_slice()].concat();
+        bail!("`{}` failed ({}):\n{}", shown(cmd), out.status, tail(&String::from_utf8_lossy(&text), 40));
+    }
+    Ok(out)
+}
+
+/// Runs a command for its standard output, as text without surrounding space.
+pub fn text(cmd: &mut Command) -> Result<String> {
+    Ok(String::from_utf8_lossy(&output(cmd)?.stdout).trim().to_string())
+}
+
+/// Whether a command ends successfully within a time limit; its output is dropped.
+pub fn succeeds(cmd: &mut Command, limit: Duration) -> bool {
+    let child = cmd.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+    let Ok(mut child) = child else { return false };
+    let end = Instant::now() + limit;
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return status.success(),
+            Ok(None) if Instant::now() < end => sleep(Duration::from_millis(20)),
+            _ => {
+                // It may have ended by itself in the meantime: nothing to do about either failure.
+                let _ = child.kill();
+                let _ = child.wait();
+                return false;
+            }
+        }
+    }
+}
+
+/// Whether a program of this name can be run; `args` must make it end at once.
+pub fn runs(program: impl AsRef<std::ffi::OsStr>, args: &[&str]) -> bool {
+    succeeds(Command::new(program).args(args), Duration::from_secs(30))
+}
+
+/// Runs a program in this one's place: the same terminal, the same exit code.
+pub fn hand_over(program: &Path, args: &[OsString]) -> Result<ExitCode> {
+    let mut cmd = Command::new(program);
+    cmd.args(args);
+    become_it(&mut cmd).with_context(|| format!("cannot run `{}`", shown(&cmd)))
+}
+
+#[cfg(unix)]
+fn become_it(cmd: &mut Command) -> std::io::Result<ExitCode> {
+    use std::os::unix::process::CommandExt;
+    Err(cmd.exec())
+}
+
+#[cfg(not(unix))]
+fn become_it(cmd: &mut Command) -> std::io::Result<ExitCode> {
+    let code = cmd.status()?.code().unwrap_or(1);
+    Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_has_the_command_and_its_output() {
+        let e = output(Command::new("sh").args(["-c", "echo why >&2; exit 3"])).err().unwrap().to_string();
+        assert!(e.contains("sh -c 'echo why >&2; exit 3'") && e.contains("why") && e.contains('3'), "{e}");
+    }
+
+    #[test]
+    fn a_slow_command_is_stopped() {
+        let start = Instant::now();
+        assert!(!succeeds(Command::new("sleep").arg("20"), Duration::from_millis(50)));
+        assert!(start.elapsed() < Duration::from_secs(5));
+        assert!(runs("true", &[]) && !runs("no-such-program-here", &[]));
+    }
+
+    #[test]
+    fn tail_keeps_the_end() {
+        assert_eq!(tail("a\nb\nc\n", 2), "b\nc");
+        assert_eq!(tail("a", 9), "a");
+    }
+}

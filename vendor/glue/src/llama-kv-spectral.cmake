@@ -1,0 +1,31 @@
+# Links the spectral-kv library, which does the work of --kv-spectral (llama-kv-spectral.cpp), into libllama.
+
+set(LLAMA_KV_SPECTRAL_LIB     "" CACHE FILEPATH "path of libspectral_kv.a")
+set(LLAMA_KV_SPECTRAL_INCLUDE "" CACHE PATH     "directory of spectral_kv.h")
+
+if (NOT EXISTS "${LLAMA_KV_SPECTRAL_LIB}")
+    message(FATAL_ERROR "LLAMA_KV_SPECTRAL needs -DLLAMA_KV_SPECTRAL_LIB=/path/to/libspectral_kv.a; '${LLAMA_KV_SPECTRAL_LIB}' does not exist")
+endif()
+if (NOT EXISTS "${LLAMA_KV_SPECTRAL_INCLUDE}/spectral_kv.h")
+    message(FATAL_ERROR "LLAMA_KV_SPECTRAL needs -DLLAMA_KV_SPECTRAL_INCLUDE=/directory/of/spectral_kv.h; '${LLAMA_KV_SPECTRAL_INCLUDE}/spectral_kv.h' does not exist")
+endif()
+
+find_package(Threads REQUIRED)
+
+add_library(spectral_kv STATIC IMPORTED)
+set_target_properties(spectral_kv PROPERTIES IMPORTED_LOCATION "${LLAMA_KV_SPECTRAL_LIB}")
+
+# what rustc --print native-static-libs lists
+target_link_libraries(spectral_kv INTERFACE Threads::Threads ${CMAKE_DL_LIBS})
+if (WIN32)
+    target_link_libraries(spectral_kv INTERFACE ws2_32 userenv ntdll bcrypt)
+elseif (NOT APPLE)
+    target_link_libraries(spectral_kv INTERFACE gcc_s util rt m)
+endif()
+
+target_link_libraries(llama PRIVATE spectral_kv)
+
+# for this file only, so that switching the option does not rebuild the others
+set_source_files_properties(llama-kv-spectral.cpp PROPERTIES
+    COMPILE_DEFINITIONS LLAMA_KV_SPECTRAL
+    INCLUDE_DIRECTORIES "${LLAMA_KV_SPECTRAL_INCLUDE}")

@@ -1,0 +1,1156 @@
+#include "llama-kv-spectral.h"
+
+#include "llama-arch.h"
+#include "llama-impl.h"
+#include "llama-io.h"
+#include "llama-model.h"
+
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+//
+// settings
+//
+
+// llama_context_params has room for 16 bits only, so the settings themselves live in a registry that never shrinks
+struct llama_kv_spectral_settings {
+    float    ratio;
+    uint32_t window;
+    float    bits;
+};
+
+static std::mutex                              g_settings_mutex;
+static std::vector<llama_kv_spectral_settings> g_settings;
+
+uint16_t llama_kv_spectral_config(float ratio, uint32_t window, float bits) {
+    if (ratio == 0.0f) {
+        return 0;
+    }
+
+    std::lock_guard<std::mutex> lock(g_settings_mutex);
+
+    for (size_t i = 0; i < g_settings.size(); ++i) {
+        if (g_settings[i].ratio == ratio && g_settings[i].window == window && g_settings[i].bits == bits) {
+            return i + 1;
+        }
+    }
+
+    if (g_settings.size() == UINT16_MAX) {
+        LLAMA_LOG_ERROR("%s: kv_spectral: too many different settings in one process\n", __func__);
+        return 0;
+    }
+
+    g_settings.push_back({ ratio, window, bits });
+
+    return g_settings.size();
+}
+
+#ifdef LLAMA_KV_SPECTRAL
+
+#include "llama-batch.h"
+#include "llama-hparams.h"
+
+#include "spectral_kv.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cinttypes>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+static bool settings_get(uint16_t config, llama_kv_spectral_settings & res) {
+    std::lock_guard<std::mutex> lock(g_settings_mutex);
+
+    if (config == 0 || config > g_settings.size()) {
+        return false;
+    }
+
+    res = g_settings[config - 1];
+
+    return true;
+}
+
+// one condition for the geometry, the arenas and the check
+static bool layer_is_compressed(const llama_hparams & hparams, uint32_t il, const llama_kv_spectral::layer_filter_cb & filter) {
+    return hparams.has_kv(il) && (!filter || filter(il)) && hparams.n_head_kv(il) > 0;
+}
+
+//
+// llama_kv_spectral_check
+//
+
+// why the model cannot have a compressed cache, or null
+static const char * refuse_arch(const llama_model & model) {
+    switch (model.arch) {
+        case LLM_ARCH_GROK:
+            return "Grok needs -fa off, and a compressed KV cache needs flash attention";
+        case LLM_ARCH_T5:
+        case LLM_ARCH_T5ENCODER:
+            return "encoder-decoder models add a bias to the attention scores, which the compressed attention does not do";
+        case LLM_ARCH_DEEPSEEK32:
+        case LLM_ARCH_DEEPSEEK4:
+        case LLM_ARCH_GLM_DSA:
+        case LLM_ARCH_DOTS3NOTE:
+        case LLM_ARCH_HY_V4:
+        case LLM_ARCH_MINIMAX_M3:
+        case LLM_ARCH_QWEN4EXP:
+            return "this architecture attends sparsely, through an index over its own cache layout";
+        case LLM_ARCH_KIMI_LINEAR:
+        case LLM_ARCH_KIMI_K3:
+        case LLM_ARCH_BAILINGMOE3:
+        case LLM_ARCH_GLM5_NEXT:
+            return "this architecture caches latent keys only (MLA), which are compressed already";
+        case LLM_ARCH_GEMMA4_ASSISTANT:
+        case LLM_ARCH_EAGLE3:
+        case LLM_ARCH_DFLASH:
+            return "this is a draft model that works on the KV cache of another model";
+        default:
+            break;
+    }
+
+    const auto & hparams = model.hparams;
+
+    if (hparams.is_mla()) {
+        return "this model caches latent keys only (MLA), which are compressed already";
+    }
+    if (llama_model_has_encoder(&model)) {
+        return "encoder-decoder models attend to a cache that is not a token history";
+    }
+    if (llm_arch_is_recurrent(model.arch)) {
+        return "this is a recurrent model, it has no KV cache";
+    }
+    if (llm_arch_is_diffusion(model.arch) || !hparams.causal_attn) {
+        return "this model does not attend causally, so it has no KV cache";
+    }
+    if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f) {
+        return "this model uses ALiBi position biases, which are not supported yet";
+    }
+    if (hparams.n_layer_kv_from_start >= 0) {
+        return "this model has layers that reuse the KV cache of other layers, which is not supported yet";
+    }
+    if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        return "-sm tensor splits the heads of a layer over devices; use -sm layer or -sm none";
+    }
+    for (const auto & dev : model.devices) {
+        const std::string reg = ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev.dev));
+        if (reg == "RPC") {
+            return "RPC devices cannot run the compressed attention; leave --rpc away";
+        }
+    }
+
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (layer_is_compressed(hparams, il, nullptr) && !hparams.is_swa(il)) {
+            return nullptr;
+        }
+    }
+
+    return "no layer of this model attends to the whole context (all use a sliding window), so there is nothing to compress";
+}
+
+bool llama_kv_spectral_check(const llama_model & model, llama_context_params & params) {
+    std::string why;
+
+    llama_kv_spectral_settings settings;
+
+    if (!settings_get(params.kv_spectral, settings)) {
+        why = "llama_context_params.kv_spectral is not a handle from llama_kv_spectral_config()";
+    } else if (!(settings.ratio >= 1.0f && settings.ratio <= 64.0f)) {
+        why = format("the ratio must be a number from 1 to 64 (is %g)", settings.ratio);
+    } else if (!(settings.bits >= 0.0f && settings.bits <= 8.0f)) {
+        why = format("the code bits per element must be a number from 0 to 8 (is %g)", settings.bits);
+    } else if (skv_abi_version() != SKV_ABI_VERSION) {
+        why = format("the library has ABI version %u and llama.cpp was built for %u; rebuild both", skv_abi_version(), (uint32_t) SKV_ABI_VERSION);
+    } else if (const char * arch = refuse_arch(model)) {
+        why = arch;
+    } else if (params.ctx_type == LLAMA_CONTEXT_TYPE_MTP) {
+        why = "MTP contexts are not supported; compress the target context only";
+    } else if (params.ctx_other != nullptr) {
+        why = "a context that shares the memory of another one (ctx_other) is not supported; compress the target context only";
+    } else if (params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED) {
+        why = "flash attention is off, and a compressed KV cache needs it; leave -fa away";
+    } else if (params.type_k != GGML_TYPE_F16 || params.type_v != GGML_TYPE_F16) {
+        why = "it replaces -ctk and -ctv; leave them at f16";
+    }
+
+    if (!why.empty()) {
+        LLAMA_LOG_ERROR("%s: kv_spectral: %s\n", __func__, why.c_str());
+        return false;
+    }
+
+    // the probe for automatic flash attention looks at a decode graph, in which a compressed cache has no such node
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+
+    return true;
+}
+
+//
+// llama_kv_spectral::impl
+//
+
+// query tokens per stream up to which the attention works on the compressed rows; above, K and V are rebuilt for the stock op
+#define SPECTRAL_MAX_DECODE_TOKENS 64
+
+// what stands before the plan of each stream in the input tensor
+enum spectral_header {
+    SPECTRAL_STREAM,
+    SPECTRAL_USED, // ints of the plan
+
+    SPECTRAL_HEADER_SIZE = 4,
+};
+
+// in place of the type of K in a saved state: no ggml_type, so that a stock cache refuses to read it
+#define SPECTRAL_STATE_TYPE (-0x534B56)
+
+struct llama_kv_spectral::impl {
+    // user data of the ops: graphs are reused, so everything here lives as long as the cache and is constant during a graph
+    struct layer {
+        layer(impl & owner, uint32_t il, const llama_hparams & hparams) : owner(owner), il(il),
+            n_head(hparams.n_head(il)), n_head_kv(hparams.n_head_kv(il)), d_k(hparams.n_embd_head_k(il)), d_v(hparams.n_embd_head_v(il)) {}
+
+        impl & owner;
+
+        const uint32_t il;
+        const uint32_t n_head;
+        const uint32_t n_head_kv;
+        const uint32_t d_k;
+        const uint32_t d_v;
+
+        size_t        arena_bytes = 0; // of one stream
+        ggml_tensor * arena       = nullptr;
+        skv_layer   * skv         = nullptr;
+
+        float scale   = 0.0f; // 0 = not seen yet
+        float softcap = 0.0f;
+
+        // the RoPE frequency factors, fetched once as they may be on a device
+        const ggml_tensor * freq_src = nullptr;
+        std::vector<float>  freq;
+
+        const char * stream(int32_t s) const { return (const char *) arena->data + s*arena->nb[2]; }
+        char       * stream(int32_t s)       { return (char       *) arena->data + s*arena->nb[2]; }
+    };
+
+    struct stream {
+        skv_table * table = nullptr;
+
+        std::vector<int32_t> plan;
+        size_t used    = 0;
+        bool   pending = false; // planned and not committed ..
+        bool   ran     = false; // .. and perhaps executed, in part or as a whole
+
+        // position and lowest sequence of each cell, -1 when it is empty
+        std::vector<int32_t> cell_pos;
+        std::vector<int32_t> cell_seq;
+        uint32_t n_cells = 0; // those from here on are -1
+    };
+
+    impl(llama_kv_cache & kv) : kv(kv) {}
+
+    ~impl();
+
+    llama_kv_cache & kv;
+
+    llama_kv_spectral_settings settings = {};
+
+    skv_geometry  * geom   = nullptr;
+    skv_size_report report = {};
+
+    std::vector<std::unique_ptr<layer>> layers; // as kv.layers
+    std::vector<stream>                 streams;
+
+    // ops cannot fail: the first error is logged and makes the next ubatch fail
+    std::atomic<bool> failed = false;
+
+    FILE * log = nullptr; // env: LLAMA_KV_SPECTRAL_LOG
+
+    uint64_t n_commits = 0;
+
+    bool ok(skv_status status, const char * what, const char * detail = nullptr) {
+        if (status == SKV_STATUS_OK) {
+            return true;
+        }
+        if (!failed.exchange(true)) {
+            LLAMA_LOG_ERROR("kv_spectral: %s failed: %s\n", what, detail && *detail ? detail : skv_status_str(status));
+        }
+        return false;
+    }
+
+    layer & get_layer(int32_t il) { return *layers[kv.map_layer_ids.at(il)]; }
+
+    size_t plan_ints(size_t n_tokens) const {
+        size_t res = 0;
+        if (skv_geometry_plan_ints(geom, n_tokens, &res) != SKV_STATUS_OK) {
+            throw std::runtime_error("kv_spectral: cannot size the plan of an ubatch");
+        }
+        return res;
+    }
+
+    void snapshot(uint32_t strm);
+    bool recover();
+
+    skv_stats stats() const;
+    uint64_t  bytes_held() const;
+
+    void log_commit(const slot_info & sinfo);
+
+    void set_rope(layer & l, const ggml_tensor * k) const;
+
+    bool get_projection(const layer & l, std::vector<float> & data, skv_projection & res) const;
+};
+
+llama_kv_spectral::impl::~impl() {
+    if (n_commits > 0) {
+        const auto st = stats();
+
+        LLAMA_LOG_INFO("kv_spectral: sealed %" PRIu64 " rows in prefill and %" PRIu64 " in decode; attended %" PRIu64 " coded and %" PRIu64
+                " exact rows, rebuilt %" PRIu64 "; held %.1f MiB against %.1f MiB f16, ratio %.2f; encode %.1f ms, attend %.1f ms, rebuild %.1f ms\n",
+                (uint64_t) st.sealed_prefill, (uint64_t) st.sealed_decode, (uint64_t) st.attended_coded, (uint64_t) st.attended_exact, (uint64_t) st.reconstructed,
+                bytes_held()/1024.0/1024.0, report.bytes_f16/1024.0/1024.0, (double) report.bytes_f16/bytes_held(),
+                st.ns_encode/1e6, st.ns_attend/1e6, st.ns_reconstruct/1e6);
+    }
+    for (auto & l : layers) {
+        skv_layer_free(l->skv);
+    }
+    for (auto & st : streams) {
+        skv_table_free(st.table);
+    }
+    skv_geometry_free(geom);
+    if (log) {
+        fclose(log);
+    }
+}
+
+void llama_kv_spectral::impl::snapshot(uint32_t strm) {
+    const auto & cells = kv.v_cells[strm];
+
+    auto & st = streams[strm];
+
+    const uint32_t n = cells.used_max_p1();
+
+    for (uint32_t i = 0; i < n; ++i) {
+        if (cells.is_empty(i)) {
+            st.cell_pos[i] = -1;
+            st.cell_seq[i] = -1;
+            continue;
+        }
+
+        llama_seq_id seq = 0;
+        while (!cells.seq_has(i, seq)) {
+            ++seq;
+        }
+
+        st.cell_pos[i] = cells.pos_get(i);
+        st.cell_seq[i] = seq;
+    }
+
+    for (uint32_t i = n; i < st.n_cells; ++i) {
+        st.cell_pos[i] = -1;
+        st.cell_seq[i] = -1;
+    }
+
+    st.n_cells = n;
+}
+
+// a graph that failed or was aborted may have moved rows in some layers: finish that in all, so that the tables fit again
+bool llama_kv_spectral::impl::recover() {
+    for (size_t s = 0; s < streams.size(); ++s) {
+        auto & st = streams[s];
+
+        if (st.pending && st.ran) {
+            for (auto & l : layers) {
+                if (!ok(skv_layer_replay(l->skv, l->stream(s), l->arena_bytes, st.plan.data(), st.used), "recovery after an aborted graph")) {
+                    return false;
+                }
+            }
+            if (!ok(skv_table_commit_replayed(st.table), "recovery after an aborted graph", skv_table_last_error(st.table))) {
+                return false;
+            }
+        }
+
+        st.pending = false;
+        st.ran     = false;
+    }
+
+    return true;
+}
+
+skv_stats llama_kv_spectral::impl::stats() const {
+    skv_stats res = {};
+
+    for (const auto & l : layers) {
+        skv_stats cur = {};
+        cur.struct_size = sizeof(cur);
+        if (skv_layer_stats(l->skv, &cur) != SKV_STATUS_OK) {
+            continue;
+        }
+
+        res.appended_prefill += cur.appended_prefill;
+        res.appended_decode  += cur.appended_decode;
+        res.sealed_prefill   += cur.sealed_prefill;
+        res.sealed_decode    += cur.sealed_decode;
+        res.attended_exact   += cur.attended_exact;
+        res.attended_coded   += cur.attended_coded;
+        res.reconstructed    += cur.reconstructed;
+        res.fits             += cur.fits;
+        res.moved            += cur.moved;
+        res.ns_encode        += cur.ns_encode;
+        res.ns_attend        += cur.ns_attend;
+        res.ns_reconstruct   += cur.ns_reconstruct;
+    }
+
+    return res;
+}
+
+uint64_t llama_kv_spectral::impl::bytes_held() const {
+    uint64_t res = report.bytes_tables;
+
+    for (const auto & l : layers) {
+        res += ggml_nbytes(l->arena);
+    }
+
+    return res;
+}
+
+void llama_kv_spectral::impl::log_commit(const slot_info & sinfo) {
+    const auto st = stats();
+
+    fprintf(log, "{\"n_tokens\":%zu,\"path\":\"%s\",\"appended_prefill\":%" PRIu64 ",\"appended_decode\":%" PRIu64
+            ",\"sealed_prefill\":%" PRIu64 ",\"sealed_decode\":%" PRIu64 ",\"attended_exact\":%" PRIu64 ",\"attended_coded\":%" PRIu64
+            ",\"reconstructed\":%" PRIu64 ",\"fits\":%" PRIu64 ",\"ns_encode\":%" PRIu64 ",\"ns_attend\":%" PRIu64 ",\"ns_reconstruct\":%" PRIu64
+            ",\"bytes_held\":%" PRIu64 ",\"bytes_f16\":%" PRIu64 ",\"ratio\":%.4f,\"code_bits\":%.4f}\n",
+            sinfo.n_stream()*sinfo.size(), sinfo.size() <= SPECTRAL_MAX_DECODE_TOKENS ? "decode" : "prefill",
+            (uint64_t) st.appended_prefill, (uint64_t) st.appended_decode, (uint64_t) st.sealed_prefill, (uint64_t) st.sealed_decode,
+            (uint64_t) st.attended_exact, (uint64_t) st.attended_coded, (uint64_t) st.reconstructed, (uint64_t) st.fits,
+            (uint64_t) st.ns_encode, (uint64_t) st.ns_attend, (uint64_t) st.ns_reconstruct,
+            bytes_held(), (uint64_t) report.bytes_f16, (double) report.bytes_f16/bytes_held(), report.code_bits);
+    fflush(log);
+}
+
+// The graph is the only place that knows how a layer rotates its keys: hparams say nothing about NoPE layers, per-layer
+// scaling or what happens after the rotation. A wrong answer would cost compression, never correctness.
+void llama_kv_spectral::impl::set_rope(layer & l, const ggml_tensor * k) const {
+    // without arenas there is nothing to rotate, and the weights cannot be read
+    if (kv.hparams.no_alloc) {
+        return;
+    }
+
+    const ggml_tensor * node = k;
+    while ((node->op == GGML_OP_RESHAPE || node->op == GGML_OP_VIEW || node->op == GGML_OP_CONT) && ggml_are_same_shape(node, node->src[0]) &&
+            (node->op != GGML_OP_VIEW || (node->view_offs == node->src[0]->view_offs && ggml_are_same_stride(node, node->src[0])))) {
+        node = node->src[0];
+    }
+
+    const auto param_f32 = [&](int i) {
+        float res;
+        memcpy(&res, node->op_params + i, sizeof(res));
+        return res;
+    };
+
+    skv_rope rope = {};
+    rope.struct_size = sizeof(rope);
+
+    if (node->op == GGML_OP_ROPE && ggml_are_same_shape(node, k)) {
+        const int32_t mode = node->op_params[2];
+
+        // the sections of M-RoPE rotate by positions that the cells do not keep
+        rope.pairing = mode == GGML_ROPE_TYPE_NORMAL ? 1 : mode == GGML_ROPE_TYPE_NEOX ? 2 : 0;
+    }
+
+    if (rope.pairing != 0) {
+        rope.n_dims     = node->op_params[1];
+        rope.offset     = node->op_params[15];
+        rope.n_ctx_orig = node->op_params[4];
+        rope.freq_base  = param_f32(5);
+        rope.freq_scale = param_f32(6);
+        rope.ext_factor = param_f32(7);
+        rope.beta_fast  = param_f32(9);
+        rope.beta_slow  = param_f32(10);
+
+        if (const ggml_tensor * src = node->src[2]) {
+            if (!src->buffer || !src->data) {
+                rope.pairing = 0; // computed by the graph, so unknown here
+            } else {
+                if (l.freq_src != src) {
+                    l.freq.resize(ggml_nelements(src));
+                    ggml_backend_tensor_get(src, l.freq.data(), 0, ggml_nbytes(src));
+                    l.freq_src = src;
+                }
+                rope.freq_factors   = l.freq.data();
+                rope.n_freq_factors = l.freq.size();
+            }
+        }
+    }
+
+    if (rope.pairing == 0) {
+        rope = {};
+        rope.struct_size = sizeof(rope);
+    }
+
+    const skv_status status = skv_layer_set_rope(l.skv, &rope);
+    if (status != SKV_STATUS_OK) {
+        throw std::runtime_error(format("kv_spectral: layer %u: the RoPE parameters cannot be used: %s", l.il, skv_status_str(status)));
+    }
+}
+
+// evenly spaced rows of the output projection, scaled so that they stand for all of it
+bool llama_kv_spectral::impl::get_projection(const layer & l, std::vector<float> & data, skv_projection & res) const {
+    const ggml_tensor * wo = kv.model.layers[l.il].wo;
+
+    if (!wo || !wo->buffer || !wo->data || wo->ne[0] != (int64_t) l.n_head*l.d_v) {
+        return false;
+    }
+
+    // weights that a CPU backend has repacked cannot be read back
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(wo->buffer));
+    if (!ggml_backend_buffer_is_host(wo->buffer) && (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU)) {
+        return false;
+    }
+
+    const auto to_float = ggml_get_type_traits(wo->type)->to_float;
+    if (!to_float && wo->type != GGML_TYPE_F32) {
+        return false;
+    }
+
+    const int64_t n_rows = std::min<int64_t>(wo->ne[1], 1024);
+    const float   scale  = sqrtf((float) wo->ne[1]/n_rows);
+
+    data.resize(n_rows*wo->ne[0]);
+
+    std::vector<char> raw(ggml_row_size(wo->type, wo->ne[0]));
+
+    for (int64_t i = 0; i < n_rows; ++i) {
+        float * row = data.data() + i*wo->ne[0];
+
+        ggml_backend_tensor_get(wo, raw.data(), i*wo->ne[1]/n_rows*wo->nb[1], raw.size());
+
+        if (to_float) {
+            to_float(raw.data(), row, wo->ne[0]);
+        } else {
+            memcpy(row, raw.data(), raw.size());
+        }
+        for (int64_t j = 0; j < wo->ne[0]; ++j) {
+            row[j] *= scale;
+        }
+    }
+
+    res = { data.data(), (size_t) n_rows };
+
+    return true;
+}
+
+//
+// ops
+//
+
+// The sources of the ops. The tensors of the ubatch hold its streams one after the other.
+//   attend:      arena, q, k, v, plan, mask [, sinks]
+//   combine:     partials, plan, mask [, sinks]
+//   reconstruct: arena, k, v, plan, mask (for its shape, and so that nothing is left out of the graph)
+//   append:      arena, k, v, q, plan, k_idxs, result of the attention
+
+using spectral_layer = llama_kv_spectral::impl::layer;
+
+struct spectral_plan {
+    int32_t         strm;
+    const int32_t * data;
+    size_t          size;
+};
+
+static spectral_plan get_plan(const ggml_tensor * plans, int64_t s) {
+    const int32_t * p = (const int32_t *) ((const char *) plans->data + s*plans->nb[1]);
+
+    return { p[SPECTRAL_STREAM], p + SPECTRAL_HEADER_SIZE, (size_t) p[SPECTRAL_USED] };
+}
+
+static skv_rows get_rows(const ggml_tensor * t, int64_t s, int64_t ns) {
+    const int64_t n = t->ne[2]/ns;
+
+    skv_rows res = {};
+    res.data        = (const float *) ((const char *) t->data + s*n*t->nb[2]);
+    res.n_rows      = n;
+    res.row_stride  = t->nb[2];
+    res.head_stride = t->nb[1];
+
+    return res;
+}
+
+static skv_attend_params get_attend_params(const spectral_layer & l, const ggml_tensor * mask, const ggml_tensor * sinks, int64_t s) {
+    skv_attend_params res = {};
+    res.struct_size     = sizeof(res);
+    res.scale           = l.scale;
+    res.softcap         = l.softcap;
+    res.mask            = (const uint16_t *) ((const char *) mask->data + s*mask->nb[3]);
+    res.mask_row_stride = mask->nb[1];
+    res.n_kv            = mask->ne[0];
+    res.sinks           = sinks ? (const float *) sinks->data : nullptr;
+
+    return res;
+}
+
+static void op_attend(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    auto & l = *(spectral_layer *) userdata;
+
+    const ggml_tensor * mask = dst->src[5];
+
+    const int64_t ns = mask->ne[3];
+    const size_t  n  = dst->ne[0];
+
+    for (int64_t s = 0; s < ns; ++s) {
+        const auto plan = get_plan(dst->src[4], s);
+
+        const auto q = get_rows(dst->src[1], s, ns);
+        const auto k = get_rows(dst->src[2], s, ns);
+        const auto v = get_rows(dst->src[3], s, ns);
+
+        const auto params = get_attend_params(l, mask, dst->src[6], s);
+
+        l.owner.ok(skv_layer_attend(l.skv, l.stream(plan.strm), l.arena_bytes, plan.data, plan.size, &q, &k, &v, &params,
+                    (float *) dst->data + s*n, n, ith, nth), "attention");
+    }
+}
+
+static void op_combine(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    auto & l = *(spectral_layer *) userdata;
+
+    const ggml_tensor * partials = dst->src[0];
+    const ggml_tensor * mask     = dst->src[2];
+
+    const int64_t ns = mask->ne[3];
+
+    for (int64_t s = 0; s < ns; ++s) {
+        const auto plan = get_plan(dst->src[1], s);
+
+        const auto params = get_attend_params(l, mask, dst->src[3], s);
+
+        l.owner.ok(skv_layer_combine(l.skv, plan.data, plan.size, &params, (const float *) partials->data + s*partials->ne[0], partials->ne[0],
+                    (float *) dst->data + s*(dst->ne[1]/ns)*dst->ne[0], ith, nth), "attention");
+    }
+}
+
+static void op_reconstruct(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    auto & l = *(spectral_layer *) userdata;
+
+    const ggml_tensor * mask = dst->src[4];
+
+    const int64_t ns   = mask->ne[3];
+    const int64_t n_kv = mask->ne[0];
+
+    const int64_t n_k = n_kv*l.n_head_kv*l.d_k;
+    const int64_t n_v = n_kv*l.n_head_kv*l.d_v;
+
+    uint16_t * data = (uint16_t *) dst->data;
+
+    for (int64_t s = 0; s < ns; ++s) {
+        const auto plan = get_plan(dst->src[3], s);
+
+        const auto k = get_rows(dst->src[1], s, ns);
+        const auto v = get_rows(dst->src[2], s, ns);
+
+        l.owner.ok(skv_layer_reconstruct(l.skv, l.stream(plan.strm), l.arena_bytes, plan.data, plan.size, &k, &v,
+                    data + s*n_k, data + ns*n_k + s*n_v, n_kv, ith, nth), "rebuilding of K and V");
+    }
+}
+
+static void op_append(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    auto & l = *(spectral_layer *) userdata;
+
+    const ggml_tensor * plans = dst->src[4];
+
+    const int64_t ns = plans->ne[1];
+
+    // only the thread that fits the bases needs it
+    std::vector<float> wo_data;
+    skv_projection     wo = {};
+    bool               has_wo = false;
+
+    for (int64_t s = 0; s < ns; ++s) {
+        const auto plan = get_plan(plans, s);
+
+        const auto k = get_rows(dst->src[1], s, ns);
+        const auto v = get_rows(dst->src[2], s, ns);
+        const auto q = get_rows(dst->src[3], s, ns);
+
+        if (ith == 0 && !has_wo) {
+            int32_t wants = 0;
+            l.owner.ok(skv_plan_wants_projection(plan.data, plan.size, &wants), "reading of the plan");
+            has_wo = wants != 0 && l.owner.get_projection(l, wo_data, wo);
+        }
+
+        l.owner.ok(skv_layer_append(l.skv, l.stream(plan.strm), l.arena_bytes, plan.data, plan.size, &q, &k, &v, has_wo ? &wo : nullptr, ith, nth),
+                "storing of K and V");
+    }
+}
+
+ggml_tensor * llm_graph_context::build_attn_spectral(
+        llama_kv_spectral & kv,
+        ggml_tensor * q,
+        ggml_tensor * k,
+        ggml_tensor * v,
+        ggml_tensor * k_idxs,
+        ggml_tensor * plan,
+        ggml_tensor * kq_mask,
+        ggml_tensor * sinks,
+              float   kq_scale,
+                int   il) const {
+    auto & sp = kv.get_impl();
+    auto & l  = sp.get_layer(il);
+
+    GGML_ASSERT(k && v && "layers that reuse the cache of another layer are refused");
+    GGML_ASSERT(kq_mask->type == GGML_TYPE_F16);
+
+    // the ops are constant while graphs are reused, so they find the scale in the layer
+    const float softcap = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
+    if (l.scale != 0.0f && (l.scale != kq_scale || l.softcap != softcap)) {
+        throw std::runtime_error(format("kv_spectral: layer %d: the attention scale has changed", il));
+    }
+    l.scale   = kq_scale;
+    l.softcap = softcap;
+
+    sp.set_rope(l, k);
+
+    for (ggml_tensor ** t : { &q, &k, &v }) {
+        if ((*t)->type != GGML_TYPE_F32) {
+            *t = ggml_cast(ctx0, *t, GGML_TYPE_F32);
+        } else if ((*t)->nb[0] != sizeof(float)) {
+            *t = ggml_cont(ctx0, *t);
+        }
+    }
+
+    const int64_t n_kv   = kq_mask->ne[0];
+    const int64_t n_tok  = kq_mask->ne[1];
+    const int64_t ns     = kq_mask->ne[3];
+
+    ggml_tensor * cur;
+
+    // this choice may depend on nothing that the reuse of graphs does not check
+    if (n_tok <= SPECTRAL_MAX_DECODE_TOKENS) {
+        size_t n_partial = 0;
+        if (skv_layer_partial_floats(l.skv, n_tok, &n_partial) != SKV_STATUS_OK) {
+            throw std::runtime_error("kv_spectral: cannot size the attention");
+        }
+
+        ggml_tensor * args[] = { l.arena, q, k, v, plan, kq_mask, sinks };
+        ggml_tensor * partials = ggml_custom_4d(ctx0, GGML_TYPE_F32, n_partial, ns, 1, 1, args, sinks ? 7 : 6, op_attend, GGML_N_TASKS_MAX, &l);
+        ggml_backend_sched_set_tensor_backend(sched, partials, backend_cpu);
+        cb(partials, "spectral_partials", il);
+
+        ggml_tensor * args_out[] = { partials, plan, kq_mask, sinks };
+        cur = ggml_custom_4d(ctx0, GGML_TYPE_F32, l.n_head*l.d_v, n_tok*ns, 1, 1, args_out, sinks ? 4 : 3, op_combine, GGML_N_TASKS_MAX, &l);
+        ggml_backend_sched_set_tensor_backend(sched, cur, backend_cpu);
+    } else {
+        const int64_t n_row_k = (int64_t) l.n_head_kv*l.d_k;
+        const int64_t n_row_v = (int64_t) l.n_head_kv*l.d_v;
+
+        ggml_tensor * args[] = { l.arena, k, v, plan, kq_mask };
+        ggml_tensor * kv_cur = ggml_custom_4d(ctx0, GGML_TYPE_F16, (n_row_k + n_row_v)*n_kv, ns, 1, 1, args, 5, op_reconstruct, GGML_N_TASKS_MAX, &l);
+        ggml_backend_sched_set_tensor_backend(sched, kv_cur, backend_cpu);
+        cb(kv_cur, "spectral_kv", il);
+
+        const size_t es = ggml_element_size(kv_cur);
+
+        // K of all streams comes first
+        ggml_tensor * k_all = ggml_view_4d(ctx0, kv_cur, l.d_k, l.n_head_kv, n_kv, ns, l.d_k*es, n_row_k*es, n_row_k*n_kv*es, 0);
+        ggml_tensor * v_all = ggml_view_4d(ctx0, kv_cur, l.d_v, l.n_head_kv, n_kv, ns, l.d_v*es, n_row_v*es, n_row_v*n_kv*es, n_row_k*n_kv*ns*es);
+
+        cur = build_attn_mha(q, k_all, v_all, nullptr, kq_mask, sinks, nullptr, 0, kq_scale, il);
+    }
+
+    ggml_build_forward_expand(gf, cur);
+
+    // after the attention, which reads the rows of the ubatch from k and v: its result is a source for backends that reorder
+    ggml_tensor * args[] = { k, v, q, plan, k_idxs, cur };
+    ggml_tensor * stored = ggml_custom_inplace(ctx0, l.arena, args, 6, op_append, GGML_N_TASKS_MAX, &l);
+    ggml_backend_sched_set_tensor_backend(sched, stored, backend_cpu);
+    cb(stored, "spectral_append", il);
+
+    ggml_build_forward_expand(gf, stored);
+
+    return cur;
+}
+
+//
+// llama_kv_spectral
+//
+
+llama_kv_spectral::llama_kv_spectral(llama_kv_cache & kv, uint16_t config, uint32_t kv_size, const layer_filter_cb & filter) :
+    pimpl(std::make_unique<impl>(kv)) {
+    const auto & hparams = kv.hparams;
+
+    if (!settings_get(config, pimpl->settings)) {
+        throw std::runtime_error("kv_spectral: unknown settings");
+    }
+    const auto & settings = pimpl->settings;
+
+    std::vector<skv_layer_shape> shapes;
+
+    for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
+        if (!layer_is_compressed(hparams, il, filter)) {
+            continue;
+        }
+
+        pimpl->layers.push_back(std::make_unique<impl::layer>(*pimpl, il, hparams));
+
+        const auto & l = *pimpl->layers.back();
+
+        skv_layer_shape shape = {};
+        shape.struct_size = sizeof(shape);
+        shape.n_head      = l.n_head;
+        shape.n_head_kv   = l.n_head_kv;
+        shape.d_k         = l.d_k;
+        shape.d_v         = l.d_v;
+
+        shapes.push_back(shape);
+    }
+
+    if (shapes.empty()) {
+        throw std::runtime_error("kv_spectral: this cache has no layers to compress; leave --kv-spectral away");
+    }
+
+    skv_config cfg = {};
+    cfg.struct_size = sizeof(cfg);
+
+    const auto check = [](skv_status status, const char * detail) {
+        if (status != SKV_STATUS_OK) {
+            throw std::runtime_error(std::string("kv_spectral: ") + (*detail ? detail : skv_status_str(status)));
+        }
+    };
+
+    check(skv_config_init(&cfg), "");
+    cfg.n_cells   = kv_size;
+    cfg.n_streams = kv.n_stream;
+    cfg.n_seqs    = kv.n_stream == 1 ? kv.n_seq_max : 1;
+    cfg.window    = settings.window;
+    cfg.ratio     = settings.ratio;
+    cfg.bits      = settings.bits;
+
+    char err[256] = "";
+    check(skv_geometry_create(&cfg, shapes.data(), shapes.size(), &pimpl->geom, err, sizeof(err)), err);
+
+    auto & report = pimpl->report;
+    report.struct_size = sizeof(report);
+    check(skv_geometry_report(pimpl->geom, &report), "");
+
+    for (size_t i = 0; i < pimpl->layers.size(); ++i) {
+        check(skv_geometry_arena_bytes(pimpl->geom, i, &pimpl->layers[i]->arena_bytes), "");
+        check(skv_layer_create(pimpl->geom, i, &pimpl->layers[i]->skv), "");
+    }
+
+    const std::string asked = settings.bits > 0.0f ? format("asked %g bits", settings.bits) : format("asked %g", settings.ratio);
+
+    LLAMA_LOG_INFO("kv_spectral: %u cells, %u streams, window %u, sinks %u: %.2f code bits per element, %.1f MiB held against %.1f MiB f16, ratio %.1f (%s)\n",
+            kv_size, kv.n_stream, report.window, report.sinks, report.code_bits,
+            (report.bytes_arenas + report.bytes_tables)/1024.0/1024.0, report.bytes_f16/1024.0/1024.0, report.ratio, asked.c_str());
+
+    if (settings.bits == 0.0f && report.ratio < 0.98*settings.ratio) {
+        LLAMA_LOG_WARN("kv_spectral: the ratio of %g is not reached at this context size: what is not code (exact rows, bases, tables) is too large a part; "
+                "use a longer context or a smaller window\n", settings.ratio);
+    }
+
+    // sizes are all that is asked of such a cache
+    if (hparams.no_alloc) {
+        return;
+    }
+
+    pimpl->streams.resize(kv.n_stream);
+    for (auto & st : pimpl->streams) {
+        check(skv_table_create(pimpl->geom, &st.table), "");
+
+        st.cell_pos.resize(kv_size, -1);
+        st.cell_seq.resize(kv_size, -1);
+    }
+
+    const char * LLAMA_KV_SPECTRAL_LOG = getenv("LLAMA_KV_SPECTRAL_LOG");
+    if (LLAMA_KV_SPECTRAL_LOG) {
+        pimpl->log = ggml_fopen(LLAMA_KV_SPECTRAL_LOG, "a");
+        if (!pimpl->log) {
+            LLAMA_LOG_WARN("kv_spectral: cannot open LLAMA_KV_SPECTRAL_LOG=%s\n", LLAMA_KV_SPECTRAL_LOG);
+        }
+    }
+}
+
+llama_kv_spectral::~llama_kv_spectral() = default;
+
+void llama_kv_spectral::add_layer(ggml_context * ctx, uint32_t il) {
+    if (!ctx) {
+        throw std::runtime_error("failed to create ggml context for kv cache");
+    }
+
+    auto & kv = pimpl->kv;
+
+    const size_t i = kv.layers.size();
+
+    // a layer without KV heads (n_head_kv == 0) has no arena
+    if (i >= pimpl->layers.size() || pimpl->layers[i]->il != il) {
+        return;
+    }
+
+    auto & l = *pimpl->layers[i];
+
+    l.arena = ggml_new_tensor_3d(ctx, GGML_TYPE_I8, l.arena_bytes, 1, kv.n_stream);
+    ggml_format_name(l.arena, "cache_k_l%d", il);
+
+    std::vector<ggml_tensor *> k_stream;
+    for (uint32_t s = 0; s < kv.n_stream; ++s) {
+        k_stream.push_back(ggml_view_2d(ctx, l.arena, l.arena->ne[0], 1, l.arena->nb[1], s*l.arena->nb[2]));
+    }
+
+    kv.map_layer_ids[il] = i;
+    kv.layers.push_back({ il, l.arena, nullptr, k_stream, std::vector<ggml_tensor *>(kv.n_stream, nullptr) });
+}
+
+size_t llama_kv_spectral::table_bytes() const {
+    return pimpl->report.bytes_tables;
+}
+
+void llama_kv_spectral::reset() {
+    for (auto & st : pimpl->streams) {
+        pimpl->ok(skv_table_reset(st.table), "reset", skv_table_last_error(st.table));
+
+        st.pending = false;
+        st.ran     = false;
+    }
+
+    pimpl->failed = false;
+}
+
+void llama_kv_spectral::copy_stream(uint32_t ssrc, uint32_t sdst) {
+    if (!pimpl->recover()) {
+        return;
+    }
+
+    auto & dst = pimpl->streams[sdst];
+
+    pimpl->ok(skv_table_clone_from(dst.table, pimpl->streams[ssrc].table), "copy of a stream", skv_table_last_error(dst.table));
+}
+
+bool llama_kv_spectral::plan(const slot_info & sinfo) {
+    if (pimpl->failed || !pimpl->recover()) {
+        LLAMA_LOG_ERROR("%s: kv_spectral: the cache is not usable after an earlier error; clear it to go on\n", __func__);
+        return false;
+    }
+
+    for (size_t s = 0; s < sinfo.n_stream(); ++s) {
+        const uint32_t strm = sinfo.strm[s];
+
+        auto & st = pimpl->streams[strm];
+
+        pimpl->snapshot(strm);
+
+        st.plan.resize(pimpl->plan_ints(sinfo.size()));
+
+        const skv_status status = skv_table_plan(st.table, st.cell_pos.data(), st.cell_seq.data(), st.cell_pos.size(),
+                sinfo.idxs[s].data(), sinfo.idxs[s].size(), st.plan.data(), st.plan.size(), &st.used);
+        if (status != SKV_STATUS_OK) {
+            const char * detail = skv_table_last_error(st.table);
+            LLAMA_LOG_ERROR("%s: kv_spectral: no place for the tokens: %s\n", __func__, detail && *detail ? detail : skv_status_str(status));
+            return false;
+        }
+
+        st.pending = true;
+    }
+
+    return true;
+}
+
+void llama_kv_spectral::commit(const slot_info & sinfo) {
+    // rows of a graph that went wrong are not taken over
+    if (pimpl->failed) {
+        return;
+    }
+
+    bool ran = false;
+
+    for (const uint32_t strm : sinfo.strm) {
+        auto & st = pimpl->streams[strm];
+
+        // a graph without the attention (training) leaves the plan to be dropped by the next one
+        if (st.pending && st.ran) {
+            pimpl->ok(skv_table_commit(st.table), "commit", skv_table_last_error(st.table));
+            ran = true;
+        }
+
+        st.pending = false;
+        st.ran     = false;
+    }
+
+    if (ran) {
+        pimpl->n_commits++;
+
+        if (pimpl->log) {
+            pimpl->log_commit(sinfo);
+        }
+    }
+}
+
+ggml_tensor * llama_kv_spectral::build_input_plan(ggml_context * ctx, const llama_ubatch & ubatch) const {
+    const int64_t ns = pimpl->kv.n_stream == 1 ? 1 : ubatch.n_seqs_unq;
+
+    // one column per stream; the size may depend on nothing that the reuse of graphs does not check
+    ggml_tensor * plan = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, SPECTRAL_HEADER_SIZE + pimpl->plan_ints(ubatch.n_tokens/ns), ns);
+
+    ggml_set_input(plan);
+    ggml_set_name(plan, "attn_inp_spectral_plan");
+
+    return plan;
+}
+
+void llama_kv_spectral::set_input_plan(ggml_tensor * dst, const slot_info & sinfo) {
+    GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
+    GGML_ASSERT(dst->ne[1] == (int64_t) sinfo.n_stream());
+
+    for (size_t s = 0; s < sinfo.n_stream(); ++s) {
+        auto & st = pimpl->streams[sinfo.strm[s]];
+
+        GGML_ASSERT(st.pending && SPECTRAL_HEADER_SIZE + st.used <= (size_t) dst->ne[0]);
+
+        int32_t * p = (int32_t *) ((char *) dst->data + s*dst->nb[1]);
+
+        p[SPECTRAL_STREAM] = sinfo.strm[s];
+        p[SPECTRAL_USED]   = st.used;
+
+        memcpy(p + SPECTRAL_HEADER_SIZE, st.plan.data(), st.used*sizeof(int32_t));
+
+        st.ran = true;
+    }
+}
+
+void llama_kv_spectral::state_write(llama_io_write_i & io, const llama_kv_cache::cell_ranges_t & cr) {
+    if (pimpl->failed || !pimpl->recover()) {
+        throw std::runtime_error("kv_spectral: the cache is not usable after an earlier error");
+    }
+
+    std::vector<uint32_t> cells;
+    for (const auto & range : cr.data) {
+        for (uint32_t i = range.first; i < range.second; ++i) {
+            cells.push_back(i);
+        }
+    }
+
+    std::vector<const skv_layer *> layers;
+    std::vector<const void *>      arenas;
+    for (const auto & l : pimpl->layers) {
+        layers.push_back(l->skv);
+        arenas.push_back(l->stream(cr.strm));
+    }
+
+    const auto & st = pimpl->streams[cr.strm];
+
+    std::vector<char> buf;
+    size_t size = 0;
+
+    skv_status status = skv_state_write(st.table, layers.data(), arenas.data(), layers.size(), cells.data(), cells.size(), nullptr, 0, &size);
+    if (status == SKV_STATUS_OK) {
+        buf.resize(size);
+        status = skv_state_write(st.table, layers.data(), arenas.data(), layers.size(), cells.data(), cells.size(), buf.data(), buf.size(), &size);
+    }
+    if (status != SKV_STATUS_OK) {
+        throw std::runtime_error(format("kv_spectral: cannot save the state: %s", skv_status_str(status)));
+    }
+
+    // the head of a stock state, up to where a stock cache compares the type of K
+    const uint32_t v_trans = 0;
+    const uint32_t n_layer = layers.size();
+    const int32_t  type    = SPECTRAL_STATE_TYPE;
+    const uint64_t n_bytes = size;
+
+    io.write(&v_trans, sizeof(v_trans));
+    io.write(&n_layer, sizeof(n_layer));
+    io.write(&type,    sizeof(type));
+    io.write(&n_bytes, sizeof(n_bytes));
+    io.write(buf.data(), size);
+}
+
+bool llama_kv_spectral::state_read(llama_io_read_i & io, uint32_t strm, const slot_info & sinfo) {
+    if (pimpl->failed || !pimpl->recover()) {
+        LLAMA_LOG_ERROR("%s: kv_spectral: the cache is not usable after an earlier error\n", __func__);
+        return false;
+    }
+
+    uint32_t v_trans;
+    uint32_t n_layer;
+    int32_t  type;
+    uint64_t n_bytes;
+
+    io.read(&v_trans, sizeof(v_trans));
+    io.read(&n_layer, sizeof(n_layer));
+    io.read(&type,    sizeof(type));
+
+    if (type != SPECTRAL_STATE_TYPE) {
+        LLAMA_LOG_ERROR("%s: kv_spectral: this state was saved without --kv-spectral and cannot be read with it\n", __func__);
+        return false;
+    }
+    if (n_layer != pimpl->layers.size()) {
+        LLAMA_LOG_ERROR("%s: kv_spectral: mismatched layer count (%u instead of %zu)\n", __func__, n_layer, pimpl->layers.size());
+        return false;
+    }
+
+    io.read(&n_bytes, sizeof(n_bytes));
+
+    // piece by piece, so that a size from a damaged file meets the end of the file before the end of memory
+    std::vector<char> buf;
+    while (buf.size() < n_bytes) {
+        const size_t n_old = buf.size();
+        buf.resize(n_old + std::min<uint64_t>(n_bytes - n_old, 16*1024*1024));
+        io.read(buf.data() + n_old, buf.size() - n_old);
+    }
+
+    std::vector<const skv_layer *> layers;
+    std::vector<void *>            arenas;
+    for (const auto & l : pimpl->layers) {
+        layers.push_back(l->skv);
+        arenas.push_back(l->stream(strm));
+    }
+
+    auto & st = pimpl->streams[strm];
+
+    pimpl->snapshot(strm);
+
+    const skv_status status = skv_state_read(st.table, layers.data(), arenas.data(), layers.size(), st.cell_pos.data(), st.cell_seq.data(), st.cell_pos.size(),
+            sinfo.idxs[0].data(), sinfo.idxs[0].size(), buf.data(), buf.size());
+    if (status != SKV_STATUS_OK) {
+        const char * detail = skv_table_last_error(st.table);
+        LLAMA_LOG_ERROR("%s: kv_spectral: cannot restore the state: %s\n", __func__, detail && *detail ? detail : skv_status_str(status));
+        return false;
+    }
+
+    return true;
+}
+
+#else // LLAMA_KV_SPECTRAL
+
+// The flag is always there; without the library it ends in the check, so none of the rest is ever called.
+
+bool llama_kv_spectral_check(const llama_model &, llama_context_params &) {
+    LLAMA_LOG_ERROR("%s: kv_spectral: llama.cpp was built without LLAMA_KV_SPECTRAL; build it with -DLLAMA_KV_SPECTRAL=ON and "
+            "LLAMA_KV_SPECTRAL_LIB and LLAMA_KV_SPECTRAL_INCLUDE set, or leave --kv-spectral away\n", __func__);
+    return false;
+}
+
+struct llama_kv_spectral::impl {};
+
+llama_kv_spectral::llama_kv_spectral(llama_kv_cache &, uint16_t, uint32_t, const layer_filter_cb &) {}
+
+llama_kv_spectral::~llama_kv_spectral() = default;
+
+void   llama_kv_spectral::add_layer  (ggml_context *, uint32_t) {}
+size_t llama_kv_spectral::table_bytes() const { return 0; }
+void   llama_kv_spectral::reset      () {}
+void   llama_kv_spectral::copy_stream(uint32_t, uint32_t) {}
+bool   llama_kv_spectral::plan       (const slot_info &) { return false; }
+void   llama_kv_spectral::commit     (const slot_info &) {}
+
+ggml_tensor * llama_kv_spectral::build_input_plan(ggml_context *, const llama_ubatch &) const { return nullptr; }
+
+void llama_kv_spectral::set_input_plan(ggml_tensor *, const slot_info &) {}
+void llama_kv_spectral::state_write   (llama_io_write_i &, const llama_kv_cache::cell_ranges_t &) {}
+bool llama_kv_spectral::state_read    (llama_io_read_i  &, uint32_t, const slot_info &) { return false; }
+
+ggml_tensor * llm_graph_context::build_attn_spectral(llama_kv_spectral &, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *,
+        ggml_tensor *, ggml_tensor *, float, int) const {
+    return nullptr;
+}
+
+#endif // LLAMA_KV_SPECTRAL
