@@ -21,86 +21,86 @@
 #define SKV_VERSION_MINOR 1
 #define SKV_VERSION_PATCH 0
 
-/*
- Changes whenever a caller compiled against an older header could misbehave.
+/**
+ * Changes whenever a caller compiled against an older header could misbehave.
  */
 #define SKV_ABI_VERSION 1
 
-/*
- Most query tokens of one attention call.
+/**
+ * Most query tokens of one attention call.
  */
 #define SKV_MAX_QUERIES 64
 
-/*
- Rows of a tile.
+/**
+ * Rows of a tile.
  */
 #define SKV_TILE_ROWS 64
 
-/*
- `skv_rope.pairing`: keys are stored as they are.
+/**
+ * `skv_rope.pairing`: keys are stored as they are.
  */
 #define SKV_PAIRING_NONE 0
 
-/*
- `skv_rope.pairing`: elements 2i and 2i+1 (ggml NORM).
+/**
+ * `skv_rope.pairing`: elements 2i and 2i+1 (ggml NORM).
  */
 #define SKV_PAIRING_ADJACENT 1
 
-/*
- `skv_rope.pairing`: elements i and i + n_dims/2 (ggml NEOX).
+/**
+ * `skv_rope.pairing`: elements i and i + n_dims/2 (ggml NEOX).
  */
 #define SKV_PAIRING_HALVES 2
 
-/*
- Result of every call that can fail; the only thing such a call returns.
+/**
+ * Result of every call that can fail; the only thing such a call returns.
  */
 enum skv_status
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
   : int32_t
 #endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
  {
-  /*
-   Done.
+  /**
+   * Done.
    */
   SKV_STATUS_OK = 0,
-  /*
-   A required pointer is NULL.
+  /**
+   * A required pointer is NULL.
    */
   SKV_STATUS_NULL = 100,
-  /*
-   An argument is out of range or contradicts another.
+  /**
+   * An argument is out of range or contradicts another.
    */
   SKV_STATUS_ARGUMENT = 101,
-  /*
-   The configuration cannot be built.
+  /**
+   * The configuration cannot be built.
    */
   SKV_STATUS_CONFIG = 102,
-  /*
-   A buffer is too small.
+  /**
+   * A buffer is too small.
    */
   SKV_STATUS_BUFFER = 103,
-  /*
-   There is no room for more rows.
+  /**
+   * There is no room for more rows.
    */
   SKV_STATUS_FULL = 104,
-  /*
-   The call does not fit the state of the object.
+  /**
+   * The call does not fit the state of the object.
    */
   SKV_STATUS_STATE = 105,
-  /*
-   An arena, plan or saved state is damaged, truncated or of another version.
+  /**
+   * An arena, plan or saved state is damaged, truncated or of another version.
    */
   SKV_STATUS_DATA = 201,
-  /*
-   A key, value or query is NaN or infinite.
+  /**
+   * A key, value or query is NaN or infinite.
    */
   SKV_STATUS_NOT_FINITE = 301,
-  /*
-   A matrix decomposition did not converge.
+  /**
+   * A matrix decomposition did not converge.
    */
   SKV_STATUS_NUMERIC = 302,
-  /*
-   The library failed internally; the object should be freed.
+  /**
+   * The library failed internally; the object should be freed.
    */
   SKV_STATUS_PANIC = 900,
 };
@@ -112,320 +112,320 @@ typedef int32_t skv_status;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
-/*
- A cache of one layer and one sequence, for callers that have no arenas to lend. Cells are numbered in the order of appending.
- For one thread at a time.
+/**
+ * A cache of one layer and one sequence, for callers that have no arenas to lend. Cells are numbered in the order of appending.
+ * For one thread at a time.
  */
 typedef struct skv_cache skv_cache;
 
-/*
- Sizes of a cache, computed from a configuration. Immutable; may be used by several threads.
+/**
+ * Sizes of a cache, computed from a configuration. Immutable; may be used by several threads.
  */
 typedef struct skv_geometry skv_geometry;
 
-/*
- One layer: shapes, rotation and counters. Everything but `skv_layer_set_*` and `skv_layer_free` may be called from several
- threads at once.
+/**
+ * One layer: shapes, rotation and counters. Everything but `skv_layer_set_*` and `skv_layer_free` may be called from several
+ * threads at once.
  */
 typedef struct skv_layer skv_layer;
 
-/*
- Where the rows of one stream's cells are, and the plan of its next step. For one thread at a time.
+/**
+ * Where the rows of one stream's cells are, and the plan of its next step. For one thread at a time.
  */
 typedef struct skv_table skv_table;
 
-/*
- What a cache is asked to be. Fill it with `skv_config_init`, then change what differs.
+/**
+ * What a cache is asked to be. Fill it with `skv_config_init`, then change what differs.
  */
 typedef struct skv_config {
-  /*
-   Set to `sizeof(skv_config)`.
+  /**
+   * Set to `sizeof(skv_config)`.
    */
   size_t struct_size;
-  /*
-   Cells of one stream: the most rows it can hold. No default.
+  /**
+   * Cells of one stream: the most rows it can hold. No default.
    */
   uint32_t n_cells;
-  /*
-   Streams: independent sets of cells. Default 1.
+  /**
+   * Streams: independent sets of cells. Default 1.
    */
   uint32_t n_streams;
-  /*
-   Sequences that may share a stream; each gets an exact window. Default 1.
+  /**
+   * Sequences that may share a stream; each gets an exact window. Default 1.
    */
   uint32_t n_seqs;
-  /*
-   Most recent rows of a sequence that stay exact. Default 128.
+  /**
+   * Most recent rows of a sequence that stay exact. Default 128.
    */
   uint32_t window;
-  /*
-   First rows of a sequence that stay exact. Default 4.
+  /**
+   * First rows of a sequence that stay exact. Default 4.
    */
   uint32_t sinks;
-  /*
-   f16 bytes / bytes held that is asked for, 1 to 64. Default 8. Ignored when `bits` is positive.
+  /**
+   * f16 bytes / bytes held that is asked for, 1 to 64. Default 8. Ignored when `bits` is positive.
    */
   float ratio;
-  /*
-   Code bits per element, up to 8, or 0 to derive them from `ratio`. Default 0.
+  /**
+   * Code bits per element, up to 8, or 0 to derive them from `ratio`. Default 0.
    */
   float bits;
 } skv_config;
 
-/*
- Heads of one layer.
+/**
+ * Heads of one layer.
  */
 typedef struct skv_layer_shape {
-  /*
-   Set to `sizeof(skv_layer_shape)`.
+  /**
+   * Set to `sizeof(skv_layer_shape)`.
    */
   size_t struct_size;
-  /*
-   Query heads.
+  /**
+   * Query heads.
    */
   uint32_t n_head;
-  /*
-   KV heads; divides `n_head`.
+  /**
+   * KV heads; divides `n_head`.
    */
   uint32_t n_head_kv;
-  /*
-   Elements of a key head, even, at most 1024.
+  /**
+   * Elements of a key head, even, at most 1024.
    */
   uint32_t d_k;
-  /*
-   Elements of a value head, even, at most 1024.
+  /**
+   * Elements of a value head, even, at most 1024.
    */
   uint32_t d_v;
 } skv_layer_shape;
 
-/*
- What a configuration holds, against f16. Set `struct_size` before the call.
+/**
+ * What a configuration holds, against f16. Set `struct_size` before the call.
  */
 typedef struct skv_size_report {
-  /*
-   Set to `sizeof(skv_size_report)`.
+  /**
+   * Set to `sizeof(skv_size_report)`.
    */
   size_t struct_size;
-  /*
-   Bytes of all arenas: all layers, all streams.
+  /**
+   * Bytes of all arenas: all layers, all streams.
    */
   uint64_t bytes_arenas;
-  /*
-   Bytes of the host tables of all streams.
+  /**
+   * Bytes of the host tables of all streams.
    */
   uint64_t bytes_tables;
-  /*
-   Bytes an f16 cache of the same cells holds.
+  /**
+   * Bytes an f16 cache of the same cells holds.
    */
   uint64_t bytes_f16;
-  /*
-   `bytes_f16 / (bytes_arenas + bytes_tables)`.
+  /**
+   * `bytes_f16 / (bytes_arenas + bytes_tables)`.
    */
   double ratio;
-  /*
-   Code bits per K or V element; 16 when every row stays exact.
+  /**
+   * Code bits per K or V element; 16 when every row stays exact.
    */
   double code_bits;
-  /*
-   Exact rows at the end of each sequence.
+  /**
+   * Exact rows at the end of each sequence.
    */
   uint32_t window;
-  /*
-   Exact rows at the start of each sequence.
+  /**
+   * Exact rows at the start of each sequence.
    */
   uint32_t sinks;
-  /*
-   Exact slots of a stream.
+  /**
+   * Exact slots of a stream.
    */
   uint32_t exact_rows;
-  /*
-   Rows of one sequence that trigger the fit of the bases.
+  /**
+   * Rows of one sequence that trigger the fit of the bases.
    */
   uint32_t fit_rows;
-  /*
-   Tiles of a stream.
+  /**
+   * Tiles of a stream.
    */
   uint32_t tiles;
 } skv_size_report;
 
-/*
- Rotation of keys, as a `GGML_OP_ROPE` node describes it.
+/**
+ * Rotation of keys, as a `GGML_OP_ROPE` node describes it.
  */
 typedef struct skv_rope {
-  /*
-   Set to `sizeof(skv_rope)`.
+  /**
+   * Set to `sizeof(skv_rope)`.
    */
   size_t struct_size;
-  /*
-   One of `SKV_PAIRING_*`.
+  /**
+   * One of `SKV_PAIRING_*`.
    */
   int32_t pairing;
-  /*
-   Rotated elements of a head.
+  /**
+   * Rotated elements of a head.
    */
   uint32_t n_dims;
-  /*
-   First rotated element.
+  /**
+   * First rotated element.
    */
   uint32_t offset;
-  /*
-   Training context of the model (YaRN).
+  /**
+   * Training context of the model (YaRN).
    */
   uint32_t n_ctx_orig;
-  /*
-   Base of the frequencies, e.g. 10000.
+  /**
+   * Base of the frequencies, e.g. 10000.
    */
   float freq_base;
-  /*
-   Linear position scale, e.g. 1.
+  /**
+   * Linear position scale, e.g. 1.
    */
   float freq_scale;
-  /*
-   YaRN extrapolation mix, 0 for none.
+  /**
+   * YaRN extrapolation mix, 0 for none.
    */
   float ext_factor;
-  /*
-   YaRN, e.g. 32.
+  /**
+   * YaRN, e.g. 32.
    */
   float beta_fast;
-  /*
-   YaRN, e.g. 1.
+  /**
+   * YaRN, e.g. 1.
    */
   float beta_slow;
-  /*
-   `n_dims/2` divisors of the frequencies, or NULL. Borrowed for the call.
+  /**
+   * `n_dims/2` divisors of the frequencies, or NULL. Borrowed for the call.
    */
   const float *freq_factors;
-  /*
-   Number of `freq_factors`.
+  /**
+   * Number of `freq_factors`.
    */
   size_t n_freq_factors;
 } skv_rope;
 
-/*
- Rows of queries, keys or values, f32; the elements of a head are contiguous.
+/**
+ * Rows of queries, keys or values, f32; the elements of a head are contiguous.
  */
 typedef struct skv_rows {
-  /*
-   First element, or NULL without rows.
+  /**
+   * First element, or NULL without rows.
    */
   const float *data;
-  /*
-   Rows.
+  /**
+   * Rows.
    */
   size_t n_rows;
-  /*
-   Bytes from a row to the next.
+  /**
+   * Bytes from a row to the next.
    */
   size_t row_stride;
-  /*
-   Bytes from a head to the next.
+  /**
+   * Bytes from a head to the next.
    */
   size_t head_stride;
 } skv_rows;
 
-/*
- Rows of a layer's output projection, which weigh errors in values.
+/**
+ * Rows of a layer's output projection, which weigh errors in values.
  */
 typedef struct skv_projection {
-  /*
-   `n_rows` rows of `n_head * d_v` floats.
+  /**
+   * `n_rows` rows of `n_head * d_v` floats.
    */
   const float *data;
-  /*
-   Rows.
+  /**
+   * Rows.
    */
   size_t n_rows;
 } skv_projection;
 
-/*
- Parameters of an attention call; semantics of `ggml_flash_attn_ext`.
+/**
+ * Parameters of an attention call; semantics of `ggml_flash_attn_ext`.
  */
 typedef struct skv_attend_params {
-  /*
-   Set to `sizeof(skv_attend_params)`.
+  /**
+   * Set to `sizeof(skv_attend_params)`.
    */
   size_t struct_size;
-  /*
-   Factor on `q . k`, e.g. `1/sqrt(d_k)`.
+  /**
+   * Factor on `q . k`, e.g. `1/sqrt(d_k)`.
    */
   float scale;
-  /*
-   `cap * tanh(score / cap)`, 0 for none.
+  /**
+   * `cap * tanh(score / cap)`, 0 for none.
    */
   float softcap;
-  /*
-   f16, a row of `n_kv` per query token: 0 shows a cell, -inf hides it, other values are added. NULL shows all rows.
+  /**
+   * f16, a row of `n_kv` per query token: 0 shows a cell, -inf hides it, other values are added. NULL shows all rows.
    */
   const uint16_t *mask;
-  /*
-   Bytes from a mask row to the next.
+  /**
+   * Bytes from a mask row to the next.
    */
   size_t mask_row_stride;
-  /*
-   Cells the mask covers; cells behind them are hidden.
+  /**
+   * Cells the mask covers; cells behind them are hidden.
    */
   size_t n_kv;
-  /*
-   One attention-sink logit per query head, or NULL.
+  /**
+   * One attention-sink logit per query head, or NULL.
    */
   const float *sinks;
 } skv_attend_params;
 
-/*
- What a layer has done since it was created. Set `struct_size` before the call.
+/**
+ * What a layer has done since it was created. Set `struct_size` before the call.
  */
 typedef struct skv_stats {
-  /*
-   Set to `sizeof(skv_stats)`.
+  /**
+   * Set to `sizeof(skv_stats)`.
    */
   size_t struct_size;
-  /*
-   Rows stored by steps of more than 64 tokens.
+  /**
+   * Rows stored by steps of more than 64 tokens.
    */
   uint64_t appended_prefill;
-  /*
-   Rows stored by steps of up to 64 tokens.
+  /**
+   * Rows stored by steps of up to 64 tokens.
    */
   uint64_t appended_decode;
-  /*
-   Rows coded by steps of more than 64 tokens.
+  /**
+   * Rows coded by steps of more than 64 tokens.
    */
   uint64_t sealed_prefill;
-  /*
-   Rows coded by steps of up to 64 tokens.
+  /**
+   * Rows coded by steps of up to 64 tokens.
    */
   uint64_t sealed_decode;
-  /*
-   Visible exact rows, summed over the query tokens that attended to them.
+  /**
+   * Visible exact rows, summed over the query tokens that attended to them.
    */
   uint64_t attended_exact;
-  /*
-   Visible coded rows, summed over the query tokens that attended to them.
+  /**
+   * Visible coded rows, summed over the query tokens that attended to them.
    */
   uint64_t attended_coded;
-  /*
-   Coded rows rebuilt for prefill or on request.
+  /**
+   * Coded rows rebuilt for prefill or on request.
    */
   uint64_t reconstructed;
-  /*
-   Times the bases were fitted.
+  /**
+   * Times the bases were fitted.
    */
   uint64_t fits;
-  /*
-   Coded rows moved by compaction.
+  /**
+   * Coded rows moved by compaction.
    */
   uint64_t moved;
-  /*
-   Nanoseconds of the first thread in storing.
+  /**
+   * Nanoseconds of the first thread in storing.
    */
   uint64_t ns_encode;
-  /*
-   Nanoseconds of the first thread in attention.
+  /**
+   * Nanoseconds of the first thread in attention.
    */
   uint64_t ns_attend;
-  /*
-   Nanoseconds of the first thread in rebuilding.
+  /**
+   * Nanoseconds of the first thread in rebuilding.
    */
   uint64_t ns_reconstruct;
 } skv_stats;
@@ -434,35 +434,29 @@ typedef struct skv_stats {
 extern "C" {
 #endif // __cplusplus
 
-/*
- A short name for a status; static text, never NULL. Any integer may be passed.
+/**
+ * A short name for a status; static text, never NULL. Any integer may be passed.
  */
 const char *skv_status_str(int32_t status);
 
-/*
- The library's version, e.g. "0.1.0"; static text.
+/**
+ * The library's version, e.g. "0.1.0"; static text.
  */
 const char *skv_version(void);
 
-/*
- Compare with `SKV_ABI_VERSION` of the header before anything else.
+/**
+ * Compare with `SKV_ABI_VERSION` of the header before anything else.
  */
 uint32_t skv_abi_version(void);
 
-/*
- Fill a configuration with the defaults.
-
- # Safety
- `config` is NULL or writable.
+/**
+ * Fill a configuration with the defaults.
  */
 skv_status skv_config_init(struct skv_config *config);
 
-/*
- Check a configuration and compute all sizes. `*out` is owned by the caller; free it with `skv_geometry_free`.
- `err` (may be NULL) receives the reason of a failure.
-
- # Safety
- `config` and `layers` (`n_layers` structs) are readable, `out` writable, `err` writable for `err_len` bytes; each may be NULL.
+/**
+ * Check a configuration and compute all sizes. `*out` is owned by the caller; free it with `skv_geometry_free`.
+ * `err` (may be NULL) receives the reason of a failure.
  */
 skv_status skv_geometry_create(const struct skv_config *config,
                                const struct skv_layer_shape *layers,
@@ -471,75 +465,51 @@ skv_status skv_geometry_create(const struct skv_config *config,
                                char *err,
                                size_t err_len);
 
-/*
- Free a geometry; NULL is allowed. Tables and layers made from it stay valid.
-
- # Safety
- `geometry` is NULL or came from `skv_geometry_create` and was not freed.
+/**
+ * Free a geometry; NULL is allowed. Tables and layers made from it stay valid.
  */
 void skv_geometry_free(struct skv_geometry *geometry);
 
-/*
- Bytes of one layer's arena for one stream; a multiple of 256. An arena must start at a multiple of 32 and be zeroed before use.
-
- # Safety
- Pointers are valid or NULL.
+/**
+ * Bytes of one layer's arena for one stream; a multiple of 256. An arena must start at a multiple of 32 and be zeroed before use.
  */
 skv_status skv_geometry_arena_bytes(const struct skv_geometry *geometry,
                                     size_t layer,
                                     size_t *bytes);
 
-/*
- Ints of the longest plan of one stream for a step of `n_tokens` tokens.
-
- # Safety
- Pointers are valid or NULL.
+/**
+ * Ints of the longest plan of one stream for a step of `n_tokens` tokens.
  */
 skv_status skv_geometry_plan_ints(const struct skv_geometry *geometry,
                                   size_t n_tokens,
                                   size_t *ints);
 
-/*
- Bytes held, against f16.
-
- # Safety
- Pointers are valid or NULL; `out->struct_size` is set.
+/**
+ * Bytes held, against f16.
  */
 skv_status skv_geometry_report(const struct skv_geometry *geometry, struct skv_size_report *out);
 
-/*
- An empty table. `*out` is owned by the caller; free it with `skv_table_free`. The geometry may be freed before.
-
- # Safety
- Pointers are valid or NULL.
+/**
+ * An empty table. `*out` is owned by the caller; free it with `skv_table_free`. The geometry may be freed before.
  */
 skv_status skv_table_create(const struct skv_geometry *geometry,
                             struct skv_table **out);
 
-/*
- Free a table; NULL is allowed.
-
- # Safety
- `table` is NULL or came from `skv_table_create` and was not freed.
+/**
+ * Free a table; NULL is allowed.
  */
 void skv_table_free(struct skv_table *table);
 
-/*
- Forget every cell, the bases and a pending plan.
-
- # Safety
- `table` is NULL or valid.
+/**
+ * Forget every cell, the bases and a pending plan.
  */
 skv_status skv_table_reset(struct skv_table *table);
 
-/*
- Plan one step of one stream. `cell_pos` and `cell_seq` describe all `n_cells` cells after the new tokens were put into them:
- the position of each cell and the lowest sequence that holds it, both -1 when it is empty. `new_cells` are the cells of the
- step's tokens in token order. Writes at most `skv_geometry_plan_ints(n_new)` ints and sets `*used` to how many count.
- The plan is pending until `skv_table_commit`; planning again drops it, which is right only if it was not carried out.
-
- # Safety
- Pointers are valid for the given counts or NULL.
+/**
+ * Plan one step of one stream. `cell_pos` and `cell_seq` describe all `n_cells` cells after the new tokens were put into them:
+ * the position of each cell and the lowest sequence that holds it, both -1 when it is empty. `new_cells` are the cells of the
+ * step's tokens in token order. Writes at most `skv_geometry_plan_ints(n_new)` ints and sets `*used` to how many count.
+ * The plan is pending until `skv_table_commit`; planning again drops it, which is right only if it was not carried out.
  */
 skv_status skv_table_plan(struct skv_table *table,
                           const int32_t *cell_pos,
@@ -551,99 +521,66 @@ skv_status skv_table_plan(struct skv_table *table,
                           size_t plan_capacity,
                           size_t *used);
 
-/*
- The pending plan was carried out on every layer.
-
- # Safety
- `table` is NULL or valid.
+/**
+ * The pending plan was carried out on every layer.
  */
 skv_status skv_table_commit(struct skv_table *table);
 
-/*
- The pending plan was carried out on some layers only, and `skv_layer_replay` was called on all: keep what it did to rows
- already stored, without the new tokens.
-
- # Safety
- `table` is NULL or valid.
+/**
+ * The pending plan was carried out on some layers only, and `skv_layer_replay` was called on all: keep what it did to rows
+ * already stored, without the new tokens.
  */
 skv_status skv_table_commit_replayed(struct skv_table *table);
 
-/*
- Whether a plan waits for its commit: `*pending` becomes 0 or 1.
-
- # Safety
- Pointers are valid or NULL.
+/**
+ * Whether a plan waits for its commit: `*pending` becomes 0 or 1.
  */
 skv_status skv_table_is_pending(const struct skv_table *table, int32_t *pending);
 
-/*
- Make `table` a copy of `source`. The caller copies the arenas byte for byte.
-
- # Safety
- Pointers are valid or NULL, and not the same.
+/**
+ * Make `table` a copy of `source`. The caller copies the arenas byte for byte.
  */
 skv_status skv_table_clone_from(struct skv_table *table, const struct skv_table *source);
 
-/*
- Why the last failed call on this table failed; valid until the next failing call on it. Empty without one; NULL for NULL.
-
- # Safety
- `table` is NULL or valid.
+/**
+ * Why the last failed call on this table failed; valid until the next failing call on it. Empty without one; NULL for NULL.
  */
 const char *skv_table_last_error(const struct skv_table *table);
 
-/*
- Layer number `layer` of a geometry. `*out` is owned by the caller; free it with `skv_layer_free`.
-
- # Safety
- Pointers are valid or NULL.
+/**
+ * Layer number `layer` of a geometry. `*out` is owned by the caller; free it with `skv_layer_free`.
  */
 skv_status skv_layer_create(const struct skv_geometry *geometry,
                             size_t layer,
                             struct skv_layer **out);
 
-/*
- Free a layer; NULL is allowed.
-
- # Safety
- `layer` is NULL or came from `skv_layer_create` and was not freed.
+/**
+ * Free a layer; NULL is allowed.
  */
 void skv_layer_free(struct skv_layer *layer);
 
-/*
- Set the rotation of this layer's keys; without it keys are stored as they are. Setting the same again does nothing; another
- one after rows were stored is `SKV_STATUS_STATE`. Exclusive.
-
- # Safety
- Pointers are valid or NULL.
+/**
+ * Set the rotation of this layer's keys; without it keys are stored as they are. Setting the same again does nothing; another
+ * one after rows were stored is `SKV_STATUS_STATE`. Exclusive.
  */
 skv_status skv_layer_set_rope(struct skv_layer *layer,
                               const struct skv_rope *rope);
 
-/*
- Set scale and soft cap (0 for none) of the scores, with which the fit weighs errors. Default `1/sqrt(d_k)`. Exclusive.
-
- # Safety
- `layer` is NULL or valid.
+/**
+ * Set scale and soft cap (0 for none) of the scores, with which the fit weighs errors. Default `1/sqrt(d_k)`. Exclusive.
  */
 skv_status skv_layer_set_scoring(struct skv_layer *layer,
                                  float scale,
                                  float softcap);
 
-/*
- Whether storing this plan wants the output projection: `*wants` becomes 0 or 1.
-
- # Safety
- Pointers are valid for the given counts or NULL.
+/**
+ * Whether storing this plan wants the output projection: `*wants` becomes 0 or 1.
  */
 skv_status skv_plan_wants_projection(const int32_t *plan, size_t plan_ints, int32_t *wants);
 
-/*
- Store the step: seal tiles, move rows, write exact rows, fit the bases when the plan says so. Runs after the attention of
- the same step. `projection` may be NULL. A fit is done by thread 0 alone and allocates temporary memory.
-
- # Safety
- Pointers are valid for what they describe or NULL; nothing else uses the arena but the other threads of this call.
+/**
+ * Store the step: seal tiles, move rows, write exact rows, fit the bases when the plan says so. Runs after the attention of
+ * the same step. `projection` may be NULL. A fit is done by thread 0 alone and allocates temporary memory.
  */
 skv_status skv_layer_append(const struct skv_layer *layer,
                             uint8_t *arena,
@@ -657,12 +594,9 @@ skv_status skv_layer_append(const struct skv_layer *layer,
                             uint32_t ith,
                             uint32_t nth);
 
-/*
- After a graph that failed part-way: carry out what the plan does to rows already stored, unless this arena has it already.
- One thread.
-
- # Safety
- Pointers are valid for what they describe or NULL; nothing else uses the arena.
+/**
+ * After a graph that failed part-way: carry out what the plan does to rows already stored, unless this arena has it already.
+ * One thread.
  */
 skv_status skv_layer_replay(const struct skv_layer *layer,
                             uint8_t *arena,
@@ -670,12 +604,9 @@ skv_status skv_layer_replay(const struct skv_layer *layer,
                             const int32_t *plan,
                             size_t plan_ints);
 
-/*
- Rebuild dense roped f16 rows of all cells below `n_kv`: `k_out[n_kv][n_head_kv][d_k]` and `v_out[n_kv][n_head_kv][d_v]`, last
- index fastest. The step's own rows are taken from `k` and `v`; empty cells give zeros.
-
- # Safety
- Pointers are valid for what they describe or NULL; nothing changes the arena during the call.
+/**
+ * Rebuild dense roped f16 rows of all cells below `n_kv`: `k_out[n_kv][n_head_kv][d_k]` and `v_out[n_kv][n_head_kv][d_v]`, last
+ * index fastest. The step's own rows are taken from `k` and `v`; empty cells give zeros.
  */
 skv_status skv_layer_reconstruct(const struct skv_layer *layer,
                                  const uint8_t *arena,
@@ -690,20 +621,14 @@ skv_status skv_layer_reconstruct(const struct skv_layer *layer,
                                  uint32_t ith,
                                  uint32_t nth);
 
-/*
- Floats of the partial results of an attention call with `n_tokens` query tokens.
-
- # Safety
- Pointers are valid or NULL.
+/**
+ * Floats of the partial results of an attention call with `n_tokens` query tokens.
  */
 skv_status skv_layer_partial_floats(const struct skv_layer *layer, size_t n_tokens, size_t *floats);
 
-/*
- Attention of 1 to 64 query tokens over the stored rows and the step's own rows, first half: partial results. The result does
- not depend on the number of threads.
-
- # Safety
- Pointers are valid for what they describe or NULL; nothing changes the arena during the call.
+/**
+ * Attention of 1 to 64 query tokens over the stored rows and the step's own rows, first half: partial results. The result does
+ * not depend on the number of threads.
  */
 skv_status skv_layer_attend(const struct skv_layer *layer,
                             const uint8_t *arena,
@@ -719,11 +644,8 @@ skv_status skv_layer_attend(const struct skv_layer *layer,
                             uint32_t ith,
                             uint32_t nth);
 
-/*
- Second half: merge partial results into `out[n_tokens][n_head][d_v]`, `n_out` floats. `params` as in the first half.
-
- # Safety
- Pointers are valid for what they describe or NULL.
+/**
+ * Second half: merge partial results into `out[n_tokens][n_head][d_v]`, `n_out` floats. `params` as in the first half.
  */
 skv_status skv_layer_combine(const struct skv_layer *layer,
                              const struct skv_attend_params *params,
@@ -735,30 +657,21 @@ skv_status skv_layer_combine(const struct skv_layer *layer,
                              uint32_t ith,
                              uint32_t nth);
 
-/*
- Counters of a layer.
-
- # Safety
- Pointers are valid or NULL; `out->struct_size` is set.
+/**
+ * Counters of a layer.
  */
 skv_status skv_layer_stats(const struct skv_layer *layer, struct skv_stats *out);
 
-/*
- Copy the reason of the last failed call on this layer, on whichever thread it was, into `buffer` (cut to fit).
-
- # Safety
- `layer` is NULL or valid; `buffer` is NULL or writable for `capacity` bytes.
+/**
+ * Copy the reason of the last failed call on this layer, on whichever thread it was, into `buffer` (cut to fit).
  */
 skv_status skv_layer_last_error(const struct skv_layer *layer,
                                 char *buffer,
                                 size_t capacity);
 
-/*
- Write the rows of `cells` (ascending, all holding rows) into `buffer`. With `buffer` NULL and `capacity` 0 only `*size` is set;
- it is the same for the same contents. No plan may be pending. `arenas` has the arena of each layer for this stream.
-
- # Safety
- Pointers are valid for what they describe or NULL; nothing changes the arenas during the call.
+/**
+ * Write the rows of `cells` (ascending, all holding rows) into `buffer`. With `buffer` NULL and `capacity` 0 only `*size` is set;
+ * it is the same for the same contents. No plan may be pending. `arenas` has the arena of each layer for this stream.
  */
 skv_status skv_state_write(struct skv_table *table,
                            const struct skv_layer *const *layers,
@@ -770,12 +683,9 @@ skv_status skv_state_write(struct skv_table *table,
                            size_t capacity,
                            size_t *size);
 
-/*
- Read what `skv_state_write` wrote into `cells`, in the order they were written; the cells must hold no rows. `cell_pos` and
- `cell_seq` describe all `n_all` cells of the stream as in `skv_table_plan`. Everything is verified first; on error no row has changed.
-
- # Safety
- Pointers are valid for what they describe or NULL; nothing else uses the arenas.
+/**
+ * Read what `skv_state_write` wrote into `cells`, in the order they were written; the cells must hold no rows. `cell_pos` and
+ * `cell_seq` describe all `n_all` cells of the stream as in `skv_table_plan`. Everything is verified first; on error no row has changed.
  */
 skv_status skv_state_read(struct skv_table *table,
                           const struct skv_layer *const *layers,
@@ -789,13 +699,10 @@ skv_status skv_state_read(struct skv_table *table,
                           const uint8_t *buffer,
                           size_t size);
 
-/*
- Create a cache of `shape`. `config.n_streams` and `config.n_seqs` must be 1. `scale` and `softcap` (0 for none) are those of the
- scores. `projection` (may be NULL) holds rows of the layer's output projection; it is copied. `err` (may be NULL) receives the
- reason of a failure. `*out` is owned by the caller; free it with `skv_cache_free`.
-
- # Safety
- Pointers are valid for what they describe or NULL.
+/**
+ * Create a cache of `shape`. `config.n_streams` and `config.n_seqs` must be 1. `scale` and `softcap` (0 for none) are those of the
+ * scores. `projection` (may be NULL) holds rows of the layer's output projection; it is copied. `err` (may be NULL) receives the
+ * reason of a failure. `*out` is owned by the caller; free it with `skv_cache_free`.
  */
 skv_status skv_cache_create(const struct skv_config *config,
                             const struct skv_layer_shape *shape,
@@ -807,20 +714,14 @@ skv_status skv_cache_create(const struct skv_config *config,
                             char *err,
                             size_t err_len);
 
-/*
- Free a cache; NULL is allowed.
-
- # Safety
- `cache` is NULL or came from `skv_cache_create` and was not freed.
+/**
+ * Free a cache; NULL is allowed.
  */
 void skv_cache_free(struct skv_cache *cache);
 
-/*
- Store `n` rows: `q[n][n_head][d_k]` (the queries of the same tokens, which the fit looks at), `k[n][n_head_kv][d_k]` as the model gives them (roped) and
- `v[n][n_head_kv][d_v]`, with their positions, ascending. On error nothing has changed.
-
- # Safety
- Pointers are readable for what they describe or NULL.
+/**
+ * Store `n` rows: `q[n][n_head][d_k]` (the queries of the same tokens, which the fit looks at), `k[n][n_head_kv][d_k]` as the model gives them (roped) and
+ * `v[n][n_head_kv][d_v]`, with their positions, ascending. On error nothing has changed.
  */
 skv_status skv_cache_append(struct skv_cache *cache,
                             const int32_t *positions,
@@ -829,11 +730,8 @@ skv_status skv_cache_append(struct skv_cache *cache,
                             const float *k,
                             const float *v);
 
-/*
- Rebuild rows `first` to `first + n` as roped f16: `k_out[n][n_head_kv][d_k]` and `v_out[n][n_head_kv][d_v]`.
-
- # Safety
- Pointers are writable for what they describe or NULL.
+/**
+ * Rebuild rows `first` to `first + n` as roped f16: `k_out[n][n_head_kv][d_k]` and `v_out[n][n_head_kv][d_v]`.
  */
 skv_status skv_cache_get(struct skv_cache *cache,
                          size_t first,
@@ -841,13 +739,10 @@ skv_status skv_cache_get(struct skv_cache *cache,
                          uint16_t *k_out,
                          uint16_t *v_out);
 
-/*
- Attention of `n` (1 to 64) query tokens `q[n][n_head][d_k]` (roped) over all stored rows into `out[n][n_head][d_v]`.
- `mask[n][rows stored]` is f32: 0 shows a row, -inf hides it, other values are added; NULL shows all. `sinks` has one logit per
- query head or is NULL. A query that sees no row gives zeros.
-
- # Safety
- Pointers are valid for what they describe or NULL.
+/**
+ * Attention of `n` (1 to 64) query tokens `q[n][n_head][d_k]` (roped) over all stored rows into `out[n][n_head][d_v]`.
+ * `mask[n][rows stored]` is f32: 0 shows a row, -inf hides it, other values are added; NULL shows all. `sinks` has one logit per
+ * query head or is NULL. A query that sees no row gives zeros.
  */
 skv_status skv_cache_attend(struct skv_cache *cache,
                             const float *q,
@@ -858,47 +753,32 @@ skv_status skv_cache_attend(struct skv_cache *cache,
                             const float *sinks,
                             float *out);
 
-/*
- Forget every row and the bases; what is stored next is stored as in a new cache. Counters go on.
-
- # Safety
- `cache` is NULL or valid.
+/**
+ * Forget every row and the bases; what is stored next is stored as in a new cache. Counters go on.
  */
 skv_status skv_cache_reset(struct skv_cache *cache);
 
-/*
- Copy the positions of all stored rows, in the order of their cells, to `out` (`capacity` ints) and their number to `*n`. With
- `out` NULL and `capacity` 0 only `*n` is set.
-
- # Safety
- Pointers are valid for what they describe or NULL.
+/**
+ * Copy the positions of all stored rows, in the order of their cells, to `out` (`capacity` ints) and their number to `*n`. With
+ * `out` NULL and `capacity` 0 only `*n` is set.
  */
 skv_status skv_cache_positions(struct skv_cache *cache,
                                int32_t *out,
                                size_t capacity,
                                size_t *n);
 
-/*
- What the cache has done.
-
- # Safety
- Pointers are valid or NULL; `out->struct_size` is set.
+/**
+ * What the cache has done.
  */
 skv_status skv_cache_stats(struct skv_cache *cache, struct skv_stats *out);
 
-/*
- Bytes held, against f16.
-
- # Safety
- Pointers are valid or NULL; `out->struct_size` is set.
+/**
+ * Bytes held, against f16.
  */
 skv_status skv_cache_report(struct skv_cache *cache, struct skv_size_report *out);
 
-/*
- Why the last failed call on this cache failed; valid until the next failing call on it. Empty without one; NULL for NULL.
-
- # Safety
- `cache` is NULL or valid.
+/**
+ * Why the last failed call on this cache failed; valid until the next failing call on it. Empty without one; NULL for NULL.
  */
 const char *skv_cache_last_error(const struct skv_cache *cache);
 

@@ -23,7 +23,7 @@ fn generate() -> String {
         include_guard: Some("SPECTRAL_KV_H".into()),
         cpp_compat: true,
         usize_is_size_t: true,
-        documentation_style: cbindgen::DocumentationStyle::C,
+        documentation_style: cbindgen::DocumentationStyle::Doxy,
         no_includes: true,
         sys_includes: vec!["stddef.h".into(), "stdint.h".into()],
         after_includes: Some(format!(

@@ -107,6 +107,9 @@ impl Basis {
 
 /// Bytes of an arena seen as f16.
 pub(crate) fn f16s(bytes: &[u8]) -> Result<&[f16]> {
+    if bytes.is_empty() {
+        return Ok(&[]);
+    }
     bytemuck::try_cast_slice(bytes).map_err(|e| Error::Data(format!("an f16 row is not aligned: {e}")))
 }
 
