@@ -44,7 +44,7 @@ pub fn widths(arena: &[u8], g: &LayerGeometry, head: usize) -> (Widths, Widths) 
 fn read_widths<'a>(read: &impl Fn(Range<usize>) -> &'a [u8], g: &LayerGeometry, head: usize) -> (Widths, Widths) {
     let k = g.body_offset() + head * g.basis_bytes();
     let v = k + LayerGeometry::basis_bytes_of(g.d_k);
-    (Basis::widths_of(read(k..k + 8)), Basis::widths_of(read(v..v + 8)))
+    (Basis::widths_of(read(k..k + 16)), Basis::widths_of(read(v..v + 16)))
 }
 
 /// Byte ranges of every head. `fitted` says whether tiles exist; then the header and the widths are checked.

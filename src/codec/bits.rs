@@ -73,8 +73,9 @@ mod tests {
         for budget in [2usize, 4, 6, 8, 12] {
             let greedy: Vec<usize> = allocate(&variance, budget).iter().map(|w| WIDTHS.iter().position(|x| x == w).unwrap()).collect();
             let mut best = f64::MAX;
-            for n in 0..256usize {
-                let w = [n & 3, n >> 2 & 3, n >> 4 & 3, n >> 6 & 3];
+            let n = WIDTHS.len();
+            for code in 0..n.pow(4) {
+                let w = [code % n, code / n % n, code / n / n % n, code / n / n / n];
                 if w.iter().map(|i| WIDTHS[*i] as usize).sum::<usize>() <= budget {
                     best = best.min(cost(&w));
                 }

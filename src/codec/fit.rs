@@ -136,7 +136,7 @@ fn build_basis(d: usize, mean: Vec<f32>, t: &Transform, widths: &[u32]) -> Basis
     let largest = order.iter().map(|j| t.variance[*j]).fold(1e-300, f64::max);
     Basis {
         d,
-        widths: Widths { n8: count(8), n4: count(4), n2: count(2) },
+        widths: Widths { counts: Widths::BITS.map(count) },
         mean,
         encode: rows(&t.encode),
         decode: rows(&t.decode),

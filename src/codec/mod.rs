@@ -41,8 +41,7 @@ fn put_f32(bytes: &mut [u8], i: usize, x: f32) {
 impl Basis {
     /// Widths of a stored basis.
     pub fn widths_of(bytes: &[u8]) -> Widths {
-        let n = |i: usize| usize::from(u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]));
-        Widths { n8: n(0), n4: n(1), n2: n(2) }
+        Widths { counts: std::array::from_fn(|i| usize::from(u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]))) }
     }
 
     /// Write in stored form: widths, mean, then per coefficient an encode scale, decode scale and weight in f32, then both
@@ -50,7 +49,7 @@ impl Basis {
     pub fn store(&self, bytes: &mut [u8]) {
         let (d, r) = (self.d, self.widths.rank());
         bytes.fill(0);
-        for (i, n) in [self.widths.n8, self.widths.n4, self.widths.n2].into_iter().enumerate() {
+        for (i, n) in self.widths.counts.into_iter().enumerate() {
             bytes[2 * i..2 * i + 2].copy_from_slice(&(n as u16).to_le_bytes());
         }
         let (floats, matrices) = bytes[16..].split_at_mut(16 * d);

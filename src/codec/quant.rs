@@ -1,76 +1,113 @@
 //! Scalar quantisers, their packed form and the gain byte.
 //!
-//! A coefficient of unit variance is coded with 0, 2, 4 or 8 bits: Lloyd-Max for N(0,1) at 2 and 4 bits (Max 1960, table I),
-//! uniform at 8. A tile stores each coefficient for its 64 rows together, in planes that unpack with shifts and masks:
-//! 2 bits: byte `k` of 16 holds rows `k, k+16, k+32, k+48`, lowest bits first; 4 bits: byte `k` of 32 holds rows `k, k+32`;
-//! 8 bits: byte `k` holds row `k` as a signed number. Must not know about bases, heads or cells.
+//! A coefficient of unit variance is coded with one of [`WIDTHS`]: Lloyd-Max for N(0,1) up to 6 bits (Max 1960), uniform at 8.
+//! Fine steps between 4 and 8 bits matter: on the small model at 2 bits per element, {0,2,4,8} costs 1.4 times the KL divergence
+//! of {0,2,4,5,6,8}, which equals all widths up to 6 and 8.
+//!
+//! A tile stores each coefficient for its 64 rows together, in planes that unpack with shifts and masks. A code is cut into a
+//! plane of its low 4 bits, then its next 2, then 1, as its width has them (8 bits: one plane). Plane of 4 bits: byte `k` of 32 holds rows
+//! `k, k+32`; of 2: byte `k` of 16 holds `k, k+16, k+32, k+48`; of 1: byte `k` of 8 holds `k, k+8, ..`; lowest bits first.
+//! Must not know about bases, heads or cells.
 
 use crate::config::TILE;
 
 /// Bit widths a coefficient can have, ascending.
-pub const WIDTHS: [u32; 4] = [0, 2, 4, 8];
+pub const WIDTHS: [u32; 6] = [0, 2, 4, 5, 6, 8];
 /// Mean squared error of each width for N(0,1).
-pub const DISTORTION: [f64; 4] = [1.0, 0.117_482, 0.009_497, 6.0e-5];
+pub const DISTORTION: [f64; 6] = [1.0, 0.117_482, 0.009_501, 0.002_505, 0.000_644, 6.0e-5];
 
-const LEVELS_2: [f32; 4] = [-1.5104, -0.4528, 0.4528, 1.5104];
-const LEVELS_4: [f32; 16] = [
-    -2.7326, -2.0690, -1.6181, -1.2562, -0.9424, -0.6568, -0.3881, -0.1284, 0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6181, 2.0690, 2.7326,
+/// Positive halves of the levels, ascending.
+const HALF_2: [f32; 2] = [0.45278, 1.51042];
+const HALF_4: [f32; 8] = [0.12840, 0.38805, 0.65676, 0.94234, 1.25623, 1.61805, 2.06902, 2.73259];
+const HALF_5: [f32; 16] = [
+    0.06589, 0.19805, 0.33138, 0.46670, 0.60493, 0.74714, 0.89457, 1.04878, 1.21180, 1.38634, 1.57623, 1.78723, 2.02873, 2.31774, 2.69112, 3.26073,
 ];
+const HALF_6: [f32; 32] = [
+    0.03341, 0.10028, 0.16730, 0.23457, 0.30219, 0.37028, 0.43895, 0.50831, 0.57850, 0.64966, 0.72192, 0.79547, 0.87048, 0.94716, 1.02574, 1.10649,
+    1.18972, 1.27579, 1.36514, 1.45828, 1.55583, 1.65859, 1.76754, 1.88398, 2.00961, 2.14681, 2.29898, 2.47131, 2.67227, 2.91741, 3.24044, 3.74410,
+];
+
+const fn mirror<const H: usize, const N: usize>(half: [f32; H]) -> [f32; N] {
+    let mut out = [0.0; N];
+    let mut i = 0;
+    while i < H {
+        out[H + i] = half[i];
+        out[H - 1 - i] = -half[i];
+        i += 1;
+    }
+    out
+}
+
+static LEVELS_2: [f32; 4] = mirror(HALF_2);
+static LEVELS_4: [f32; 16] = mirror(HALF_4);
+static LEVELS_5: [f32; 32] = mirror(HALF_5);
+static LEVELS_6: [f32; 64] = mirror(HALF_6);
 const STEP_8: f32 = 4.5 / 127.0;
+
+fn levels(width: u32) -> &'static [f32] {
+    match width {
+        2 => &LEVELS_2,
+        4 => &LEVELS_4,
+        5 => &LEVELS_5,
+        6 => &LEVELS_6,
+        _ => &[],
+    }
+}
 
 /// Bytes of one coefficient of a tile at `width` bits.
 pub const fn coefficient_bytes(width: u32) -> usize {
     TILE * width as usize / 8
 }
 
-fn nearest(levels: &[f32], x: f32) -> u8 {
-    levels.windows(2).take_while(|w| x >= 0.5 * (w[0] + w[1])).count() as u8
-}
-
 /// Code of a unit-variance value.
 pub fn code(width: u32, x: f32) -> u8 {
     match width {
-        2 => nearest(&LEVELS_2, x),
-        4 => nearest(&LEVELS_4, x),
+        0 => 0,
         8 => ((x / STEP_8).round().clamp(-127.0, 127.0) as i8) as u8,
-        _ => 0,
+        _ => {
+            let l = levels(width);
+            let above = l.partition_point(|level| *level < x).clamp(1, l.len() - 1);
+            (if x >= 0.5 * (l[above - 1] + l[above]) { above } else { above - 1 }) as u8
+        }
     }
 }
 
 /// Value a code stands for.
 pub fn level(width: u32, code: u8) -> f32 {
     match width {
-        2 => LEVELS_2[(code & 3) as usize],
-        4 => LEVELS_4[(code & 15) as usize],
+        0 => 0.0,
         8 => f32::from(code as i8) * STEP_8,
-        _ => 0.0,
+        _ => levels(width)[code as usize & ((1 << width) - 1)],
     }
+}
+
+/// The planes of a width: bits of the plane, its first byte, and how far its bits are shifted in the code.
+fn planes(width: u32) -> impl Iterator<Item = (u32, usize, u32)> {
+    let whole = if width == 8 { &[8][..] } else { &[4, 2, 1][..] };
+    let mut shift = 0;
+    whole.iter().filter(move |bits| width & **bits != 0).map(move |bits| {
+        let at = coefficient_bytes(shift);
+        shift += bits;
+        (*bits, at, shift - bits)
+    })
 }
 
 /// Write the code of `row` into a packed coefficient.
 pub fn put(width: u32, packed: &mut [u8], row: usize, code: u8) {
-    match width {
-        2 => {
-            let (byte, shift) = (row % 16, row / 16 * 2);
-            packed[byte] = packed[byte] & !(3 << shift) | (code & 3) << shift;
-        }
-        4 => {
-            let (byte, shift) = (row % 32, row / 32 * 4);
-            packed[byte] = packed[byte] & !(15 << shift) | (code & 15) << shift;
-        }
-        8 => packed[row] = code,
-        _ => {}
+    for (bits, at, shift) in planes(width) {
+        let bytes = coefficient_bytes(bits);
+        let (byte, up, mask) = (at + row % bytes, row / bytes * bits as usize, ((1u32 << bits) - 1) as u8);
+        packed[byte] = packed[byte] & !(mask << up) | (code >> shift & mask) << up;
     }
 }
 
 /// Read the code of `row` from a packed coefficient.
 pub fn get(width: u32, packed: &[u8], row: usize) -> u8 {
-    match width {
-        2 => packed[row % 16] >> (row / 16 * 2) & 3,
-        4 => packed[row % 32] >> (row / 32 * 4) & 15,
-        8 => packed[row],
-        _ => 0,
-    }
+    planes(width).fold(0, |code, (bits, at, shift)| {
+        let bytes = coefficient_bytes(bits);
+        let mask = ((1u32 << bits) - 1) as u8;
+        code | (packed[at + row % bytes] >> (row / bytes * bits as usize) & mask) << shift
+    })
 }
 
 /// All 64 values of a packed coefficient.
@@ -79,9 +116,8 @@ pub fn unpack(width: u32, packed: &[u8], out: &mut [f32; TILE]) {
     match width {
         2 => {
             // The four levels are odd in (code - 1.5): a cubic through them needs no table.
-            const U: f32 = 0.5;
-            const B: f32 = (LEVELS_2[3] - 3.0 * LEVELS_2[2]) / (3.0 * U * (9.0 * U * U - U * U));
-            const A: f32 = LEVELS_2[2] / U - B * U * U;
+            const B: f32 = (HALF_2[1] - 3.0 * HALF_2[0]) / 3.0;
+            const A: f32 = 2.0 * HALF_2[0] - 0.25 * B;
             for plane in 0..4 {
                 for k in 0..16 {
                     let u = f32::from(packed[k] >> (2 * plane) & 3) - 1.5;
@@ -93,6 +129,20 @@ pub fn unpack(width: u32, packed: &[u8], out: &mut [f32; TILE]) {
             for k in 0..32 {
                 out[k] = LEVELS_4[(packed[k] & 15) as usize];
                 out[k + 32] = LEVELS_4[(packed[k] >> 4) as usize];
+            }
+        }
+        5 => {
+            for k in 0..32 {
+                let high = |row: usize| packed[32 + row % 8] >> (row / 8) & 1;
+                out[k] = LEVELS_5[(packed[k] & 15 | high(k) << 4) as usize];
+                out[k + 32] = LEVELS_5[(packed[k] >> 4 | high(k + 32) << 4) as usize];
+            }
+        }
+        6 => {
+            for k in 0..32 {
+                let high = |row: usize| packed[32 + row % 16] >> (row / 16 * 2) & 3;
+                out[k] = LEVELS_6[(packed[k] & 15 | high(k) << 4) as usize];
+                out[k + 32] = LEVELS_6[(packed[k] >> 4 | high(k + 32) << 4) as usize];
             }
         }
         8 => {
@@ -136,7 +186,7 @@ mod tests {
 
     #[test]
     fn pack_and_unpack_agree_for_every_code_and_row() {
-        for width in [2, 4, 8] {
+        for width in WIDTHS.into_iter().skip(1) {
             let mut packed = vec![0xa5; coefficient_bytes(width)];
             let mut want = [0u8; TILE];
             for pass in 0..3u32 {

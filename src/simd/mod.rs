@@ -20,35 +20,37 @@ pub enum Level {
     Avx512,
 }
 
-/// How many coefficients of a tile have 8, 4 and 2 bits; they are stored in this order.
+/// How many coefficients of a tile have each width, widest first, in the order in which they are stored.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Widths {
-    /// Coefficients of 8 bits.
-    pub n8: usize,
-    /// Coefficients of 4 bits.
-    pub n4: usize,
-    /// Coefficients of 2 bits.
-    pub n2: usize,
+    /// Coefficients of 8, 6, 5, 4 and 2 bits.
+    pub counts: [usize; Widths::BITS.len()],
 }
 
 impl Widths {
+    /// The widths that are stored, in their order.
+    pub const BITS: [u32; 5] = [8, 6, 5, 4, 2];
+
     /// Coefficients in all.
     pub fn rank(&self) -> usize {
-        self.n8 + self.n4 + self.n2
+        self.counts.iter().sum()
     }
     /// Bytes of one tile's codes.
     pub fn bytes(&self) -> usize {
-        self.n8 * quant::coefficient_bytes(8) + self.n4 * quant::coefficient_bytes(4) + self.n2 * quant::coefficient_bytes(2)
+        self.counts.iter().zip(Self::BITS).map(|(n, bits)| n * quant::coefficient_bytes(bits)).sum()
     }
     /// Width and byte offset of coefficient `j`.
+    #[inline(always)]
     pub fn place(&self, j: usize) -> (u32, usize) {
-        if j < self.n8 {
-            (8, j * 64)
-        } else if j < self.n8 + self.n4 {
-            (4, self.n8 * 64 + (j - self.n8) * 32)
-        } else {
-            (2, self.n8 * 64 + self.n4 * 32 + (j - self.n8 - self.n4) * 16)
+        let (mut j, mut at) = (j, 0);
+        for (n, bits) in self.counts.into_iter().zip(Self::BITS) {
+            if j < n {
+                return (bits, at + j * quant::coefficient_bytes(bits));
+            }
+            j -= n;
+            at += n * quant::coefficient_bytes(bits);
         }
+        (0, at)
     }
 }
 
@@ -119,43 +121,30 @@ fn accumulate_body<const FMA: bool>(matrix: &[f32], coefficients: &[f32], out: &
 }
 
 #[inline(always)]
-fn each_coefficient(widths: Widths, codes: &[u8], mut f: impl FnMut(usize, &[f32; TILE])) {
-    let mut values = [0.0f32; TILE];
-    let (c8, rest) = codes.split_at(widths.n8 * 64);
-    let (c4, rest) = rest.split_at(widths.n4 * 32);
-    let c2 = &rest[..widths.n2 * 16];
-    for (j, c) in c8.chunks_exact(64).enumerate() {
-        quant::unpack(8, c, &mut values);
-        f(j, &values);
-    }
-    for (j, c) in c4.chunks_exact(32).enumerate() {
-        quant::unpack(4, c, &mut values);
-        f(widths.n8 + j, &values);
-    }
-    for (j, c) in c2.chunks_exact(16).enumerate() {
-        quant::unpack(2, c, &mut values);
-        f(widths.n8 + widths.n4 + j, &values);
-    }
-}
-
-#[inline(always)]
 fn tile_scores_body<const FMA: bool>(widths: Widths, codes: &[u8], z: &[f32], out: &mut [f32]) {
     let rank = widths.rank();
-    each_coefficient(widths, codes, |j, values| {
+    let mut values = [0.0f32; TILE];
+    // One loop over all widths: the body has a single place and is compiled with the level's features.
+    for j in 0..rank {
+        let (width, at) = widths.place(j);
+        quant::unpack(width, &codes[at..], &mut values);
         for (z, out) in z.chunks_exact(rank).zip(out.chunks_exact_mut(TILE)) {
-            axpy::<FMA>(out, z[j], values);
+            axpy::<FMA>(out, z[j], &values);
         }
-    });
+    }
 }
 
 #[inline(always)]
 fn tile_values_body<const FMA: bool>(widths: Widths, codes: &[u8], p: &[f32], acc: &mut [f32]) {
     let rank = widths.rank();
-    each_coefficient(widths, codes, |j, values| {
+    let mut values = [0.0f32; TILE];
+    for j in 0..rank {
+        let (width, at) = widths.place(j);
+        quant::unpack(width, &codes[at..], &mut values);
         for (p, acc) in p.chunks_exact(TILE).zip(acc.chunks_exact_mut(rank)) {
-            acc[j] += dot::<FMA>(p, values);
+            acc[j] += dot::<FMA>(p, &values);
         }
-    });
+    }
 }
 
 /// exp by 2^n * 2^f with a degree-6 polynomial for 2^f on [-1/2, 1/2] (Taylor, relative error under 2e-7).
@@ -307,7 +296,7 @@ mod tests {
                     assert!((f64::from(*y) - want).abs() < 1e-4);
                 }
             }
-            let widths = Widths { n8: 3, n4: 5, n2: 9 };
+            let widths = Widths { counts: [3, 2, 4, 5, 9] };
             let codes: Vec<u8> = noise(widths.bytes(), 3).iter().map(|x| (x * 127.0) as i8 as u8).collect();
             let z = noise(2 * widths.rank(), 4);
             let mut scores = vec![0.25f32; 2 * TILE];

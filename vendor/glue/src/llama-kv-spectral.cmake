@@ -25,6 +25,13 @@ endif()
 
 target_link_libraries(llama PRIVATE spectral_kv)
 
+# The symbols of the library must not be exported from libllama.so: calls to exported symbols go through the lazy binder, which
+# clobbers registers that the matrix kernels inside the library (assembly with a calling convention of its own) rely on.
+if (NOT WIN32 AND NOT APPLE)
+    get_filename_component(LLAMA_KV_SPECTRAL_NAME "${LLAMA_KV_SPECTRAL_LIB}" NAME)
+    target_link_options(llama PRIVATE "LINKER:--exclude-libs,${LLAMA_KV_SPECTRAL_NAME}")
+endif()
+
 # for this file only, so that switching the option does not rebuild the others
 set_source_files_properties(llama-kv-spectral.cpp PROPERTIES
     COMPILE_DEFINITIONS LLAMA_KV_SPECTRAL

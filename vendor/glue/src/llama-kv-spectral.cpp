@@ -191,7 +191,7 @@ bool llama_kv_spectral_check(const llama_model & model, llama_context_params & p
 //
 
 // query tokens per stream up to which the attention works on the compressed rows; above, K and V are rebuilt for the stock op
-#define SPECTRAL_MAX_DECODE_TOKENS 64
+#define SPECTRAL_MAX_DECODE_TOKENS SKV_MAX_QUERIES
 
 // what stands before the plan of each stream in the input tensor
 enum spectral_header {
@@ -229,8 +229,7 @@ struct llama_kv_spectral::impl {
         const ggml_tensor * freq_src = nullptr;
         std::vector<float>  freq;
 
-        const char * stream(int32_t s) const { return (const char *) arena->data + s*arena->nb[2]; }
-        char       * stream(int32_t s)       { return (char       *) arena->data + s*arena->nb[2]; }
+        uint8_t * stream(int32_t s) const { return (uint8_t *) arena->data + s*arena->nb[2]; }
     };
 
     struct stream {
@@ -278,6 +277,16 @@ struct llama_kv_spectral::impl {
         return false;
     }
 
+    bool ok(skv_status status, const char * what, const layer & l) {
+        if (status == SKV_STATUS_OK) {
+            return true;
+        }
+        char detail[256] = "";
+        skv_layer_last_error(l.skv, detail, sizeof(detail));
+
+        return ok(status, format("%s in layer %u", what, l.il).c_str(), detail);
+    }
+
     layer & get_layer(int32_t il) { return *layers[kv.map_layer_ids.at(il)]; }
 
     size_t plan_ints(size_t n_tokens) const {
@@ -296,7 +305,7 @@ struct llama_kv_spectral::impl {
 
     void log_commit(const slot_info & sinfo);
 
-    void set_rope(layer & l, const ggml_tensor * k) const;
+    void set_model(layer & l, const ggml_tensor * k) const;
 
     bool get_projection(const layer & l, std::vector<float> & data, skv_projection & res) const;
 };
@@ -361,7 +370,7 @@ bool llama_kv_spectral::impl::recover() {
 
         if (st.pending && st.ran) {
             for (auto & l : layers) {
-                if (!ok(skv_layer_replay(l->skv, l->stream(s), l->arena_bytes, st.plan.data(), st.used), "recovery after an aborted graph")) {
+                if (!ok(skv_layer_replay(l->skv, l->stream(s), l->arena_bytes, st.plan.data(), st.used), "recovery after an aborted graph", *l)) {
                     return false;
                 }
             }
@@ -431,7 +440,7 @@ void llama_kv_spectral::impl::log_commit(const slot_info & sinfo) {
 
 // The graph is the only place that knows how a layer rotates its keys: hparams say nothing about NoPE layers, per-layer
 // scaling or what happens after the rotation. A wrong answer would cost compression, never correctness.
-void llama_kv_spectral::impl::set_rope(layer & l, const ggml_tensor * k) const {
+void llama_kv_spectral::impl::set_model(layer & l, const ggml_tensor * k) const {
     // without arenas there is nothing to rotate, and the weights cannot be read
     if (kv.hparams.no_alloc) {
         return;
@@ -456,10 +465,12 @@ void llama_kv_spectral::impl::set_rope(layer & l, const ggml_tensor * k) const {
         const int32_t mode = node->op_params[2];
 
         // the sections of M-RoPE rotate by positions that the cells do not keep
-        rope.pairing = mode == GGML_ROPE_TYPE_NORMAL ? 1 : mode == GGML_ROPE_TYPE_NEOX ? 2 : 0;
+        rope.pairing =
+            mode == GGML_ROPE_TYPE_NORMAL ? SKV_PAIRING_ADJACENT :
+            mode == GGML_ROPE_TYPE_NEOX   ? SKV_PAIRING_HALVES   : SKV_PAIRING_NONE;
     }
 
-    if (rope.pairing != 0) {
+    if (rope.pairing != SKV_PAIRING_NONE) {
         rope.n_dims     = node->op_params[1];
         rope.offset     = node->op_params[15];
         rope.n_ctx_orig = node->op_params[4];
@@ -471,7 +482,7 @@ void llama_kv_spectral::impl::set_rope(layer & l, const ggml_tensor * k) const {
 
         if (const ggml_tensor * src = node->src[2]) {
             if (!src->buffer || !src->data) {
-                rope.pairing = 0; // computed by the graph, so unknown here
+                rope.pairing = SKV_PAIRING_NONE; // computed by the graph, so unknown here
             } else {
                 if (l.freq_src != src) {
                     l.freq.resize(ggml_nelements(src));
@@ -484,14 +495,20 @@ void llama_kv_spectral::impl::set_rope(layer & l, const ggml_tensor * k) const {
         }
     }
 
-    if (rope.pairing == 0) {
+    if (rope.pairing == SKV_PAIRING_NONE) {
         rope = {};
         rope.struct_size = sizeof(rope);
     }
 
-    const skv_status status = skv_layer_set_rope(l.skv, &rope);
+    skv_status status = skv_layer_set_rope(l.skv, &rope);
+    if (status == SKV_STATUS_OK) {
+        status = skv_layer_set_scoring(l.skv, l.scale, l.softcap);
+    }
     if (status != SKV_STATUS_OK) {
-        throw std::runtime_error(format("kv_spectral: layer %u: the RoPE parameters cannot be used: %s", l.il, skv_status_str(status)));
+        char detail[256] = "";
+        skv_layer_last_error(l.skv, detail, sizeof(detail));
+
+        throw std::runtime_error(format("kv_spectral: layer %u: %s", l.il, *detail ? detail : skv_status_str(status)));
     }
 }
 
@@ -547,7 +564,7 @@ bool llama_kv_spectral::impl::get_projection(const layer & l, std::vector<float>
 
 // The sources of the ops. The tensors of the ubatch hold its streams one after the other.
 //   attend:      arena, q, k, v, plan, mask [, sinks]
-//   combine:     partials, plan, mask [, sinks]
+//   combine:     partials, mask [, sinks]
 //   reconstruct: arena, k, v, plan, mask (for its shape, and so that nothing is left out of the graph)
 //   append:      arena, k, v, q, plan, k_idxs, result of the attention
 
@@ -608,7 +625,7 @@ static void op_attend(ggml_tensor * dst, int ith, int nth, void * userdata) {
         const auto params = get_attend_params(l, mask, dst->src[6], s);
 
         l.owner.ok(skv_layer_attend(l.skv, l.stream(plan.strm), l.arena_bytes, plan.data, plan.size, &q, &k, &v, &params,
-                    (float *) dst->data + s*n, n, ith, nth), "attention");
+                    (float *) dst->data + s*n, n, ith, nth), "attention", l);
     }
 }
 
@@ -616,17 +633,18 @@ static void op_combine(ggml_tensor * dst, int ith, int nth, void * userdata) {
     auto & l = *(spectral_layer *) userdata;
 
     const ggml_tensor * partials = dst->src[0];
-    const ggml_tensor * mask     = dst->src[2];
+    const ggml_tensor * mask     = dst->src[1];
 
     const int64_t ns = mask->ne[3];
 
+    const size_t n_tok = dst->ne[1]/ns;
+    const size_t n_out = n_tok*dst->ne[0];
+
     for (int64_t s = 0; s < ns; ++s) {
-        const auto plan = get_plan(dst->src[1], s);
+        const auto params = get_attend_params(l, mask, dst->src[2], s);
 
-        const auto params = get_attend_params(l, mask, dst->src[3], s);
-
-        l.owner.ok(skv_layer_combine(l.skv, plan.data, plan.size, &params, (const float *) partials->data + s*partials->ne[0], partials->ne[0],
-                    (float *) dst->data + s*(dst->ne[1]/ns)*dst->ne[0], ith, nth), "attention");
+        l.owner.ok(skv_layer_combine(l.skv, &params, (const float *) partials->data + s*partials->ne[0], partials->ne[0], n_tok,
+                    (float *) dst->data + s*n_out, n_out, ith, nth), "attention", l);
     }
 }
 
@@ -650,7 +668,7 @@ static void op_reconstruct(ggml_tensor * dst, int ith, int nth, void * userdata)
         const auto v = get_rows(dst->src[2], s, ns);
 
         l.owner.ok(skv_layer_reconstruct(l.skv, l.stream(plan.strm), l.arena_bytes, plan.data, plan.size, &k, &v,
-                    data + s*n_k, data + ns*n_k + s*n_v, n_kv, ith, nth), "rebuilding of K and V");
+                    data + s*n_k, data + ns*n_k + s*n_v, n_kv, ith, nth), "rebuilding of K and V", l);
     }
 }
 
@@ -680,7 +698,7 @@ static void op_append(ggml_tensor * dst, int ith, int nth, void * userdata) {
         }
 
         l.owner.ok(skv_layer_append(l.skv, l.stream(plan.strm), l.arena_bytes, plan.data, plan.size, &q, &k, &v, has_wo ? &wo : nullptr, ith, nth),
-                "storing of K and V");
+                "storing of K and V", l);
     }
 }
 
@@ -709,7 +727,7 @@ ggml_tensor * llm_graph_context::build_attn_spectral(
     l.scale   = kq_scale;
     l.softcap = softcap;
 
-    sp.set_rope(l, k);
+    sp.set_model(l, k);
 
     for (ggml_tensor ** t : { &q, &k, &v }) {
         if ((*t)->type != GGML_TYPE_F32) {
@@ -737,8 +755,8 @@ ggml_tensor * llm_graph_context::build_attn_spectral(
         ggml_backend_sched_set_tensor_backend(sched, partials, backend_cpu);
         cb(partials, "spectral_partials", il);
 
-        ggml_tensor * args_out[] = { partials, plan, kq_mask, sinks };
-        cur = ggml_custom_4d(ctx0, GGML_TYPE_F32, l.n_head*l.d_v, n_tok*ns, 1, 1, args_out, sinks ? 4 : 3, op_combine, GGML_N_TASKS_MAX, &l);
+        ggml_tensor * args_out[] = { partials, kq_mask, sinks };
+        cur = ggml_custom_4d(ctx0, GGML_TYPE_F32, l.n_head*l.d_v, n_tok*ns, 1, 1, args_out, sinks ? 3 : 2, op_combine, GGML_N_TASKS_MAX, &l);
         ggml_backend_sched_set_tensor_backend(sched, cur, backend_cpu);
     } else {
         const int64_t n_row_k = (int64_t) l.n_head_kv*l.d_k;
@@ -1030,7 +1048,7 @@ void llama_kv_spectral::state_write(llama_io_write_i & io, const llama_kv_cache:
     }
 
     std::vector<const skv_layer *> layers;
-    std::vector<const void *>      arenas;
+    std::vector<const uint8_t *>   arenas;
     for (const auto & l : pimpl->layers) {
         layers.push_back(l->skv);
         arenas.push_back(l->stream(cr.strm));
@@ -1038,7 +1056,7 @@ void llama_kv_spectral::state_write(llama_io_write_i & io, const llama_kv_cache:
 
     const auto & st = pimpl->streams[cr.strm];
 
-    std::vector<char> buf;
+    std::vector<uint8_t> buf;
     size_t size = 0;
 
     skv_status status = skv_state_write(st.table, layers.data(), arenas.data(), layers.size(), cells.data(), cells.size(), nullptr, 0, &size);
@@ -1047,7 +1065,8 @@ void llama_kv_spectral::state_write(llama_io_write_i & io, const llama_kv_cache:
         status = skv_state_write(st.table, layers.data(), arenas.data(), layers.size(), cells.data(), cells.size(), buf.data(), buf.size(), &size);
     }
     if (status != SKV_STATUS_OK) {
-        throw std::runtime_error(format("kv_spectral: cannot save the state: %s", skv_status_str(status)));
+        const char * detail = skv_table_last_error(st.table);
+        throw std::runtime_error(format("kv_spectral: cannot save the state: %s", detail && *detail ? detail : skv_status_str(status)));
     }
 
     // the head of a stock state, up to where a stock cache compares the type of K
@@ -1090,7 +1109,7 @@ bool llama_kv_spectral::state_read(llama_io_read_i & io, uint32_t strm, const sl
     io.read(&n_bytes, sizeof(n_bytes));
 
     // piece by piece, so that a size from a damaged file meets the end of the file before the end of memory
-    std::vector<char> buf;
+    std::vector<uint8_t> buf;
     while (buf.size() < n_bytes) {
         const size_t n_old = buf.size();
         buf.resize(n_old + std::min<uint64_t>(n_bytes - n_old, 16*1024*1024));
@@ -1098,7 +1117,7 @@ bool llama_kv_spectral::state_read(llama_io_read_i & io, uint32_t strm, const sl
     }
 
     std::vector<const skv_layer *> layers;
-    std::vector<void *>            arenas;
+    std::vector<uint8_t *>         arenas;
     for (const auto & l : pimpl->layers) {
         layers.push_back(l->skv);
         arenas.push_back(l->stream(strm));
