@@ -247,7 +247,7 @@ impl Table {
         let sinks = |s: &[Candidate]| s.iter().take(g.config.sinks as usize).take_while(|c| c.pos < g.config.sinks as i32).count();
 
         if g.tiles > 0 && !self.fitted {
-            let longest = sequences.iter().map(|s| s.len() - sinks(s)).max().unwrap_or(0);
+            let longest = sequences.iter().map(|s| s.len()).max().unwrap_or(0);
             data.fit = longest >= g.fit_rows || candidates.len() > g.raw;
             let stride = (g.fit_rows / QUERY_SLOTS).max(1) as u64;
             for i in 0..new.len() {

@@ -154,15 +154,21 @@ pub fn unpack(width: u32, packed: &[u8], out: &mut [f32; TILE]) {
     }
 }
 
-const GAIN_OCTAVES: f32 = 14.0;
-const GAIN_LOWEST: f32 = -8.0;
+/// Largest exponent of a gain, either way.
+const GAIN_OCTAVES: f32 = 8.0;
+/// How much finer the steps near a gain of 1 are.
+const GAIN_BEND: f32 = 4.0;
 
-/// Code of a non-negative gain: 0 for a gain too small to matter, else its logarithm in steps of 14/254 octave (3.9 %).
+/// Code of a non-negative gain: 0 for one too small to matter, else its logarithm on a scale bent by sinh: steps of 0.6 % near
+/// 1, where almost all gains are, wider ones out to 2^8 and 2^-8. An error in a gain moves all scores of a row together:
+/// even steps of 3.9 % over 14 octaves cost 1.6 times the KL divergence.
 pub fn gain_code(gain: f32) -> u8 {
-    if !(gain >= 0.5 * GAIN_LOWEST.exp2()) {
+    // Also catches NaN.
+    if !(gain >= (-GAIN_OCTAVES - 1.0).exp2()) {
         return 0;
     }
-    1 + ((gain.log2() - GAIN_LOWEST) * (254.0 / GAIN_OCTAVES)).round().clamp(0.0, 254.0) as u8
+    let bent = (gain.log2() / GAIN_OCTAVES * GAIN_BEND.sinh()).asinh() / GAIN_BEND;
+    (128.0 + (127.0 * bent).round().clamp(-127.0, 127.0)) as u8
 }
 
 /// Gain a code stands for.
@@ -170,7 +176,8 @@ pub fn gain(code: u8) -> f32 {
     if code == 0 {
         0.0
     } else {
-        (f32::from(code - 1) * (GAIN_OCTAVES / 254.0) + GAIN_LOWEST).exp2()
+        let bent = (f32::from(code) - 128.0) / 127.0;
+        (GAIN_OCTAVES * (GAIN_BEND * bent).sinh() / GAIN_BEND.sinh()).exp2()
     }
 }
 
@@ -223,13 +230,15 @@ mod tests {
     }
 
     #[test]
-    fn gains_survive_within_half_a_step() {
+    fn gains_survive_finely_near_one_and_coarsely_far_away() {
         for i in 0..1000 {
-            let g = (-7.9f32 + 13.8 * i as f32 / 1000.0).exp2();
-            assert!((gain(gain_code(g)) / g - 1.0).abs() < 0.0195, "{g}");
+            let exponent = -7.9f32 + 15.8 * i as f32 / 1000.0;
+            let g = exponent.exp2();
+            let worst = if exponent.abs() < 0.3 { 0.006 } else { 0.003 + 0.012 * exponent.abs() };
+            assert!((gain(gain_code(g)) / g - 1.0).abs() < worst, "{g}");
         }
         assert_eq!(gain(gain_code(0.0)), 0.0);
         assert_eq!(gain(gain_code(f32::NAN)), 0.0);
-        assert!(gain(gain_code(1e30)) > 60.0);
+        assert!(gain(gain_code(1e30)) > 255.0);
     }
 }
