@@ -3,7 +3,13 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 use half::f16;
+use spectral_kv::attention::Scoring;
+use spectral_kv::cache::{plan, Cells, HeadMut, Layer, Mask, Plan, Rows, Table};
+use spectral_kv::config::{Config, Geometry, LayerShape};
+use spectral_kv::error::Result;
 use spectral_kv::rope::{Pairing, RopeParams};
+use spectral_kv::state;
+use std::sync::Arc;
 
 /// A small deterministic generator (xorshift64*), normal numbers by the sum of twelve uniforms.
 pub struct Random(u64);
@@ -149,4 +155,359 @@ pub fn rel_rms(a: impl IntoIterator<Item = f64>, b: impl IntoIterator<Item = f64
         n += b * b;
     }
     (d / n).sqrt()
+}
+
+/// A row as a model gave it: what the cache has to give back, wherever the row was shifted to.
+#[derive(Clone)]
+pub struct ModelRow {
+    pub pos: i32,
+    /// Position it was stored at.
+    pub born: i32,
+    /// A bit for every sequence that holds it.
+    pub seqs: u32,
+    /// It never left its sequence's window (or is a sink), so it must come back bit for bit.
+    pub exact: bool,
+    /// Key before the rotary embedding and value, of each layer.
+    pub layers: Arc<Vec<(Vec<f32>, Vec<f32>)>>,
+}
+
+impl ModelRow {
+    /// The sequence whose window counts: the lowest.
+    pub fn seq(&self) -> i32 {
+        self.seqs.trailing_zeros() as i32
+    }
+}
+
+/// The tokens of one ubatch.
+pub struct Tokens {
+    pub cells: Vec<u32>,
+    rows: Vec<ModelRow>,
+    /// Roped, per layer.
+    inputs: Vec<Input>,
+}
+
+/// One stream as llama.cpp drives it, and beside it the plainest possible model of what it holds.
+pub struct Stream {
+    pub layers: Vec<Layer>,
+    pub table: Table,
+    pub rows: Vec<Option<ModelRow>>,
+    /// 64-byte units, so that rows are aligned.
+    arenas: Vec<Vec<[u64; 8]>>,
+    ropes: Vec<RopeParams>,
+    scoring: Scoring,
+}
+
+impl Stream {
+    pub fn new(config: &Config, shapes: &[LayerShape], rope: impl Fn(usize) -> RopeParams) -> Self {
+        let geometry = Arc::new(Geometry::new(config, shapes).unwrap());
+        let scoring = Scoring { scale: 0.25, softcap: 0.0 };
+        let layer = |i: usize| {
+            let mut l = Layer::new(geometry.clone(), i).unwrap();
+            l.set_rope(&rope(shapes[i].d_k as usize)).unwrap();
+            l.set_scoring(scoring).unwrap();
+            l
+        };
+        Stream {
+            layers: (0..shapes.len()).map(layer).collect(),
+            table: Table::new(geometry.clone()),
+            rows: vec![None; config.n_cells as usize],
+            arenas: geometry.layers.iter().map(|l| vec![[0; 8]; l.arena_bytes.div_ceil(64)]).collect(),
+            ropes: shapes.iter().map(|s| rope(s.d_k as usize)).collect(),
+            scoring,
+        }
+    }
+
+    pub fn arena(&self, layer: usize) -> &[u8] {
+        bytemuck::cast_slice(&self.arenas[layer])
+    }
+
+    pub fn live(&self) -> Vec<u32> {
+        (0..self.rows.len() as u32).filter(|c| self.rows[*c as usize].is_some()).collect()
+    }
+
+    pub fn free(&self) -> Vec<u32> {
+        (0..self.rows.len() as u32).filter(|c| self.rows[*c as usize].is_none()).collect()
+    }
+
+    /// Cells of a sequence in the order of their positions.
+    pub fn cells_of(&self, seq: u32) -> Vec<u32> {
+        let mut cells = self.live();
+        cells.retain(|c| self.rows[*c as usize].as_ref().is_some_and(|r| r.seqs >> seq & 1 == 1));
+        cells.sort_by_key(|c| (self.rows[*c as usize].as_ref().unwrap().pos, *c));
+        cells
+    }
+
+    /// The position after the last one of a sequence.
+    pub fn next_pos(&self, seq: u32) -> i32 {
+        self.cells_of(seq).last().map_or(0, |c| self.rows[*c as usize].as_ref().unwrap().pos + 1)
+    }
+
+    /// Take `seq` out of cells; those that no sequence holds any longer are empty.
+    pub fn remove(&mut self, seq: u32, cells: &[u32]) {
+        for c in cells {
+            let row = &mut self.rows[*c as usize];
+            if let Some(r) = row {
+                r.seqs &= !(1 << seq);
+                if r.seqs == 0 {
+                    *row = None;
+                }
+            }
+        }
+    }
+
+    /// What the caller of the table knows: position and lowest sequence of every cell.
+    pub fn places(&self) -> (Vec<i32>, Vec<i32>) {
+        self.rows.iter().map(|r| r.as_ref().map_or((-1, -1), |r| (r.pos, r.seq()))).unzip()
+    }
+
+    /// Random rows for `cells` at `places` (position, sequence). The same seed gives the same rows.
+    pub fn tokens(&self, seed: u64, cells: &[u32], places: &[(i32, u32)]) -> Tokens {
+        let positions: Vec<i32> = places.iter().map(|p| p.0).collect();
+        let mut layers = vec![Vec::new(); cells.len()];
+        let mut inputs = Vec::new();
+        for (i, l) in self.layers.iter().enumerate() {
+            let g = l.shape();
+            let mut x = input(seed * 31 + i as u64, &positions, g.n_head, g.n_head_kv, g.d_k, g.d_v, &RopeParams::none());
+            let (nk, nv) = (g.n_head_kv * g.d_k, g.n_head_kv * g.d_v);
+            for (t, row) in layers.iter_mut().enumerate() {
+                row.push((x.k[t * nk..(t + 1) * nk].to_vec(), x.v[t * nv..(t + 1) * nv].to_vec()));
+            }
+            let rope = &self.ropes[i];
+            for (t, pos) in positions.iter().enumerate() {
+                rotate_heads(rope, *pos, &mut x.q[t * g.n_head * g.d_k..(t + 1) * g.n_head * g.d_k], g.d_k);
+                rotate_heads(rope, *pos, &mut x.k[t * nk..(t + 1) * nk], g.d_k);
+            }
+            inputs.push(x);
+        }
+        let rows = layers.into_iter().zip(places).map(|(l, (pos, seq))| ModelRow { pos: *pos, born: *pos, seqs: 1 << seq, exact: true, layers: Arc::new(l) });
+        Tokens { cells: cells.to_vec(), rows: rows.collect(), inputs }
+    }
+
+    /// Put tokens into their cells, as llama.cpp does before it builds the graph.
+    pub fn enter(&mut self, t: &Tokens) {
+        for (c, r) in t.cells.iter().zip(&t.rows) {
+            self.rows[*c as usize] = Some(r.clone());
+        }
+    }
+
+    pub fn plan(&mut self, new: &[u32]) -> Result<Vec<i32>> {
+        let (pos, seq) = self.places();
+        let mut out = vec![0; plan::capacity(self.table.geometry(), new.len())];
+        let used = self.table.plan(Cells { pos: &pos, seq: &seq }, new, &mut out)?;
+        out.truncate(used);
+        Ok(out)
+    }
+
+    /// Carry out a plan on one layer.
+    pub fn run(&mut self, layer: usize, ints: &[i32], t: &Tokens) -> Result<()> {
+        let plan = Plan::parse(ints)?;
+        let l = &self.layers[layer];
+        let [q, k, v] = rows_of(l, &t.inputs[layer], t.cells.len());
+        let arena: &mut [u8] = bytemuck::cast_slice_mut(&mut self.arenas[layer]);
+        if plan.fit {
+            return l.append_fit(arena, &plan, &q, &k, &v, &[]);
+        }
+        for (head, r) in l.ranges(arena, &plan)?.into_iter().enumerate() {
+            let bases = arena[r.bases].to_vec();
+            let (front, back) = arena.split_at_mut(r.exact.end);
+            let body = if plan.fitted { r.tiles } else { r.raw };
+            let body = &mut back[body.start - r.exact.end..body.end - r.exact.end];
+            let (raw, tiles): (&mut [u8], &mut [u8]) = if plan.fitted { (&mut [], body) } else { (body, &mut []) };
+            l.append_head(head, HeadMut { exact: &mut front[r.exact], raw, bases: &bases, tiles }, &plan, &q, &k, &v)?;
+        }
+        Ok(())
+    }
+
+    /// One whole step.
+    pub fn step(&mut self, seed: u64, cells: &[u32], places: &[(i32, u32)]) -> Result<()> {
+        let t = self.tokens(seed, cells, places);
+        self.enter(&t);
+        let plan = match self.plan(cells) {
+            Ok(p) => p,
+            Err(e) => {
+                cells.iter().for_each(|c| self.rows[*c as usize] = None);
+                return Err(e);
+            }
+        };
+        for layer in 0..self.layers.len() {
+            self.run(layer, &plan, &t)?;
+        }
+        self.table.commit()?;
+        self.age();
+        Ok(())
+    }
+
+    /// Append `n` tokens of one sequence in the first free cells, `step` at a time.
+    pub fn append(&mut self, seed: u64, seq: u32, n: usize, step: usize) -> Result<()> {
+        for at in (0..n).step_by(step) {
+            let m = step.min(n - at);
+            let cells = self.free()[..m].to_vec();
+            let first = self.next_pos(seq);
+            let places: Vec<_> = (0..m as i32).map(|i| (first + i, seq)).collect();
+            self.step(seed * 1009 + at as u64, &cells, &places)?;
+        }
+        Ok(())
+    }
+
+    /// A step is over: rows that are neither sinks nor in the window of their sequence need not be exact any more.
+    pub fn age(&mut self) {
+        let c = &self.table.geometry().config;
+        let (window, sinks) = (c.window as usize, c.sinks as i32);
+        for seq in 0..c.n_seqs as i32 {
+            let mut cells: Vec<usize> = (0..self.rows.len()).filter(|i| self.rows[*i].as_ref().is_some_and(|r| r.seq() == seq)).collect();
+            cells.sort_by_key(|i| (self.rows[*i].as_ref().unwrap().pos, *i));
+            let outside = cells.len().saturating_sub(window);
+            for i in &cells[..outside] {
+                let r = self.rows[*i].as_mut().unwrap();
+                r.exact &= r.pos < sinks;
+            }
+        }
+    }
+
+    /// The graph stops after `done` layers; every layer replays, the tokens are gone.
+    pub fn abort(&mut self, seed: u64, cells: &[u32], places: &[(i32, u32)], done: usize) -> Result<()> {
+        let t = self.tokens(seed, cells, places);
+        self.enter(&t);
+        let ints = self.plan(cells)?;
+        (0..done).try_for_each(|layer| self.run(layer, &ints, &t))?;
+        let plan = Plan::parse(&ints)?;
+        for (l, a) in self.layers.iter().zip(&mut self.arenas) {
+            l.replay(bytemuck::cast_slice_mut(a), &plan)?;
+        }
+        self.table.commit_replayed()?;
+        // The plan sealed as if the tokens were there.
+        self.age();
+        cells.iter().for_each(|c| self.rows[*c as usize] = None);
+        Ok(())
+    }
+
+    /// Every cell's key and value in one layer, as the cache gives them.
+    pub fn rebuild(&mut self, layer: usize) -> (Vec<f16>, Vec<f16>) {
+        let ints = self.plan(&[]).unwrap();
+        let (l, n) = (&self.layers[layer], self.rows.len());
+        let (nk, nv) = (l.shape().n_head_kv * l.shape().d_k, l.shape().n_head_kv * l.shape().d_v);
+        let (mut k, mut v) = (vec![f16::ZERO; n * nk], vec![f16::ZERO; n * nv]);
+        let none = Rows::empty();
+        l.reconstruct(self.arena(layer), &Plan::parse(&ints).unwrap(), &none, &none, 0..n, &mut k, &mut v).unwrap();
+        (k, v)
+    }
+
+    /// [`Stream::rebuild`] of some cells, in their order, in all layers: bits to compare.
+    pub fn bits(&mut self, cells: &[u32]) -> Vec<u16> {
+        let mut out = Vec::new();
+        for layer in 0..self.layers.len() {
+            let (k, v) = self.rebuild(layer);
+            let n = self.rows.len();
+            for x in [k, v] {
+                let row = x.len() / n;
+                out.extend(cells.iter().flat_map(|c| x[*c as usize * row..(*c as usize + 1) * row].iter().map(|x| x.to_bits())));
+            }
+        }
+        out
+    }
+
+    /// Attention of `n` random queries at `pos` of `seq` over its rows, and the f64 reference over the rebuilt rows.
+    pub fn attend(&mut self, layer: usize, seed: u64, seq: u32, pos: i32, n: usize) -> (Vec<f32>, Vec<f64>) {
+        let (k, v) = self.rebuild(layer);
+        let ints = self.plan(&[]).unwrap();
+        let plan = Plan::parse(&ints).unwrap();
+        let l = &self.layers[layer];
+        let g = l.shape();
+        let rope = &self.ropes[layer];
+        let mut q = input(seed, &vec![pos; n], g.n_head, g.n_head_kv, g.d_k, g.d_v, &RopeParams::none()).q;
+        rotate_heads(rope, pos, &mut q, g.d_k);
+        let cells = self.rows.len();
+        let shows = |r: &Option<ModelRow>| r.as_ref().is_some_and(|r| r.seqs >> seq & 1 == 1 && r.pos <= pos);
+        let mask: Vec<f32> = self.rows.iter().map(|r| if shows(r) { 0.0 } else { f32::NEG_INFINITY }).collect();
+        let m = Mask::F32 { values: &mask, stride: 0, n_kv: cells };
+        let (rows, none) = (Rows::new(&q, n, g.n_head * g.d_k, g.d_k, g.n_head, g.d_k).unwrap(), Rows::empty());
+        let (mut partials, mut out) = (vec![f32::NAN; l.partial_floats(n)], vec![f32::NAN; n * g.n_head * g.d_v]);
+        for (unit, partial) in partials.chunks_exact_mut(l.unit_floats(n)).enumerate() {
+            l.attend_unit(unit, self.arena(layer), &plan, &rows, &none, &none, self.scoring, m, partial).unwrap();
+        }
+        l.combine(n, &partials, &[], 0..n * g.n_head, &mut out).unwrap();
+        let (k, v) = (widen(&k), widen(&v));
+        let scale = f64::from(self.scoring.scale);
+        let reference = Reference { n_head: g.n_head, n_head_kv: g.n_head_kv, d_k: g.d_k, d_v: g.d_v, k: &k, v: &v, scale, softcap: 0.0, sinks: None };
+        let want = reference.attend(&q, n, |_, r| f64::from(mask[r]));
+        (out, want)
+    }
+
+    /// Everything that must hold between two steps. `limit` bounds the relative error of a coded key or value.
+    pub fn check(&mut self, limit: f64) {
+        self.plan(&[]).unwrap();
+        let mut taken = std::collections::HashSet::new();
+        for (cell, row) in self.rows.iter().enumerate() {
+            let at = self.table.locate(cell).map(|(at, _)| at);
+            assert_eq!(at.is_some(), row.is_some(), "cell {cell} has a row, or the table thinks so");
+            assert!(at.is_none_or(|at| taken.insert(at)), "two cells share {at:?}");
+        }
+        let fitted = self.table.is_fitted();
+        for layer in 0..self.layers.len() {
+            let (k, v) = self.rebuild(layer);
+            let rope = &self.ropes[layer];
+            let (dk, nk, nv) = (self.layers[layer].shape().d_k, k.len() / self.rows.len(), v.len() / self.rows.len());
+            for (cell, row) in self.rows.iter().enumerate() {
+                let (k, v) = (&k[cell * nk..(cell + 1) * nk], &v[cell * nv..(cell + 1) * nv]);
+                let Some(r) = row else {
+                    assert!(k.iter().chain(v).all(|x| *x == f16::ZERO), "empty cell {cell} gives zeros");
+                    continue;
+                };
+                let (mut key, value) = r.layers[layer].clone();
+                rotate_heads(rope, r.pos, &mut key, dk);
+                let same = |got: &[f16], want: &[f32]| got.iter().zip(want).all(|(a, b)| *a == f16::from_f32(*b));
+                let near = |got: &[f16], want: &[f32]| rel_rms(widen(got), want.iter().map(|x| f64::from(*x)));
+                let exact = r.exact || !fitted;
+                let place = || format!("layer {layer}, cell {cell}, position {} (stored at {}), sequences {:b}, exact {exact}", r.pos, r.born, r.seqs);
+                if exact {
+                    assert!(same(v, &value), "value: {}", place());
+                    assert!(r.pos != r.born || same(k, &key), "key: {}", place());
+                }
+                let limit = if exact { 2e-3 } else { limit };
+                for (error, name) in [(near(k, &key), "key"), (near(v, &value), "value")] {
+                    assert!(error < limit, "{name} is off by {error}: {}", place());
+                }
+            }
+            for seq in 0..self.table.geometry().config.n_seqs {
+                let (out, want) = self.attend(layer, 17 + u64::from(seq), seq, self.next_pos(seq), 2);
+                let error = rel_rms(out.iter().map(|x| f64::from(*x)), want.iter().copied());
+                // The reference sees keys rounded to f16, attention does not. Nothing to see gives zeros in both.
+                assert!(error < 3e-3 || want.iter().all(|x| *x == 0.0) && out.iter().all(|x| *x == 0.0), "attention of layer {layer}, sequence {seq}: {error}");
+            }
+        }
+    }
+
+    pub fn save(&self, cells: &[u32]) -> Result<Vec<u8>> {
+        let (layers, arenas): (Vec<_>, Vec<_>) = (self.layers.iter().collect(), (0..self.layers.len()).map(|i| self.arena(i)).collect());
+        state::write(&self.table, &layers, &arenas, cells)
+    }
+
+    /// Restore a state of `rows` into `cells`; on error the cells are empty again.
+    pub fn restore(&mut self, cells: &[u32], rows: &[ModelRow], bytes: &[u8]) -> Result<()> {
+        for (c, r) in cells.iter().zip(rows) {
+            self.rows[*c as usize] = Some(r.clone());
+        }
+        let (pos, seq) = self.places();
+        let layers: Vec<_> = self.layers.iter().collect();
+        let mut arenas: Vec<&mut [u8]> = self.arenas.iter_mut().map(|a| bytemuck::cast_slice_mut(a)).collect();
+        let result = state::read(&mut self.table, &layers, &mut arenas, Cells { pos: &pos, seq: &seq }, cells, bytes);
+        if result.is_err() {
+            cells.iter().for_each(|c| self.rows[*c as usize] = None);
+        }
+        result
+    }
+}
+
+fn rotate_heads(rope: &RopeParams, pos: i32, x: &mut [f32], d: usize) {
+    for head in x.chunks_exact_mut(d) {
+        let mut wide: Vec<f64> = head.iter().map(|x| f64::from(*x)).collect();
+        rotate_f64(rope, f64::from(pos), &mut wide);
+        head.iter_mut().zip(wide).for_each(|(x, w)| *x = w as f32);
+    }
+}
+
+fn rows_of<'a>(l: &Layer, x: &'a Input, n: usize) -> [Rows<'a>; 3] {
+    let g = l.shape();
+    let rows = |data, heads: usize, d: usize| Rows::new(data, n, heads * d, d, heads, d).unwrap();
+    [rows(&x.q, g.n_head, g.d_k), rows(&x.k, g.n_head_kv, g.d_k), rows(&x.v, g.n_head_kv, g.d_v)]
 }

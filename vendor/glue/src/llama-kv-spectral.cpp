@@ -290,8 +290,9 @@ struct llama_kv_spectral::impl {
     layer & get_layer(int32_t il) { return *layers[kv.map_layer_ids.at(il)]; }
 
     size_t plan_ints(size_t n_tokens) const {
+        // graphs are reserved for more tokens than a stream may have cells, but never run with them
         size_t res = 0;
-        if (skv_geometry_plan_ints(geom, n_tokens, &res) != SKV_STATUS_OK) {
+        if (skv_geometry_plan_ints(geom, std::min<size_t>(n_tokens, kv.get_size()), &res) != SKV_STATUS_OK) {
             throw std::runtime_error("kv_spectral: cannot size the plan of an ubatch");
         }
         return res;

@@ -1,0 +1,420 @@
+/* Wrong arguments, damaged plans and bad rows: each has its status and text, and leaves the rows stored before as they were. */
+
+#include "step.h"
+
+static void says(const char *text, const char *part) {
+    if (strstr(text, part) == NULL) {
+        fprintf(stderr, "\"%s\" does not say \"%s\"\n", text, part);
+        exit(1);
+    }
+}
+
+/* A configuration that cannot be built, with the word its reason must hold. */
+static void no_geometry(skv_status status, skv_config c, skv_layer_shape s, size_t n_layers, const char *part) {
+    skv_geometry *g = NULL;
+    char err[200] = "", tiny[4] = "xyz";
+    STATUS(status, skv_geometry_create(&c, &s, n_layers, &g, err, sizeof err));
+    says(err, part);
+    STATUS(status, skv_geometry_create(&c, &s, n_layers, &g, tiny, sizeof tiny));
+    CHECK(g == NULL && strlen(tiny) == 3 && strncmp(tiny, err, 3) == 0);
+}
+
+static void configurations(void) {
+    static const size_t sizes[] = {0, 4, 5000, SIZE_MAX};
+    skv_config c = config(), bad;
+    skv_layer_shape s = shape(), wrong;
+    skv_rope rope = neox();
+    skv_cache *cache = NULL;
+    char err[200] = "";
+    for (int i = 0; i < 4; i++) {
+        bad = c;
+        bad.struct_size = sizes[i];
+        no_geometry(SKV_STATUS_ARGUMENT, bad, s, 1, "struct_size");
+        wrong = s;
+        wrong.struct_size = sizes[i];
+        no_geometry(SKV_STATUS_ARGUMENT, c, wrong, 1, "struct_size");
+        STATUS(SKV_STATUS_ARGUMENT, skv_cache_create(&c, &wrong, &rope, SCALE, 0.0f, NULL, &cache, err, sizeof err));
+        says(err, "struct_size");
+        rope.struct_size = sizes[i];
+        STATUS(SKV_STATUS_ARGUMENT, skv_cache_create(&c, &s, &rope, SCALE, 0.0f, NULL, &cache, err, sizeof err));
+        rope = neox();
+    }
+    no_geometry(SKV_STATUS_CONFIG, c, s, 0, "0 layers");
+    no_geometry(SKV_STATUS_ARGUMENT, c, s, SIZE_MAX, "layers");
+    bad = c;
+    bad.n_cells = 0;
+    no_geometry(SKV_STATUS_CONFIG, bad, s, 1, "0 cells");
+    bad.n_cells = UINT32_MAX;
+    no_geometry(SKV_STATUS_CONFIG, bad, s, 1, "4294967295 cells");
+    bad = c;
+    bad.n_streams = UINT32_MAX;
+    no_geometry(SKV_STATUS_CONFIG, bad, s, 1, "streams");
+    bad = c;
+    bad.ratio = NAN;
+    no_geometry(SKV_STATUS_CONFIG, bad, s, 1, "ratio");
+    bad = c;
+    bad.bits = -INFINITY;
+    no_geometry(SKV_STATUS_CONFIG, bad, s, 1, "bits");
+    bad = c;
+    bad.sinks = UINT32_MAX;
+    no_geometry(SKV_STATUS_CONFIG, bad, s, 1, "sinks");
+    wrong = s;
+    wrong.n_head_kv = 0;
+    no_geometry(SKV_STATUS_CONFIG, c, wrong, 1, "0 KV heads");
+    wrong.n_head_kv = 3;
+    no_geometry(SKV_STATUS_CONFIG, c, wrong, 1, "3 KV heads");
+    wrong = s;
+    wrong.d_k = 2048;
+    no_geometry(SKV_STATUS_CONFIG, c, wrong, 1, "2048");
+    wrong.d_k = 63;
+    no_geometry(SKV_STATUS_CONFIG, c, wrong, 1, "63");
+
+    bad = c;
+    bad.n_streams = 2;
+    STATUS(SKV_STATUS_CONFIG, skv_cache_create(&bad, &s, &rope, SCALE, 0.0f, NULL, &cache, err, sizeof err));
+    STATUS(SKV_STATUS_ARGUMENT, skv_cache_create(&c, &s, &rope, NAN, 0.0f, NULL, &cache, err, sizeof err));
+    says(err, "scale");
+    rope.pairing = 9;
+    STATUS(SKV_STATUS_ARGUMENT, skv_cache_create(&c, &s, &rope, SCALE, 0.0f, NULL, &cache, err, sizeof err));
+    says(err, "pairing 9");
+    rope = neox();
+    rope.n_dims = 2 * D;
+    STATUS(SKV_STATUS_ARGUMENT, skv_cache_create(&c, &s, &rope, SCALE, 0.0f, NULL, &cache, err, sizeof err));
+    says(err, "rope");
+    /* Terabytes: possible to describe, not to have. */
+    rope = neox();
+    wrong = s;
+    wrong.n_head = wrong.n_head_kv = 4096;
+    bad = c;
+    bad.n_cells = 1u << 25;
+    bad.bits = 8.0f;
+    STATUS(SKV_STATUS_FULL, skv_cache_create(&bad, &wrong, &rope, SCALE, 0.0f, NULL, &cache, err, sizeof err));
+    says(err, "memory");
+    CHECK(cache == NULL);
+    CHECK(strcmp(skv_status_str(INT32_MIN), skv_status_str(12345)) == 0 && strcmp(skv_status_str(0), "ok") == 0);
+}
+
+static uint16_t k_before[N_CELLS * KV_ROW], v_before[N_CELLS * KV_ROW], k_after[N_CELLS * KV_ROW], v_after[N_CELLS * KV_ROW];
+
+static void cache(void) {
+    enum { N_ROWS = 700 };
+    static float q[N_CELLS + 1][Q_ROW], k[N_CELLS + 1][KV_ROW], v[N_CELLS + 1][KV_ROW], out[65 * Q_ROW];
+    static int32_t positions[N_CELLS + 1];
+    static const float bad[] = {NAN, INFINITY, -INFINITY};
+    skv_config c = config();
+    skv_layer_shape s = shape();
+    skv_rope rope = neox();
+    skv_cache *cache = NULL;
+    skv_stats stats;
+    size_t n = 77;
+    int32_t one = N_ROWS, two[2] = {N_ROWS + 1, N_ROWS};
+    double want[Q_ROW];
+    for (int32_t i = 0; i <= N_CELLS; i++) {
+        positions[i] = i;
+        make_row(0, i, q[i], k[i], v[i]);
+    }
+    OK(skv_cache_create(&c, &s, &rope, SCALE, 0.0f, NULL, &cache, NULL, 0));
+    OK(skv_cache_append(cache, positions, N_ROWS, q[0], k[0], v[0]));
+    OK(skv_cache_get(cache, 0, N_ROWS, k_before, v_before));
+
+    for (int i = 0; i < 3; i++) {
+        float *places[3] = {&q[N_ROWS][Q_ROW - 1], &k[N_ROWS][KV_ROW - 1], &v[N_ROWS][D]};
+        for (int j = 0; j < 3; j++) {
+            float good = *places[j];
+            *places[j] = bad[i];
+            STATUS(SKV_STATUS_NOT_FINITE, skv_cache_append(cache, &one, 1, q[N_ROWS], k[N_ROWS], v[N_ROWS]));
+            says(skv_cache_last_error(cache), "not finite");
+            *places[j] = good;
+        }
+    }
+    one = -1;
+    STATUS(SKV_STATUS_ARGUMENT, skv_cache_append(cache, &one, 1, q[N_ROWS], k[N_ROWS], v[N_ROWS]));
+    says(skv_cache_last_error(cache), "negative");
+    one = N_ROWS - 1;
+    STATUS(SKV_STATUS_ARGUMENT, skv_cache_append(cache, &one, 1, q[N_ROWS], k[N_ROWS], v[N_ROWS]));
+    STATUS(SKV_STATUS_ARGUMENT, skv_cache_append(cache, two, 2, q[N_ROWS], k[N_ROWS], v[N_ROWS]));
+    says(skv_cache_last_error(cache), "ascend");
+    STATUS(SKV_STATUS_FULL, skv_cache_append(cache, positions + N_ROWS, N_CELLS + 1 - N_ROWS, q[N_ROWS], k[N_ROWS], v[N_ROWS]));
+    says(skv_cache_last_error(cache), "full");
+    STATUS(SKV_STATUS_ARGUMENT, skv_cache_append(cache, &one, SIZE_MAX, q[0], k[0], v[0]));
+    STATUS(SKV_STATUS_ARGUMENT, skv_cache_get(cache, 0, N_ROWS + 1, k_after, v_after));
+    STATUS(SKV_STATUS_ARGUMENT, skv_cache_get(cache, N_ROWS, 1, k_after, v_after));
+    STATUS(SKV_STATUS_ARGUMENT, skv_cache_get(cache, SIZE_MAX, 2, k_after, v_after));
+    STATUS(SKV_STATUS_ARGUMENT, skv_cache_get(cache, 0, SIZE_MAX, k_after, v_after));
+    CHECK(k_after[0] == 0 && v_after[0] == 0);
+    STATUS(SKV_STATUS_ARGUMENT, skv_cache_attend(cache, q[0], 0, SCALE, 0.0f, NULL, NULL, out));
+    STATUS(SKV_STATUS_ARGUMENT, skv_cache_attend(cache, q[0], 65, SCALE, 0.0f, NULL, NULL, out));
+    says(skv_cache_last_error(cache), "65 query tokens");
+    STATUS(SKV_STATUS_BUFFER, skv_cache_positions(cache, positions, N_ROWS - 1, &n));
+    CHECK(n == 77);
+    memset(&stats, 0, sizeof stats);
+    STATUS(SKV_STATUS_ARGUMENT, skv_cache_stats(cache, &stats));
+    says(skv_cache_last_error(cache), "struct_size");
+
+    OK(skv_cache_get(cache, 0, N_ROWS, k_after, v_after));
+    CHECK(memcmp(k_before, k_after, sizeof k_before) == 0 && memcmp(v_before, v_after, sizeof v_before) == 0);
+    OK(skv_cache_append(cache, positions + N_ROWS, N_CELLS - N_ROWS, q[N_ROWS], k[N_ROWS], v[N_ROWS]));
+    STATUS(SKV_STATUS_FULL, skv_cache_append(cache, positions + N_CELLS, 1, q[N_CELLS], k[N_CELLS], v[N_CELLS]));
+    OK(skv_cache_attend(cache, q[N_CELLS - 1], 1, SCALE, 0.0f, NULL, NULL, out));
+    OK(skv_cache_get(cache, 0, N_CELLS, k_after, v_after));
+    naive_attention(q[N_CELLS - 1], k_after, v_after, N_CELLS, NULL, want);
+    CHECK(head_error(out, want) < 5e-3);
+    skv_cache_free(cache);
+}
+
+static void table_arguments(struct stream *s) {
+    uint32_t cell = 900, twice[2] = {900, 900};
+    size_t used = 77;
+    s->pos[900] = s->seq[900] = 0;
+    STATUS(SKV_STATUS_ARGUMENT, skv_table_plan(s->table, s->pos, s->seq, N_CELLS - 1, &cell, 1, s->plan, s->plan_capacity, &used));
+    STATUS(SKV_STATUS_ARGUMENT, skv_table_plan(s->table, s->pos, s->seq, N_CELLS, twice, 2, s->plan, s->plan_capacity, &used));
+    says(skv_table_last_error(s->table), "twice");
+    STATUS(SKV_STATUS_BUFFER, skv_table_plan(s->table, s->pos, s->seq, N_CELLS, &cell, 1, s->plan, 10, &used));
+    STATUS(SKV_STATUS_ARGUMENT, skv_table_plan(s->table, s->pos, s->seq, N_CELLS, &cell, 1, (int32_t *)((char *)s->plan + 1), s->plan_capacity - 1, &used));
+    says(skv_table_last_error(s->table), "aligned");
+    s->pos[900] = -5;
+    STATUS(SKV_STATUS_ARGUMENT, skv_table_plan(s->table, s->pos, s->seq, N_CELLS, &cell, 1, s->plan, s->plan_capacity, &used));
+    s->pos[900] = s->seq[900] = -1;
+    STATUS(SKV_STATUS_ARGUMENT, skv_table_plan(s->table, s->pos, s->seq, N_CELLS, &cell, 1, s->plan, s->plan_capacity, &used));
+    says(skv_table_last_error(s->table), "900");
+    cell = N_CELLS;
+    STATUS(SKV_STATUS_ARGUMENT, skv_table_plan(s->table, s->pos, s->seq, N_CELLS, &cell, 1, s->plan, s->plan_capacity, &used));
+    CHECK(used == 77);
+    STATUS(SKV_STATUS_STATE, skv_table_commit(s->table));
+    STATUS(SKV_STATUS_STATE, skv_table_commit_replayed(s->table));
+    STATUS(SKV_STATUS_ARGUMENT, skv_geometry_arena_bytes(s->geometry, N_LAYERS, &used));
+    STATUS(SKV_STATUS_ARGUMENT, skv_geometry_plan_ints(s->geometry, SIZE_MAX, &used));
+    CHECK(used == 77);
+}
+
+/* A layer with a planned step of one token, and all that its calls take. */
+struct call {
+    struct stream *s;
+    struct input in;
+    uint8_t *arena;
+    const int32_t *plan;
+    size_t bytes, ints, n_partials;
+    float *partials;
+    skv_attend_params params;
+    uint32_t ith, nth;
+};
+
+static skv_status do_append(struct call *c) {
+    return skv_layer_append(c->s->layers[0], c->arena, c->bytes, c->plan, c->ints, &c->in.q, &c->in.k, &c->in.v, NULL, c->ith, c->nth);
+}
+
+static skv_status do_attend(struct call *c) {
+    return skv_layer_attend(c->s->layers[0], c->arena, c->bytes, c->plan, c->ints, &c->in.q, &c->in.k, &c->in.v, &c->params, c->partials, c->n_partials,
+                            c->ith, c->nth);
+}
+
+static skv_status do_rebuild(struct call *c) {
+    return skv_layer_reconstruct(c->s->layers[0], c->arena, c->bytes, c->plan, c->ints, &c->in.k, &c->in.v, k_after, v_after, N_CELLS, c->ith, c->nth);
+}
+
+static skv_status do_replay(struct call *c) {
+    return skv_layer_replay(c->s->layers[0], c->arena, c->bytes, c->plan, c->ints);
+}
+
+static void all_say(skv_status status, struct call *c, const char *part) {
+    char text[200];
+    STATUS(status, do_append(c));
+    STATUS(status, do_attend(c));
+    STATUS(status, do_rebuild(c));
+    OK(skv_layer_last_error(c->s->layers[0], text, sizeof text));
+    says(text, part);
+}
+
+static void layer_arguments(struct stream *s) {
+    static const float bad[] = {NAN, INFINITY, -INFINITY};
+    uint32_t cell = 900;
+    struct call ok, c;
+    char text[200];
+    float out[Q_ROW];
+    uint8_t *before = (uint8_t *)memcpy(allocate(s->arena_bytes), s->arenas[0], s->arena_bytes);
+    memset(&ok, 0, sizeof ok);
+    s->pos[900] = 700;
+    s->seq[900] = 0;
+    plan_step(s, &cell, 1);
+    ok.s = s;
+    ok.in = make_input(0, s, &cell, 1);
+    ok.arena = s->arenas[0];
+    ok.bytes = s->arena_bytes;
+    ok.plan = s->plan;
+    ok.ints = s->plan_ints;
+    ok.nth = 1;
+    ok.params.struct_size = sizeof ok.params;
+    ok.params.scale = SCALE;
+    OK(skv_layer_partial_floats(s->layers[0], 1, &ok.n_partials));
+    ok.partials = (float *)allocate(ok.n_partials * sizeof(float));
+
+    c = ok;
+    c.ith = 1;
+    all_say(SKV_STATUS_ARGUMENT, &c, "thread 1 of 1");
+    STATUS(SKV_STATUS_ARGUMENT, skv_layer_combine(s->layers[0], &c.params, c.partials, c.n_partials, 1, out, Q_ROW, c.ith, c.nth));
+    c.nth = c.ith = 0;
+    all_say(SKV_STATUS_ARGUMENT, &c, "thread 0 of 0");
+    c.ith = UINT32_MAX;
+    all_say(SKV_STATUS_ARGUMENT, &c, "thread 4294967295 of 0");
+    c = ok;
+    c.arena += 16;
+    all_say(SKV_STATUS_ARGUMENT, &c, "aligned");
+    STATUS(SKV_STATUS_ARGUMENT, do_replay(&c));
+    c = ok;
+    c.bytes -= 256;
+    all_say(SKV_STATUS_BUFFER, &c, "too small");
+    STATUS(SKV_STATUS_BUFFER, do_replay(&c));
+    c = ok;
+    c.in.k.n_rows = 0;
+    all_say(SKV_STATUS_ARGUMENT, &c, "0 rows for a plan of 1");
+    c = ok;
+    c.in.v.head_stride = 3;
+    all_say(SKV_STATUS_ARGUMENT, &c, "whole floats");
+    c = ok;
+    c.in.k.head_stride = SIZE_MAX - 3;
+    all_say(SKV_STATUS_ARGUMENT, &c, "k");
+    c = ok;
+    c.params.struct_size = 3;
+    STATUS(SKV_STATUS_ARGUMENT, do_attend(&c));
+    c = ok;
+    c.n_partials--;
+    STATUS(SKV_STATUS_BUFFER, do_attend(&c));
+    STATUS(SKV_STATUS_BUFFER, skv_layer_combine(s->layers[0], &ok.params, ok.partials, c.n_partials, 1, out, Q_ROW, 0, 1));
+    STATUS(SKV_STATUS_BUFFER, skv_layer_combine(s->layers[0], &ok.params, ok.partials, ok.n_partials, 1, out, Q_ROW - 1, 0, 1));
+    STATUS(SKV_STATUS_ARGUMENT, skv_layer_partial_floats(s->layers[0], SKV_MAX_QUERIES + 1, &c.n_partials));
+
+    /* Another rope does not fit rows that are stored; the same one is welcome. */
+    skv_rope rope = neox();
+    OK(skv_layer_set_rope(s->layers[0], &rope));
+    rope.freq_base = 500000.0f;
+    STATUS(SKV_STATUS_STATE, skv_layer_set_rope(s->layers[0], &rope));
+    STATUS(SKV_STATUS_ARGUMENT, skv_layer_set_scoring(s->layers[0], INFINITY, 0.0f));
+
+    CHECK(memcmp(before, s->arenas[0], s->arena_bytes) == 0);
+    for (int i = 0; i < 3; i++) {
+        float *key = (float *)ok.in.k.data, good = key[KV_ROW - 1];
+        key[KV_ROW - 1] = bad[i];
+        STATUS(SKV_STATUS_NOT_FINITE, do_append(&ok));
+        OK(skv_layer_last_error(s->layers[0], text, sizeof text));
+        says(text, "KV head 1");
+        key[KV_ROW - 1] = good;
+    }
+    OK(do_append(&ok));
+    free(before);
+    free(ok.partials);
+    free(ok.in.data);
+    store(s, 900, 1, 700, 0, 1);
+}
+
+/* No plan, however damaged, may crash or end in an internal error. Storing works on a copy: what it stores may be wrong. */
+static void damaged_plans(struct stream *s, size_t n_new) {
+    static const int32_t odd[] = {-1, INT32_MIN, INT32_MAX, 1 << 20};
+    static uint32_t cells[N_CELLS];
+    uint8_t *copy = NULL;
+    void *memory = NULL;
+    struct call c;
+    int32_t wants = 77, *plan;
+    memset(&c, 0, sizeof c);
+    for (uint32_t i = 0; i < n_new; i++) {
+        cells[i] = 901 + i;
+        s->pos[cells[i]] = 701 + (int32_t)i;
+        s->seq[cells[i]] = 0;
+    }
+    plan_step(s, cells, n_new);
+    CHECK(posix_memalign(&memory, 32, s->arena_bytes) == 0);
+    copy = (uint8_t *)memory;
+    c.s = s;
+    c.in = make_input(0, s, cells, n_new);
+    c.arena = copy;
+    c.bytes = s->arena_bytes;
+    c.nth = 1;
+    c.params.struct_size = sizeof c.params;
+    c.params.scale = SCALE;
+    OK(skv_layer_partial_floats(s->layers[0], n_new, &c.n_partials));
+    c.partials = (float *)allocate(c.n_partials * sizeof(float));
+
+    memcpy(copy, s->arenas[0], s->arena_bytes);
+    for (size_t ints = 0; ints < s->plan_ints; ints += ints < 32 ? 1 : 13) {
+        /* Of its own size, so that the sanitizer sees a read behind it. */
+        plan = (int32_t *)allocate((ints + 1) * sizeof *plan);
+        memcpy(plan, s->plan, ints * sizeof *plan);
+        c.plan = plan;
+        c.ints = ints;
+        all_say(SKV_STATUS_DATA, &c, "plan");
+        STATUS(SKV_STATUS_DATA, do_replay(&c));
+        STATUS(SKV_STATUS_DATA, skv_plan_wants_projection(plan, ints, &wants));
+        free(plan);
+    }
+    CHECK(wants == 77 && memcmp(copy, s->arenas[0], s->arena_bytes) == 0);
+
+    plan = (int32_t *)allocate(s->plan_ints * sizeof *plan);
+    memcpy(plan, s->plan, s->plan_ints * sizeof *plan);
+    c.plan = plan;
+    c.ints = s->plan_ints;
+    plan[1]++;
+    all_say(SKV_STATUS_DATA, &c, "version");
+    plan[1]--;
+    plan[0]++;
+    all_say(SKV_STATUS_DATA, &c, "not a plan");
+    plan[0]--;
+    for (size_t i = 0; i < s->plan_ints; i++)
+        for (int j = 0; j < 4; j++) {
+            skv_status status[4];
+            plan[i] = odd[j];
+            status[0] = do_attend(&c);
+            status[1] = do_rebuild(&c);
+            status[2] = do_append(&c);
+            memcpy(copy, s->arenas[0], s->arena_bytes);
+            status[3] = do_replay(&c);
+            memcpy(copy, s->arenas[0], s->arena_bytes);
+            plan[i] = s->plan[i];
+            for (int k = 0; k < 4; k++)
+                CHECK(status[k] == SKV_STATUS_OK || status[k] == SKV_STATUS_DATA || status[k] == SKV_STATUS_ARGUMENT);
+        }
+    free(plan);
+    free(c.partials);
+    free(c.in.data);
+    free(memory);
+    for (uint32_t i = 0; i < n_new; i++)
+        s->pos[cells[i]] = s->seq[cells[i]] = -1;
+}
+
+/* More sequences than configured fill the exact slots; the rows stored before stay. */
+static void too_many_sequences(struct stream *s) {
+    float before[Q_ROW], after[Q_ROW];
+    double wide[Q_ROW];
+    skv_status status = SKV_STATUS_OK;
+    int32_t seq = 2;
+    size_t used = 0;
+    look(s, 0, 900, 0, before);
+    for (uint32_t cell = 910; cell < N_CELLS && status == SKV_STATUS_OK; cell++, seq++) {
+        s->pos[cell] = 0;
+        s->seq[cell] = seq;
+        status = skv_table_plan(s->table, s->pos, s->seq, N_CELLS, &cell, 1, s->plan, s->plan_capacity, &used);
+        if (status == SKV_STATUS_OK)
+            store(s, cell, 1, 0, seq, 1);
+        else
+            s->pos[cell] = s->seq[cell] = -1;
+    }
+    CHECK(status == SKV_STATUS_FULL);
+    says(skv_table_last_error(s->table), "slots");
+    look(s, 0, 900, 0, after);
+    for (int i = 0; i < Q_ROW; i++)
+        wide[i] = before[i];
+    CHECK(head_error(after, wide) < 1e-5);
+}
+
+int main(void) {
+    static struct stream s;
+    configurations();
+    cache();
+    open_stream(&s);
+    store(&s, 0, 700, 0, 0, 2);
+    table_arguments(&s);
+    layer_arguments(&s);
+    damaged_plans(&s, 1);
+    damaged_plans(&s, 60);
+    too_many_sequences(&s);
+    close_stream(&s);
+    return 0;
+}

@@ -1,0 +1,418 @@
+//! The patched llama.cpp against a stock build of the same sources: what the flag changes, and what it must not.
+//!
+//! Builds both with the `spectral-kv` command (minutes on the first run, seconds after it).
+
+use serde_json::Value;
+use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+fn build(args: &[&str]) -> PathBuf {
+    let out = Command::new(env!("CARGO_BIN_EXE_spectral-kv")).arg("build").args(args).arg("--print-bin-dir").stdin(Stdio::null()).output().unwrap();
+    assert!(out.status.success(), "spectral-kv build {args:?}:\n{}", String::from_utf8_lossy(&out.stderr));
+    PathBuf::from(String::from_utf8(out.stdout).unwrap().trim())
+}
+
+fn stock() -> &'static Path {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    DIR.get_or_init(|| build(&["--stock", "--targets", "llama-perplexity,llama-completion"]))
+}
+
+fn patched() -> &'static Path {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    DIR.get_or_init(|| build(&[]))
+}
+
+fn model() -> String {
+    format!("{ROOT}/tests/models/bench-a-f16.gguf")
+}
+
+fn scratch(name: &str) -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("llama");
+    std::fs::create_dir_all(&dir).unwrap();
+    let path = dir.join(name);
+    let _ = std::fs::remove_file(&path);
+    path
+}
+
+fn golden() -> Value {
+    serde_json::from_str(&std::fs::read_to_string(format!("{ROOT}/tests/golden/sim.json")).unwrap()).unwrap()
+}
+
+/// Prose from llama.cpp's own documentation: pinned by its checksum, and no test text of our own to maintain.
+fn text() -> String {
+    let sources = stock().join("../../src");
+    golden()["text"].as_array().unwrap().iter().map(|f| std::fs::read_to_string(sources.join(f.as_str().unwrap())).unwrap()).collect()
+}
+
+fn run(dir: &Path, tool: &str, args: &[&str]) -> Output {
+    let model = model();
+    Command::new(dir.join(tool))
+        .args(["-m", &model, "-t", "1", "-tb", "1"])
+        .args(args)
+        .env_remove("LLAMA_KV_SPECTRAL_LOG")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
+}
+
+/// Log-probabilities that llama-perplexity writes for `--kl-divergence-base`, one vector per judged position.
+fn logits(name: &str, dir: &Path, args: &[&str]) -> (Vec<u8>, Vec<Vec<f32>>) {
+    let (input, file) = (scratch(&format!("{name}.txt")), scratch(&format!("{name}.kld")));
+    std::fs::write(&input, text()).unwrap();
+    let mut all = vec!["-f", input.to_str().unwrap(), "--kl-divergence-base", file.to_str().unwrap()];
+    all.extend(args);
+    let out = run(dir, "llama-perplexity", &all);
+    assert!(out.status.success(), "{name}: {}", String::from_utf8_lossy(&out.stderr));
+    let bytes = std::fs::read(&file).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    // "_logits_", context, vocabulary, chunks, tokens; then per position scale and minimum in f32 and a u16 per token.
+    let int = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
+    assert_eq!(&bytes[..8], b"_logits_");
+    let (context, vocabulary, chunks) = (int(8), int(12), int(16));
+    let record = 2 * (vocabulary.div_ceil(2) * 2 + 4);
+    let rows = &bytes[20 + 4 * context * chunks..];
+    assert_eq!(rows.len(), chunks * (context - 1 - context / 2) * record, "{name}: the file is complete");
+    let decode = |r: &[u8]| {
+        let float = |at: usize| f32::from_le_bytes(r[at..at + 4].try_into().unwrap());
+        (0..vocabulary).map(|i| float(4) + float(0) * f32::from(u16::from_le_bytes([r[8 + 2 * i], r[9 + 2 * i]]))).collect()
+    };
+    let decoded = rows.chunks_exact(record).map(decode).collect();
+    (bytes, decoded)
+}
+
+/// Mean KL divergence of `q` to `p`, and the share of positions where both prefer the same token.
+fn compare(p: &[Vec<f32>], q: &[Vec<f32>]) -> (f64, f64) {
+    assert_eq!(p.len(), q.len());
+    let best = |x: &[f32]| (0..x.len()).max_by(|a, b| x[*a].total_cmp(&x[*b])).unwrap();
+    let (mut kl, mut same) = (0.0, 0);
+    for (p, q) in p.iter().zip(q) {
+        kl += p.iter().zip(q).map(|(p, q)| f64::from(p.exp()) * f64::from(p - q)).sum::<f64>();
+        same += usize::from(best(p) == best(q));
+    }
+    (kl / p.len() as f64, same as f64 / p.len() as f64)
+}
+
+/// The stock reference of three chunks of 2048 tokens.
+fn reference() -> &'static (Vec<u8>, Vec<Vec<f32>>) {
+    static REFERENCE: OnceLock<(Vec<u8>, Vec<Vec<f32>>)> = OnceLock::new();
+    REFERENCE.get_or_init(|| logits("reference", stock(), &["-c", "2048", "-b", "2048", "-ub", "512", "--chunks", "3"]))
+}
+
+/// What a tool generates. llama.cpp's tools sometimes lose the end of their output at exit (stock ones too), never its
+/// beginning: the longest of some runs is the output.
+fn generate(dir: &Path, prompt: &str, tokens: &str, args: &[&str]) -> String {
+    let mut all = vec!["-p", prompt, "-n", tokens, "-c", "4096", "--temp", "0", "-no-cnv", "--no-display-prompt", "--simple-io", "--no-warmup", "--ignore-eos"];
+    all.extend(args);
+    let outputs = (0..3).map(|_| {
+        let out = run(dir, "llama-completion", &all);
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    });
+    outputs.max_by_key(String::len).unwrap()
+}
+
+#[test]
+fn without_the_flag_nothing_changes() {
+    // Four streams of 512, and one of 2048.
+    for args in [["-c", "512", "-b", "2048", "--chunks", "4"], ["-c", "2048", "-b", "2048", "--chunks", "1"]] {
+        let (a, b) = (logits("off-stock", stock(), &args).0, logits("off-patched", patched(), &args).0);
+        assert!(a == b, "logits of {args:?} differ in {} bytes", a.iter().zip(&b).filter(|(a, b)| a != b).count());
+    }
+    let prompt = "The history of the city began with the river, and";
+    assert_eq!(generate(stock(), prompt, "64", &[]), generate(patched(), prompt, "64", &[]));
+}
+
+#[test]
+fn a_window_as_long_as_the_context_is_stock() {
+    let window = ["--kv-spectral", "--kv-spectral-window", "2048"];
+    for (ubatch, chunks) in [("512", "3"), ("1", "3")] {
+        let name = format!("window-{ubatch}");
+        let got = logits(&name, patched(), &[&["-c", "2048", "-b", "2048", "-ub", ubatch, "--chunks", chunks][..], &window].concat());
+        let (kl, same) = compare(&reference().1, &got.1);
+        println!("window = context, -ub {ubatch}: KL {kl:.2e}, same top-1 {:.4} %", 100.0 * same);
+        assert!(kl < 1e-5 && same > 0.999, "-ub {ubatch}: {kl} {same}");
+    }
+}
+
+#[test]
+fn four_streams_with_a_long_window_are_stock() {
+    let args = |ubatch| ["-c", "2048", "-b", "8192", "-ub", ubatch, "--chunks", "4"];
+    let want = logits("streams-stock", stock(), &args("512"));
+    for ubatch in ["512", "1"] {
+        let got = logits("streams", patched(), &[&args(ubatch)[..], &["--kv-spectral", "--kv-spectral-window", "2048"]].concat());
+        let (kl, same) = compare(&want.1, &got.1);
+        println!("4 streams, window = context, -ub {ubatch}: KL {kl:.2e}, same top-1 {:.4} %", 100.0 * same);
+        assert!(kl < 1e-5 && same > 0.999, "-ub {ubatch}: {kl} {same}");
+    }
+}
+
+#[test]
+fn both_paths_are_as_near_to_f16_as_the_simulation() {
+    let simulated = golden()["mean_kl"].as_f64().unwrap();
+    let mut kls = HashMap::new();
+    for (path, ubatch) in [("decode", "1"), ("prefill", "512")] {
+        let got = logits(path, patched(), &["-c", "2048", "-b", "2048", "-ub", ubatch, "--chunks", "3", "--kv-spectral", "--kv-spectral-bits", "2"]);
+        let (kl, same) = compare(&reference().1, &got.1);
+        println!("2 bits, {path} path: KL {kl:.6} (simulated {simulated}), same top-1 {:.2} %", 100.0 * same);
+        kls.insert(path, kl);
+    }
+    assert!(kls["decode"] > 1e-6 && kls["prefill"] > 1e-6, "rows were coded at all");
+    assert!(kls["decode"] <= 1.25 * simulated && kls["prefill"] <= 1.25 * simulated, "{kls:?} against {simulated}");
+    assert!(kls["prefill"] <= kls["decode"], "the current ubatch is exact: {kls:?}");
+}
+
+#[test]
+fn one_step_of_up_to_64_tokens_sees_what_single_steps_see() {
+    let at = |ubatch| logits("step", patched(), &["-c", "2048", "-b", "2048", "-ub", ubatch, "--chunks", "1", "--kv-spectral", "--kv-spectral-window", "2048"]).1;
+    let (kl, same) = compare(&at("1"), &at("64"));
+    assert!(kl < 1e-5 && same > 0.999, "{kl} {same}");
+}
+
+/// Text with planted facts, and the question for each.
+fn needles(n: usize) -> (String, Vec<(String, String)>) {
+    let words = ["river", "garden", "island", "signal", "window", "market", "winter", "silver", "golden", "paper", "station", "engine"];
+    let body: Vec<char> = text().chars().filter(|c| c.is_ascii()).take(5200).collect();
+    let (mut out, mut questions) = (String::new(), Vec::new());
+    for (i, part) in body.chunks(body.len() / n).enumerate() {
+        out.extend(part);
+        if i < n {
+            let mut name = words[i % words.len()].to_string();
+            name[..1].make_ascii_uppercase();
+            let (name, code) = (format!("{name} {}", words[(i * 5 + 3) % words.len()]), format!("{}", 10007 + (i * 27644437) % 89989));
+            out.push_str(&format!("\nThe secret code for {name} is {code}.\n"));
+            questions.push((format!("\nQuestion: what is the secret code for {name}? Answer:"), code));
+        }
+    }
+    (out, questions)
+}
+
+#[test]
+fn needles_are_found_as_in_f16() {
+    let (haystack, questions) = needles(12);
+    let recall = |dir: &Path, args: &[&str]| questions.iter().filter(|(q, code)| generate(dir, &format!("{haystack}{q}"), "8", args).contains(code.as_str())).count();
+    let want = recall(stock(), &[]);
+    let got = recall(patched(), &["--kv-spectral", "--kv-spectral-bits", "2", "-ub", "128"]);
+    println!("needles: {want} of {} in f16, {got} at 2 bits", questions.len());
+    assert!(want >= questions.len() / 2, "the test can tell: f16 finds {want}");
+    assert!(got >= want, "{got} of {want}");
+}
+
+fn log_lines(path: &Path) -> Vec<Value> {
+    std::fs::read_to_string(path).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+/// Run completion with the counters logged; returns them and standard error.
+fn counted(name: &str, args: &[&str]) -> (Vec<Value>, String) {
+    let log = scratch(&format!("{name}.jsonl"));
+    let (model, prompt) = (model(), format!("{ROOT}/tests/data/prompt.txt"));
+    let out = Command::new(patched().join("llama-completion"))
+        .args(["-m", &model, "-t", "1", "-tb", "1", "-f", &prompt, "--temp", "0", "-no-cnv", "--simple-io", "--no-warmup", "--ignore-eos", "-lv", "4"])
+        .args(args)
+        .env("LLAMA_KV_SPECTRAL_LOG", &log)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    (log_lines(&log), String::from_utf8_lossy(&out.stderr).into_owned())
+}
+
+#[test]
+fn an_eighth_of_f16_is_what_the_process_holds() {
+    let (lines, err) = counted("bytes", &["-c", "32768", "-n", "4", "--kv-spectral"]);
+    let last = lines.last().unwrap();
+    let number = |key: &str| last[key].as_f64().unwrap();
+    assert!(number("bytes_f16") == 32768.0 * 3.0 * 2.0 * 256.0 * 2.0);
+    assert!(number("bytes_held") * 8.0 <= number("bytes_f16"), "{last}");
+    assert!((number("ratio") - number("bytes_f16") / number("bytes_held")).abs() < 1e-3);
+    // llama.cpp's own account of the buffers it allocated; the rest of the report is the host tables.
+    let buffers: f64 = err
+        .lines()
+        .filter_map(|l| l.split("KV buffer size =").nth(1))
+        .map(|l| l.split_whitespace().next().unwrap().parse::<f64>().unwrap() * 1024.0 * 1024.0)
+        .sum();
+    let tables = number("bytes_held") - buffers;
+    assert!(buffers > 0.0 && tables > 0.0 && tables < 0.05 * number("bytes_held"), "{buffers} of {last}\n{err}");
+}
+
+#[test]
+fn decode_seals_and_attends_to_rows_at_every_step() {
+    let (lines, _) = counted("steps", &["-c", "4096", "-n", "140", "--kv-spectral", "8"]);
+    let decode: Vec<&Value> = lines.iter().filter(|l| l["path"] == "decode").collect();
+    assert!(decode.len() >= 139);
+    let number = |l: &Value, key: &str| l[key].as_u64().unwrap();
+    for pair in decode.windows(2) {
+        for key in ["attended_coded", "attended_exact", "appended_decode"] {
+            assert!(number(pair[1], key) > number(pair[0], key), "{key}: {} then {}", pair[0], pair[1]);
+        }
+    }
+    let sealed = number(decode[decode.len() - 1], "sealed_decode") - number(decode[0], "sealed_decode");
+    assert!(sealed >= 2 * 3 * 64, "two tiles in each of three layers: {sealed}");
+}
+
+#[test]
+fn the_demo_runs() {
+    let out = Command::new(env!("CARGO_BIN_EXE_spectral-kv")).arg("demo").stdin(Stdio::null()).output().unwrap();
+    let text = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success(), "{text}\n{}", String::from_utf8_lossy(&out.stderr));
+    assert!(text.contains("right: the code for"), "{text}");
+}
+
+#[test]
+fn what_cannot_work_is_refused_with_a_reason() {
+    for (args, reason) in [
+        (&["-fa", "off"][..], "flash attention"),
+        (&["-ctk", "q8_0"], "f16"),
+        (&["-ctv", "q4_0"], "f16"),
+    ] {
+        let out = run(patched(), "llama-completion", &[&["-p", "x", "-n", "1", "-no-cnv", "--kv-spectral"][..], args].concat());
+        let text = String::from_utf8_lossy(&out.stderr).to_lowercase();
+        assert!(!out.status.success() && text.contains("kv_spectral") && text.contains(reason), "{args:?}: {text}");
+    }
+    for bad in ["abc", "-3", "0.5", "nan", "1000"] {
+        let out = run(patched(), "llama-completion", &["-p", "x", "-n", "1", "-no-cnv", "--kv-spectral", bad]);
+        let text = String::from_utf8_lossy(&out.stderr).into_owned() + &String::from_utf8_lossy(&out.stdout);
+        assert!(!out.status.success() && text.contains("kv-spectral"), "{bad}: {text}");
+    }
+}
+
+#[test]
+fn every_tool_has_the_flags() {
+    for tool in ["llama-cli", "llama-completion", "llama-server", "llama-perplexity", "llama-bench", "llama-batched-bench"] {
+        let out = Command::new(patched().join(tool)).arg("--help").stdin(Stdio::null()).output().unwrap();
+        let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+        for flag in ["--kv-spectral", "--kv-spectral-window", "--kv-spectral-bits"] {
+            assert!(text.contains(flag), "{tool} {flag}");
+        }
+    }
+    let out = Command::new(patched().join("llama-bench"))
+        .args(["-m", &model(), "-t", "1", "-p", "32", "-n", "8", "-r", "1", "--kv-spectral", "0,8", "-o", "jsonl"])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let rows = String::from_utf8_lossy(&out.stdout).lines().filter(|l| l.starts_with('{')).count();
+    assert!(out.status.success() && rows == 4, "llama-bench: {}", String::from_utf8_lossy(&out.stdout));
+    let out = run(patched(), "llama-batched-bench", &["-c", "2048", "-npp", "64", "-ntg", "8", "-npl", "1,4", "--kv-spectral"]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+}
+
+struct Server {
+    child: Child,
+    port: u16,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Server {
+    fn start(args: &[&str]) -> Self {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let child = Command::new(patched().join("llama-server"))
+            .args(["-m", &model(), "-t", "1", "-tb", "1", "--host", "127.0.0.1", "--port", &port.to_string(), "--no-webui"])
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let server = Server { child, port };
+        let start = Instant::now();
+        while server.request("GET", "/health", "").is_none_or(|(status, _)| status != 200) {
+            assert!(start.elapsed() < Duration::from_secs(60), "the server does not come up");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        server
+    }
+
+    fn request(&self, method: &str, path: &str, body: &str) -> Option<(u16, String)> {
+        let mut s = TcpStream::connect(("127.0.0.1", self.port)).ok()?;
+        let head = format!("{method} {path} HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n", body.len());
+        s.write_all((head + body).as_bytes()).ok()?;
+        let mut answer = Vec::new();
+        s.read_to_end(&mut answer).ok()?;
+        let answer = String::from_utf8_lossy(&answer).into_owned();
+        let (head, body) = answer.split_once("\r\n\r\n")?;
+        Some((head.split(' ').nth(1)?.parse().ok()?, body.to_string()))
+    }
+
+    fn complete(&self, prompt: &str, more: Value) -> String {
+        let mut body = serde_json::json!({"prompt": prompt, "n_predict": 40, "temperature": 0, "ignore_eos": true});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let (status, text) = self.request("POST", "/completion", &body.to_string()).expect("an answer");
+        assert_eq!(status, 200, "{text}");
+        let answer: Value = serde_json::from_str(text.get(text.find('{').unwrap()..=text.rfind('}').unwrap()).unwrap()).unwrap();
+        answer["content"].as_str().unwrap().to_string()
+    }
+}
+
+/// Two prompts long enough for coded rows.
+fn prompts() -> [String; 2] {
+    let all: Vec<char> = text().chars().collect();
+    let (haystack, questions) = needles(12);
+    [format!("{haystack}{}", questions[2].0), all[20_000..25_500].iter().collect()]
+}
+
+#[test]
+fn one_prompt_leaves_no_trace_in_the_next() {
+    let [a, b] = prompts();
+    let args = ["-c", "4096", "--kv-spectral", "--kv-spectral-bits", "2", "-np", "1"];
+    let fresh = serde_json::json!({"cache_prompt": false});
+    let alone = |p: &str| Server::start(&args).complete(p, fresh.clone());
+    let (a_alone, b_alone) = (alone(&a), alone(&b));
+    let server = Server::start(&args);
+    for (prompt, want) in [(&a, &a_alone), (&b, &b_alone), (&a, &a_alone), (&b, &b_alone)] {
+        assert_eq!(server.complete(prompt, fresh.clone()), *want, "the slot had held the other prompt");
+    }
+}
+
+#[test]
+fn slots_are_reused_without_a_trace() {
+    // The default of llama-server: four slots over one unified stream, idle ones saved to memory and cleared.
+    let [a, b] = prompts();
+    let args = ["-c", "8192", "--kv-spectral", "--kv-spectral-bits", "2"];
+    let want = [&a, &b].map(|p| Server::start(&args).complete(p, serde_json::json!({})));
+    let server = Server::start(&args);
+    for round in 0..2 {
+        for (i, prompt) in [&a, &b].into_iter().enumerate() {
+            let options = if round == 0 { serde_json::json!({}) } else { serde_json::json!({"cache_prompt": false, "id_slot": 3 - i}) };
+            assert_eq!(server.complete(prompt, options), want[i], "round {round}, prompt {i}");
+        }
+    }
+}
+
+#[test]
+fn parallel_sequences_answer_their_own_questions() {
+    let (haystack, questions) = needles(12);
+    let server = Server::start(&["-c", "16384", "-np", "4", "--kv-unified", "--kv-spectral", "--kv-spectral-bits", "2"]);
+    let found = std::thread::scope(|s| {
+        let ask = |(q, code): &(String, String)| {
+            let (prompt, code, server) = (format!("{haystack}{q}"), code.clone(), &server);
+            s.spawn(move || server.complete(&prompt, serde_json::json!({"n_predict": 8})).contains(&code))
+        };
+        let running: Vec<_> = questions[..4].iter().map(ask).collect();
+        running.into_iter().map(|h| h.join().unwrap()).filter(|f| *f).count()
+    });
+    let want = questions[..4].iter().filter(|(q, code)| generate(stock(), &format!("{haystack}{q}"), "8", &[]).contains(code.as_str())).count();
+    assert!(found >= want && want > 0, "{found} of {want} that f16 finds");
+}
+
+#[test]
+fn the_patch_is_small() {
+    let mut changed = 0;
+    for entry in std::fs::read_dir(format!("{ROOT}/vendor/patches")).unwrap() {
+        let patch = std::fs::read_to_string(entry.unwrap().path()).unwrap();
+        changed += patch.lines().filter(|l| (l.starts_with('+') || l.starts_with('-')) && !l.starts_with("+++") && !l.starts_with("---")).count();
+        assert!(!patch.contains("new file mode"), "whole new files belong in vendor/glue");
+    }
+    assert!(changed > 0 && changed <= 300, "{changed} lines of existing llama.cpp files");
+}

@@ -1,0 +1,497 @@
+//! The table and the layers under what llama.cpp does to a stream: whatever happens, every live cell has its own row, and the
+//! row is the one that went in.
+
+mod common;
+
+use common::{Random, Stream};
+use proptest::prelude::*;
+use spectral_kv::cache::{plan, Cells, Plan};
+use spectral_kv::config::{Config, LayerShape};
+use spectral_kv::error::Error;
+use spectral_kv::rope::{Pairing, RopeParams};
+
+/// At 8 bits a coded row is off by less than this.
+const NEAR: f64 = 0.05;
+
+fn config(n_cells: u32) -> Config {
+    Config { n_cells, n_seqs: 4, window: 16, bits: 8.0, ..Config::default() }
+}
+
+fn stream_of(config: &Config) -> Stream {
+    // Two layers of different heads: what is right in one must not be so by chance.
+    let shapes = [LayerShape { n_head: 4, n_head_kv: 2, d_k: 32, d_v: 16 }, LayerShape { n_head: 2, n_head_kv: 1, d_k: 16, d_v: 32 }];
+    Stream::new(config, &shapes, |d| RopeParams::plain(Pairing::Halves, d, 10000.0))
+}
+
+fn stream() -> Stream {
+    stream_of(&config(1100))
+}
+
+/// Everything there is to see of a stream, without what a pending plan adds.
+fn snapshot(s: &mut Stream) -> (String, Vec<u16>) {
+    let live = s.live();
+    let bits = s.bits(&live);
+    (format!("{:?}", s.table), bits)
+}
+
+/// What llama.cpp does to a stream. Numbers are cut to what there is when the operation comes.
+#[derive(Debug, Clone)]
+enum Op {
+    /// Tokens of the sequences of a bit set, in turn, in the first free cells or in scattered ones.
+    Append { seqs: u32, n: usize, scattered: bool },
+    RemoveRange { seq: u32, from: usize, n: usize },
+    RemoveTail { seq: u32, keep: usize },
+    RemoveSequence { seq: u32 },
+    /// Remove `n` rows and shift what follows down, as a context shift does.
+    ShiftDown { seq: u32, from: usize, n: usize },
+    ShiftUp { seq: u32, from: usize, by: i32 },
+    Copy { from: u32, to: u32 },
+    /// Reuse cells in the step that removes their rows.
+    Replace { seq: u32, n: usize },
+    DroppedPlan { n: usize },
+    Abort { seq: u32, n: usize, done: usize },
+    Clear,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let seq = || 0u32..4;
+    let n = || prop_oneof![1usize..8, 30usize..140, 1usize..=600];
+    prop_oneof![
+        8 => (1u32..16, n(), any::<bool>()).prop_map(|(seqs, n, scattered)| Op::Append { seqs, n, scattered }),
+        4 => (seq(), n(), any::<bool>()).prop_map(|(seq, n, scattered)| Op::Append { seqs: 1 << seq, n, scattered }),
+        2 => (seq(), 0usize..900, n()).prop_map(|(seq, from, n)| Op::RemoveRange { seq, from, n }),
+        1 => (seq(), 0usize..900).prop_map(|(seq, keep)| Op::RemoveTail { seq, keep }),
+        1 => seq().prop_map(|seq| Op::RemoveSequence { seq }),
+        2 => (seq(), 0usize..300, n()).prop_map(|(seq, from, n)| Op::ShiftDown { seq, from, n }),
+        1 => (seq(), 0usize..900, 1i32..100_000).prop_map(|(seq, from, by)| Op::ShiftUp { seq, from, by }),
+        1 => (seq(), seq()).prop_map(|(from, to)| Op::Copy { from, to }),
+        1 => (seq(), 1usize..100).prop_map(|(seq, n)| Op::Replace { seq, n }),
+        1 => n().prop_map(|n| Op::DroppedPlan { n }),
+        1 => (seq(), n(), 0usize..=2).prop_map(|(seq, n, done)| Op::Abort { seq, n, done }),
+        1 => Just(Op::Clear),
+    ]
+}
+
+/// Free cells for `n` tokens, as many as there are, and their places: the sequences of a bit set in turn.
+fn fresh_tokens(s: &Stream, r: &mut Random, seqs: u32, n: usize, scattered: bool) -> (Vec<u32>, Vec<(i32, u32)>) {
+    let mut cells = s.free();
+    if scattered {
+        for i in (1..cells.len()).rev() {
+            cells.swap(i, r.below(i + 1));
+        }
+    }
+    cells.truncate(n);
+    let seqs: Vec<u32> = (0..4).filter(|i| seqs >> i & 1 == 1).collect();
+    let mut next: Vec<i32> = (0..4).map(|i| s.next_pos(i)).collect();
+    let place = |i: usize| {
+        let seq = seqs[i % seqs.len()];
+        next[seq as usize] += 1;
+        (next[seq as usize] - 1, seq)
+    };
+    let places = (0..cells.len()).map(place).collect();
+    (cells, places)
+}
+
+fn position(s: &Stream, cell: u32) -> i32 {
+    s.rows[cell as usize].as_ref().unwrap().pos
+}
+
+/// Shift the rows of `cells`. Rows that several sequences hold would collide with those that only one of them holds.
+fn shift(s: &mut Stream, cells: &[u32], by: i32) {
+    let mut rows: Vec<_> = cells.iter().map(|c| s.rows[*c as usize].clone().unwrap()).collect();
+    if rows.iter().all(|r| r.seqs.is_power_of_two()) {
+        rows.iter_mut().for_each(|r| r.pos += by);
+        cells.iter().zip(rows).for_each(|(c, r)| s.rows[*c as usize] = Some(r));
+    }
+}
+
+fn apply(s: &mut Stream, r: &mut Random, op: &Op) {
+    let cut = |cells: Vec<u32>, from: usize, n: usize| {
+        let from = from.min(cells.len());
+        (cells[from..(from + n).min(cells.len())].to_vec(), cells[(from + n).min(cells.len())..].to_vec())
+    };
+    match *op {
+        Op::Append { seqs, n, scattered } => {
+            let (cells, places) = fresh_tokens(s, r, seqs, n, scattered);
+            s.step(r.next() >> 16, &cells, &places).unwrap();
+        }
+        Op::RemoveRange { seq, from, n } => {
+            let (gone, _) = cut(s.cells_of(seq), from, n);
+            s.remove(seq, &gone);
+        }
+        Op::RemoveTail { seq, keep } => {
+            let (_, gone) = cut(s.cells_of(seq), 0, keep);
+            s.remove(seq, &gone);
+        }
+        Op::RemoveSequence { seq } => s.remove(seq, &s.cells_of(seq)),
+        Op::ShiftDown { seq, from, n } => {
+            let (gone, rest) = cut(s.cells_of(seq), from, n);
+            if let (Some(first), Some(next)) = (gone.first(), rest.first()) {
+                let by = position(s, *first) - position(s, *next);
+                s.remove(seq, &gone);
+                shift(s, &rest, by);
+            }
+        }
+        Op::ShiftUp { seq, from, by } => {
+            let (_, rest) = cut(s.cells_of(seq), 0, from);
+            // Positions stay where f32 angles of the model's rope would still mean something.
+            if s.next_pos(seq) < 1_000_000 {
+                shift(s, &rest, by);
+            }
+        }
+        Op::Copy { from, to } => {
+            if s.cells_of(to).is_empty() {
+                for c in s.cells_of(from) {
+                    s.rows[c as usize].as_mut().unwrap().seqs |= 1 << to;
+                }
+            }
+        }
+        Op::Replace { seq, n } => {
+            let cells = s.cells_of(seq);
+            let tail = cells[cells.len().saturating_sub(n)..].to_vec();
+            s.remove(seq, &tail);
+            let cells: Vec<u32> = tail.into_iter().filter(|c| s.rows[*c as usize].is_none()).collect();
+            let first = s.next_pos(seq);
+            let places: Vec<_> = (0..cells.len() as i32).map(|i| (first + i, seq)).collect();
+            s.step(r.next() >> 16, &cells, &places).unwrap();
+        }
+        Op::DroppedPlan { n } => {
+            let before = snapshot(s);
+            let (cells, places) = fresh_tokens(s, r, 15, n, true);
+            let t = s.tokens(1, &cells, &places);
+            s.enter(&t);
+            s.plan(&cells).unwrap();
+            cells.iter().for_each(|c| s.rows[*c as usize] = None);
+            assert!(snapshot(s) == before, "a plan that was dropped changed something");
+        }
+        Op::Abort { seq, n, done } => {
+            let (cells, places) = fresh_tokens(s, r, 1 << seq, n, false);
+            s.abort(r.next() >> 16, &cells, &places, done).unwrap();
+        }
+        Op::Clear => (0..4).for_each(|seq| s.remove(seq, &s.cells_of(seq))),
+    }
+}
+
+/// A fixed sequence of steps over the fit and into compaction; what it leaves behind, to compare.
+fn script(s: &mut Stream) -> Vec<u16> {
+    s.append(900, 0, 700, 130).unwrap();
+    s.append(901, 2, 90, 1).unwrap();
+    let gone: Vec<u32> = s.cells_of(0).into_iter().filter(|c| c % 3 != 0).collect();
+    s.remove(0, &gone);
+    s.append(902, 1, 600, 200).unwrap();
+    let mut out = s.bits(&s.live());
+    for layer in 0..2 {
+        let next = s.next_pos(0);
+        out.extend(s.attend(layer, 5, 0, next, 3).0.iter().flat_map(|x| [x.to_bits() as u16, (x.to_bits() >> 16) as u16]));
+    }
+    out
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_sequence_of_operations_keeps_every_row(ops in prop::collection::vec(op(), 1..40), seed in any::<u32>()) {
+        let (mut s, mut r) = (stream(), Random::new(u64::from(seed)));
+        for (i, op) in ops.iter().enumerate() {
+            apply(&mut s, &mut r, op);
+            if i % 3 == 2 {
+                s.check(NEAR);
+            }
+        }
+        s.check(NEAR);
+        apply(&mut s, &mut r, &Op::Clear);
+        s.check(NEAR);
+        prop_assert!(script(&mut s) == script(&mut stream()), "what was there before shows");
+    }
+}
+
+#[test]
+fn sparse_tiles_are_compacted_bit_for_bit() {
+    let mut s = stream();
+    s.append(1, 0, 1100, 100).unwrap();
+    s.check(NEAR);
+    let gone: Vec<u32> = s.cells_of(0).into_iter().enumerate().filter(|(i, _)| i % 4 != 1).map(|(_, c)| c).collect();
+    s.remove(0, &gone);
+    let kept = s.cells_of(0);
+    let before = s.bits(&kept[..kept.len() - 50]);
+    s.append(2, 0, gone.len(), 75).unwrap();
+    let moved = s.layers[0].counters.read().moved;
+    assert!(moved > 0 && s.layers[1].counters.read().moved == moved);
+    // The last rows kept were exact and have been coded since.
+    assert!(s.bits(&kept[..kept.len() - 50]) == before, "rows changed when they moved");
+    s.check(NEAR);
+}
+
+#[test]
+fn a_full_context_always_finds_tiles() {
+    // No slack: tiles hold exactly what window and sinks leave over.
+    for n_cells in [16 + 4 + 64 * 16, 16 + 4 + 64 * 16 + 1, 1100] {
+        for (sequences, seed) in [(1, 1), (4, 2)] {
+            let (mut s, mut r) = (stream_of(&config(n_cells)), Random::new(seed));
+            for round in 0..300u64 {
+                let seq = r.below(sequences) as u32;
+                let n = s.free().len().min(1 + r.below(200));
+                s.append(seed * 1000 + round, seq, n, 600).unwrap_or_else(|e| panic!("{n_cells} cells, {sequences} sequences, step {round}: {e}"));
+                if s.free().is_empty() {
+                    let gone: Vec<u32> = s.live().into_iter().filter(|_| r.below(5) == 0).collect();
+                    (0..4).for_each(|seq| s.remove(seq, &gone));
+                }
+            }
+            s.check(NEAR);
+        }
+    }
+}
+
+#[test]
+fn a_full_context_without_sinks_finds_tiles() {
+    // Positions start behind the sinks, as they do when the head of a sequence was removed: all but the window is coded.
+    let mut s = stream_of(&Config { n_seqs: 1, ..config(16 + 4 + 64 * 16) });
+    s.step(1, &[0], &[(100, 0)]).unwrap();
+    s.append(2, 0, 16 + 64 * 16 - 1, 200).unwrap();
+    let coded = s.cells_of(0)[..60].to_vec();
+    s.remove(0, &coded);
+    s.append(3, 0, 64, 1).unwrap();
+    assert!(s.free().is_empty());
+    s.check(NEAR);
+}
+
+#[test]
+fn six_bits_are_near_too() {
+    let mut s = stream_of(&Config { bits: 6.0, ..config(1100) });
+    s.append(1, 0, 1000, 100).unwrap();
+    s.check(0.1);
+}
+
+#[test]
+fn a_window_as_long_as_the_context_keeps_every_row_exact() {
+    let mut s = stream_of(&Config { window: 1100, n_seqs: 1, ..config(1100) });
+    assert_eq!(s.table.geometry().tiles, 0);
+    for round in 0..3 {
+        s.append(round, 0, s.free().len(), 300).unwrap();
+        s.check(0.0);
+        let gone: Vec<u32> = s.cells_of(0).into_iter().filter(|c| c % 2 == 0).collect();
+        s.remove(0, &gone);
+        shift(&mut s, &gone.iter().map(|c| c + 1).collect::<Vec<_>>(), 7);
+    }
+    assert!(!s.table.is_fitted());
+}
+
+#[test]
+fn a_shift_turns_keys_without_touching_them() {
+    let mut s = stream();
+    s.append(1, 1, 800, 200).unwrap();
+    let arenas: Vec<Vec<u8>> = (0..2).map(|i| s.arena(i).to_vec()).collect();
+    let cells = s.cells_of(1);
+    let before = s.bits(&cells);
+    for by in [1000, -999, 50_000, -50_001] {
+        shift(&mut s, &cells, by);
+        s.check(NEAR);
+    }
+    assert!(s.bits(&cells) == before, "there and back again");
+    assert!((0..2).all(|i| s.arena(i) == arenas[i]));
+}
+
+#[test]
+fn commit_needs_a_plan() {
+    let mut s = stream();
+    assert!(matches!(s.table.commit(), Err(Error::State(_))));
+    assert!(matches!(s.table.commit_replayed(), Err(Error::State(_))));
+    s.append(1, 0, 10, 10).unwrap();
+    assert!(matches!(s.table.commit(), Err(Error::State(_))));
+}
+
+#[test]
+fn bad_arguments_are_refused_and_change_nothing() {
+    let mut s = stream();
+    s.append(1, 0, 700, 100).unwrap();
+    s.plan(&[]).unwrap();
+    let before = format!("{:?}", s.table);
+    let (pos, seq) = s.places();
+    let mut out = vec![0; plan::capacity(s.table.geometry(), 3)];
+    let changed = |x: &[i32], cell: usize, to: i32| {
+        let mut x = x.to_vec();
+        x[cell] = to;
+        x
+    };
+    let n = pos.len() - 1;
+    for (pos, seq, new) in [
+        (pos.clone(), seq.clone(), vec![5, 6, 5]),
+        (pos.clone(), seq.clone(), vec![5, 700]),
+        (pos.clone(), seq.clone(), vec![1100]),
+        (pos.clone(), seq.clone(), vec![u32::MAX]),
+        (pos[..n].to_vec(), seq.clone(), vec![]),
+        (pos.clone(), seq[..n].to_vec(), vec![]),
+        (vec![], vec![], vec![]),
+        (changed(&pos, 900, 3), seq.clone(), vec![]),
+        (changed(&pos, 3, -1), seq.clone(), vec![]),
+        (pos.clone(), changed(&seq, 3, -1), vec![]),
+    ] {
+        let result = s.table.plan(Cells { pos: &pos, seq: &seq }, &new, &mut out);
+        assert!(matches!(result, Err(Error::Argument(_))), "{new:?}: {result:?}");
+    }
+    let short = plan::capacity(s.table.geometry(), 3) - 1;
+    assert!(matches!(s.table.plan(Cells { pos: &pos, seq: &seq }, &[5, 6, 7], &mut out[..short]), Err(Error::Buffer { .. })));
+    assert_eq!(format!("{:?}", s.table), before);
+    s.check(NEAR);
+}
+
+#[test]
+fn a_step_that_finds_no_slot_is_refused_and_loses_nothing() {
+    // More sequences than the cache was made for: their windows have no slots.
+    let mut s = stream_of(&Config { n_seqs: 1, ..config(1100) });
+    s.append(1, 0, 900, 100).unwrap();
+    let exact = s.table.geometry().exact as u32;
+    let cells = s.free()[..exact as usize].to_vec();
+    let places: Vec<_> = (0..exact).map(|i| (0, 1 + i % 8)).collect();
+    assert!(matches!(s.step(2, &cells, &places), Err(Error::Full(_))));
+    s.check(NEAR);
+    s.append(3, 0, 200, 50).unwrap();
+    s.check(NEAR);
+}
+
+/// An aborted step of `n` tokens after `before` rows, then a context full of further rows.
+fn aborted(before: usize, n: usize) {
+    for done in 0..=2 {
+        let mut s = stream();
+        if before > 0 {
+            s.append(1, 0, before, 100).unwrap();
+        }
+        let cells = s.free()[..n].to_vec();
+        let first = s.next_pos(0);
+        let places: Vec<_> = (0..n as i32).map(|i| (first + i, 0)).collect();
+        s.abort(2, &cells, &places, done).unwrap();
+        s.check(NEAR);
+        s.append(3, 0, s.free().len(), 90).unwrap();
+        s.check(NEAR);
+    }
+}
+
+#[test]
+fn an_aborted_step_before_the_fit_loses_only_its_tokens() {
+    aborted(300, 100);
+}
+
+#[test]
+fn an_aborted_step_that_fits_loses_only_its_tokens() {
+    aborted(500, 100);
+}
+
+#[test]
+fn an_aborted_step_that_fits_mostly_on_its_own_tokens_loses_only_them() {
+    aborted(20, 600);
+}
+
+#[test]
+fn an_aborted_first_step_leaves_an_empty_stream() {
+    aborted(0, 600);
+}
+
+#[test]
+fn an_aborted_step_after_the_fit_loses_only_its_tokens() {
+    aborted(700, 1);
+    aborted(700, 300);
+}
+
+#[test]
+fn an_aborted_step_that_compacts_loses_only_its_tokens() {
+    for done in 0..=2 {
+        let mut s = stream();
+        s.append(1, 0, 1100, 100).unwrap();
+        let gone: Vec<u32> = s.cells_of(0).into_iter().filter(|c| c % 4 != 1).collect();
+        s.remove(0, &gone);
+        let first = s.next_pos(0);
+        let places: Vec<_> = (0..400).map(|i| (first + i, 0)).collect();
+        let cells = s.free()[..400].to_vec();
+        s.abort(2, &cells, &places, done).unwrap();
+        s.check(NEAR);
+        s.append(3, 0, s.free().len(), 64).unwrap();
+        s.check(NEAR);
+    }
+}
+
+/// A plan with something in every section but those of the fit, and one that fits.
+fn plans() -> [Vec<i32>; 2] {
+    let mut s = stream();
+    // So few tokens complete the fit that rows before them are in the window and have to leave their temporary slots.
+    s.append(1, 0, 520, 65).unwrap();
+    let cells = s.free()[..35].to_vec();
+    let places: Vec<_> = (520..555).map(|i| (i, 0)).collect();
+    let t = s.tokens(1, &cells, &places);
+    s.enter(&t);
+    let fit = s.plan(&cells).unwrap();
+    cells.iter().for_each(|c| s.rows[*c as usize] = None);
+    s.append(2, 0, 600, 100).unwrap();
+    let gone: Vec<u32> = s.cells_of(0).into_iter().filter(|c| c % 4 != 1).collect();
+    s.remove(0, &gone);
+    let cells = s.free()[..400].to_vec();
+    let t = s.tokens(1, &cells, &(0..400).map(|i| (2000 + i, 0)).collect::<Vec<_>>());
+    s.enter(&t);
+    [fit, s.plan(&cells).unwrap()]
+}
+
+/// Look at everything a plan holds; returns how much that is.
+fn walk(p: &Plan) -> usize {
+    p.tokens().count()
+        + p.exact().count()
+        + p.tiles().map(|t| (0..64).filter(|r| t.cell(*r).is_some() || t.turn(*r) != 0).count()).sum::<usize>()
+        + p.seals().map(|(_, rows)| rows.count()).sum::<usize>()
+        + p.moves().count()
+        + p.relocations().count()
+        + p.records().count()
+        + p.fit_rows().count()
+        + p.fit_queries().count()
+}
+
+#[test]
+fn a_truncated_or_foreign_plan_is_refused() {
+    let [fit, moves] = plans();
+    let parsed = [Plan::parse(&fit).unwrap(), Plan::parse(&moves).unwrap()];
+    assert!(parsed[0].fit && parsed[0].fit_rows().len() > 500 && parsed[0].fit_queries().len() > 100 && parsed[0].relocations().len() > 0);
+    assert!(parsed[1].moves().len() > 0 && parsed[1].seals().len() > 0 && parsed[1].tiles().len() > 0);
+    for ints in [&fit, &moves] {
+        for n in 0..ints.len() {
+            assert!(matches!(Plan::parse(&ints[..n]), Err(Error::Data(_))), "{n} of {} ints", ints.len());
+        }
+        for (at, what) in [(0, "magic"), (1, "version")] {
+            for to in [0, -1, ints[at] + 1] {
+                let mut other = ints.clone();
+                other[at] = to;
+                assert!(matches!(Plan::parse(&other), Err(Error::Data(_))), "{what} {to}");
+            }
+        }
+        for section in 4..13 {
+            for to in [-1, i32::MIN, i32::MAX, 1 << 24] {
+                let mut other = ints.clone();
+                other[section] = to;
+                assert!(matches!(Plan::parse(&other), Err(Error::Data(_))), "section {section}: {to}");
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_array_of_ints_makes_parsing_panic(
+        (which, keep) in (0usize..2, 0.0f64..=1.0),
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<bool>(), any::<i32>()), 0..20),
+        noise in prop::collection::vec(any::<i32>(), 0..200),
+    ) {
+        static PLANS: std::sync::OnceLock<[Vec<i32>; 2]> = std::sync::OnceLock::new();
+        let mut ints = PLANS.get_or_init(plans)[which].clone();
+        ints.truncate((ints.len() as f64 * keep) as usize);
+        for (at, header, to) in changes {
+            // The header decides what the rest means: change it often, by little and by much.
+            let n = if header { ints.len().min(16) } else { ints.len() };
+            if n > 0 {
+                ints[at.index(n)] = if to % 2 == 0 { to } else { to % 64 };
+            }
+        }
+        if let Ok(p) = Plan::parse(&ints) {
+            walk(&p);
+        }
+        prop_assert!(Plan::parse(&noise).is_err() || noise.len() >= 16);
+    }
+}
