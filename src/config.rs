@@ -201,7 +201,7 @@ impl Geometry {
             return fail(format!("{} layers; 1 to 4096 are possible", shapes.len()));
         }
         for (i, s) in shapes.iter().enumerate() {
-            let dims_ok = |d: u32| d > 0 && d <= 1024 && d % 2 == 0;
+            let dims_ok = |d: u32| d > 0 && d <= 1024 && d.is_multiple_of(2);
             if s.n_head_kv == 0 || s.n_head == 0 || s.n_head > 4096 || s.n_head % s.n_head_kv != 0 || !dims_ok(s.d_k) || !dims_ok(s.d_v) {
                 return fail(format!("layer {i}: {} query heads, {} KV heads, head sizes {} and {}", s.n_head, s.n_head_kv, s.d_k, s.d_v));
             }

@@ -16,10 +16,9 @@ pub mod codec;
 pub mod config;
 #[deny(unsafe_code)]
 pub mod error;
+pub mod ffi;
 #[deny(unsafe_code)]
 pub mod rope;
 pub mod simd;
 #[deny(unsafe_code)]
 pub mod state;
-pub mod ffi;
-

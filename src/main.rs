@@ -125,12 +125,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             let LlamaTool::Call(words) = a.tool;
             let (tool, args) = words.split_first().context("no tool was named")?;
             let name = tool::build::tool_name(&tool.to_string_lossy())?;
-            let request = Request {
-                tree: Tree::Patched,
-                targets: vec![name],
-                source: a.from.source,
-                jobs: a.from.jobs,
-            };
+            let request = Request { tree: Tree::Patched, targets: vec![name], source: a.from.source, jobs: a.from.jobs };
             tool::cmd::hand_over(&tool::build::ensure(&request)?.join(name), args)
         }
         Command::Build(a) => {

@@ -94,7 +94,7 @@ impl Rope {
         if p.pairing == Pairing::None {
             return Ok(Rope::identity());
         }
-        if p.n_dims == 0 || p.n_dims % 2 != 0 || p.offset % 2 != 0 || p.n_dims > d_k || p.offset > d_k - p.n_dims {
+        if p.n_dims == 0 || !p.n_dims.is_multiple_of(2) || !p.offset.is_multiple_of(2) || p.n_dims > d_k || p.offset > d_k - p.n_dims {
             return argument(format!("rope rotates {} elements from {} in a head of {d_k}", p.n_dims, p.offset));
         }
         let scalars = [p.freq_base, p.freq_scale, p.ext_factor, p.beta_fast, p.beta_slow];

@@ -148,7 +148,9 @@ fn rebuilt_rows_are_the_rows_that_went_in() {
             let error = rel_rms(widen(got), want.iter().map(|x| f64::from(*x)));
             assert!(error < worst, "{bits} bits, {name}: {error}");
             // The window and the sinks are exact.
-            let exact = |r: std::ops::Range<usize>| got[r.start * 128..r.end * 128].iter().zip(&want[r.start * 128..r.end * 128]).all(|(a, b)| *a == f16::from_f32(*b));
+            let exact = |r: std::ops::Range<usize>| {
+                got[r.start * 128..r.end * 128].iter().zip(&want[r.start * 128..r.end * 128]).all(|(a, b)| *a == f16::from_f32(*b))
+            };
             assert!(exact(0..4) && exact(984..1000), "{bits} bits, {name}: exact rows");
         }
     }

@@ -36,9 +36,22 @@ fn generate() -> String {
     };
     config.enumeration.prefix_with_name = false;
     config.export.include = vec!["skv_status".into()];
-    config.export.exclude = ["MAX_QUERIES", "TILE", "HEADER_BYTES", "HEAD_RECORD_BYTES", "QUERY_SLOTS", "FIT_ROWS", "FIT_ROWS_MIN", "GAIN_BYTES", "CHUNKS", "FIT_ROWS_MAX", "WIDTHS", "DISTORTION"]
-        .map(String::from)
-        .to_vec();
+    config.export.exclude = [
+        "MAX_QUERIES",
+        "TILE",
+        "HEADER_BYTES",
+        "HEAD_RECORD_BYTES",
+        "QUERY_SLOTS",
+        "FIT_ROWS",
+        "FIT_ROWS_MIN",
+        "GAIN_BYTES",
+        "CHUNKS",
+        "FIT_ROWS_MAX",
+        "WIDTHS",
+        "DISTORTION",
+    ]
+    .map(String::from)
+    .to_vec();
     let mut out = Vec::new();
     cbindgen::Builder::new()
         .with_src(root.join("src/ffi/types.rs"))

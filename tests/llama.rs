@@ -108,7 +108,8 @@ fn reference() -> &'static (Vec<u8>, Vec<Vec<f32>>) {
 /// What a tool generates. llama.cpp's tools sometimes lose the end of their output at exit (stock ones too), never its
 /// beginning: the longest of some runs is the output.
 fn generate(dir: &Path, prompt: &str, tokens: &str, args: &[&str]) -> String {
-    let mut all = vec!["-p", prompt, "-n", tokens, "-c", "4096", "--temp", "0", "-no-cnv", "--no-display-prompt", "--simple-io", "--no-warmup", "--ignore-eos"];
+    let mut all =
+        vec!["-p", prompt, "-n", tokens, "-c", "4096", "--temp", "0", "-no-cnv", "--no-display-prompt", "--simple-io", "--no-warmup", "--ignore-eos"];
     all.extend(args);
     let outputs = (0..3).map(|_| {
         let out = run(dir, "llama-completion", &all);
@@ -170,7 +171,9 @@ fn both_paths_are_as_near_to_f16_as_the_simulation() {
 
 #[test]
 fn one_step_of_up_to_64_tokens_sees_what_single_steps_see() {
-    let at = |ubatch| logits("step", patched(), &["-c", "2048", "-b", "2048", "-ub", ubatch, "--chunks", "1", "--kv-spectral", "--kv-spectral-window", "2048"]).1;
+    let at = |ubatch| {
+        logits("step", patched(), &["-c", "2048", "-b", "2048", "-ub", ubatch, "--chunks", "1", "--kv-spectral", "--kv-spectral-window", "2048"]).1
+    };
     let (kl, same) = compare(&at("1"), &at("64"));
     assert!(kl < 1e-5 && same > 0.999, "{kl} {same}");
 }
@@ -196,7 +199,9 @@ fn needles(n: usize) -> (String, Vec<(String, String)>) {
 #[test]
 fn needles_are_found_as_in_f16() {
     let (haystack, questions) = needles(12);
-    let recall = |dir: &Path, args: &[&str]| questions.iter().filter(|(q, code)| generate(dir, &format!("{haystack}{q}"), "8", args).contains(code.as_str())).count();
+    let recall = |dir: &Path, args: &[&str]| {
+        questions.iter().filter(|(q, code)| generate(dir, &format!("{haystack}{q}"), "8", args).contains(code.as_str())).count()
+    };
     let want = recall(stock(), &[]);
     let got = recall(patched(), &["--kv-spectral", "--kv-spectral-bits", "2", "-ub", "128"]);
     println!("needles: {want} of {} in f16, {got} at 2 bits", questions.len());
@@ -213,7 +218,24 @@ fn counted(name: &str, args: &[&str]) -> (Vec<Value>, String) {
     let log = scratch(&format!("{name}.jsonl"));
     let (model, prompt) = (model(), format!("{ROOT}/tests/data/prompt.txt"));
     let out = Command::new(patched().join("llama-completion"))
-        .args(["-m", &model, "-t", "1", "-tb", "1", "-f", &prompt, "--temp", "0", "-no-cnv", "--simple-io", "--no-warmup", "--ignore-eos", "-lv", "4"])
+        .args([
+            "-m",
+            &model,
+            "-t",
+            "1",
+            "-tb",
+            "1",
+            "-f",
+            &prompt,
+            "--temp",
+            "0",
+            "-no-cnv",
+            "--simple-io",
+            "--no-warmup",
+            "--ignore-eos",
+            "-lv",
+            "4",
+        ])
         .args(args)
         .env("LLAMA_KV_SPECTRAL_LOG", &log)
         .stdin(Stdio::null())
@@ -266,11 +288,7 @@ fn the_demo_runs() {
 
 #[test]
 fn what_cannot_work_is_refused_with_a_reason() {
-    for (args, reason) in [
-        (&["-fa", "off"][..], "flash attention"),
-        (&["-ctk", "q8_0"], "f16"),
-        (&["-ctv", "q4_0"], "f16"),
-    ] {
+    for (args, reason) in [(&["-fa", "off"][..], "flash attention"), (&["-ctk", "q8_0"], "f16"), (&["-ctv", "q4_0"], "f16")] {
         let out = run(patched(), "llama-completion", &[&["-p", "x", "-n", "1", "-no-cnv", "--kv-spectral"][..], args].concat());
         let text = String::from_utf8_lossy(&out.stderr).to_lowercase();
         assert!(!out.status.success() && text.contains("kv_spectral") && text.contains(reason), "{args:?}: {text}");

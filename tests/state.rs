@@ -198,7 +198,7 @@ fn an_unfitted_state_goes_into_a_fitted_stream() {
         // The library keeps sinks and the newest rows exact; the model learns that the others need not be.
         s.age();
         s.check(NEAR);
-        assert_eq!(restored.iter().any(|c| s.table.locate(*c as usize).unwrap().0.is_err()), n == 500);
+        assert_eq!(restored.iter().any(|c| matches!(s.table.locate(*c as usize).unwrap().0, spectral_kv::cache::Location::Coded(..))), n == 500);
         s.append(3, 1, s.free().len(), 64).unwrap();
         s.check(NEAR);
     }
@@ -286,7 +286,7 @@ fn states_of_other_models_are_refused() {
     let source = filled(1, 720);
     let saved = source.cells_of(0);
     let (bytes, model) = (source.save(&saved).unwrap(), rows(&source, &saved));
-    let mut refuse = |shapes: &[LayerShape], rope: &dyn Fn(usize) -> RopeParams, what: &str| {
+    let refuse = |shapes: &[LayerShape], rope: &dyn Fn(usize) -> RopeParams, what: &str| {
         let mut s = Stream::new(&config(), shapes, rope);
         let before = format!("{:?}", s.table);
         assert!(matches!(s.restore(&saved, &model, &bytes), Err(Error::Data(_))), "{what}");

@@ -54,7 +54,13 @@ pub fn ranges(arena: &[u8], g: &LayerGeometry, tiles: usize, fitted: bool) -> Re
 
 /// [`ranges`] of an arena of `len` bytes of which only the header and the widths of the bases may be looked at: other threads
 /// may be writing rows. `read` borrows a range of it.
-pub fn read_ranges<'a>(read: impl Fn(Range<usize>) -> &'a [u8], len: usize, g: &LayerGeometry, tiles: usize, fitted: bool) -> Result<Vec<HeadRanges>> {
+pub fn read_ranges<'a>(
+    read: impl Fn(Range<usize>) -> &'a [u8],
+    len: usize,
+    g: &LayerGeometry,
+    tiles: usize,
+    fitted: bool,
+) -> Result<Vec<HeadRanges>> {
     if len < g.arena_bytes {
         return Err(Error::Buffer { need: g.arena_bytes, have: len });
     }

@@ -32,7 +32,7 @@ impl Cache {
         }
         let geometry = Arc::new(Geometry::new(config, &[shape])?);
         let row = (shape.n_head * shape.d_v) as usize;
-        if projection.len() % row != 0 || !projection.iter().all(|x| x.is_finite()) {
+        if !projection.len().is_multiple_of(row) || !projection.iter().all(|x| x.is_finite()) {
             return argument(format!("the output projection must be finite rows of {row} floats"));
         }
         let mut layer = Layer::new(geometry.clone(), 0)?;
@@ -92,7 +92,8 @@ impl Cache {
             return argument(format!("{n} positions for {} queries, {} keys and {} values", q.len(), k.len(), v.len()));
         }
         let before = self.used.checked_sub(1).map_or(-1, |i| self.positions[i]);
-        if positions.iter().fold((true, before), |(ok, last), p| (ok && *p > last, *p)).0 == false {
+        let ascending = positions.windows(2).all(|w| w[0] < w[1]);
+        if !ascending || positions.first().is_some_and(|p| *p <= before) {
             return argument("positions must not be negative and must ascend");
         }
         if n > self.positions.len() - self.used {

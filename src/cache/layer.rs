@@ -355,7 +355,7 @@ impl Layer {
         for head in 0..self.shape().n_head_kv {
             self.check_finite(head, k, v)?;
         }
-        if !projection.iter().all(|x| x.is_finite()) || projection.len() % (self.shape().n_head * self.shape().d_v) != 0 {
+        if !projection.iter().all(|x| x.is_finite()) || !projection.len().is_multiple_of(self.shape().n_head * self.shape().d_v) {
             return argument("the output projection is not finite or does not consist of whole rows");
         }
         self.count_append(plan);
@@ -471,7 +471,16 @@ impl Layer {
     /// Dense roped f16 rows of the cells in `cells`: keys to `k_out[cell][head][d_k]`, values to `v_out[cell][head][d_v]`,
     /// both starting at the first of these cells. Empty cells give zeros.
     #[expect(clippy::too_many_arguments, reason = "two inputs and two outputs of one step")]
-    pub fn reconstruct(&self, arena: &[u8], plan: &Plan, k: &Rows, v: &Rows, cells: Range<usize>, k_out: &mut [f16], v_out: &mut [f16]) -> Result<()> {
+    pub fn reconstruct(
+        &self,
+        arena: &[u8],
+        plan: &Plan,
+        k: &Rows,
+        v: &Rows,
+        cells: Range<usize>,
+        k_out: &mut [f16],
+        v_out: &mut [f16],
+    ) -> Result<()> {
         let (g, kernels) = (self.shape(), simd::kernels());
         self.check_rows(plan, &[k, v])?;
         let heads = self.ranges(arena, plan)?;
@@ -572,7 +581,18 @@ impl Layer {
 
     /// Attention of one unit: one KV head's query group over one chunk of the rows, the step's own rows among them.
     #[expect(clippy::too_many_arguments, reason = "one attention call has this many inputs")]
-    pub fn attend_unit(&self, unit: usize, arena: &[u8], plan: &Plan, q: &Rows, k: &Rows, v: &Rows, scoring: Scoring, mask: Mask, out: &mut [f32]) -> Result<()> {
+    pub fn attend_unit(
+        &self,
+        unit: usize,
+        arena: &[u8],
+        plan: &Plan,
+        q: &Rows,
+        k: &Rows,
+        v: &Rows,
+        scoring: Scoring,
+        mask: Mask,
+        out: &mut [f32],
+    ) -> Result<()> {
         let (g, kernels, n) = (self.shape(), simd::kernels(), q.len());
         self.check_rows(plan, &[k, v])?;
         if n == 0 || n > MAX_QUERIES || unit >= self.units() {

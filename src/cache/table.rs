@@ -32,6 +32,15 @@ pub struct Cells<'a> {
     pub seq: &'a [i32],
 }
 
+/// Where a row is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Location {
+    /// In an exact slot.
+    Slot(usize),
+    /// In a tile: tile, row.
+    Coded(usize, usize),
+}
+
 /// See the module.
 #[derive(Debug, Clone)]
 pub struct Table {
@@ -132,22 +141,22 @@ impl Table {
         self.pending.is_some()
     }
 
-    /// Where a cell's row is, `Ok(slot)` or `Err((tile, row))`, and its turn less its position; `None` when there is none.
-    pub fn locate(&self, cell: usize) -> Option<(std::result::Result<usize, (usize, usize)>, i32)> {
+    /// Where a cell's row is, and its turn less its position; `None` when there is none.
+    pub fn locate(&self, cell: usize) -> Option<(Location, i32)> {
         match *self.location.get(cell)? {
             NOWHERE => None,
-            l if l & CODED == 0 => Some((Ok(l as usize), self.slot_pos[l as usize].wrapping_neg())),
+            l if l & CODED == 0 => Some((Location::Slot(l as usize), self.slot_pos[l as usize].wrapping_neg())),
             l => {
                 let row = (l & !CODED) as usize;
-                Some((Err((row / TILE, row % TILE)), self.row_turn[row]))
+                Some((Location::Coded(row / TILE, row % TILE), self.row_turn[row]))
             }
         }
     }
 
     fn free(&mut self, cell: usize) {
         match self.locate(cell) {
-            Some((Ok(slot), _)) => self.slot_cell[slot] = NOWHERE,
-            Some((Err((tile, row)), _)) => {
+            Some((Location::Slot(slot), _)) => self.slot_cell[slot] = NOWHERE,
+            Some((Location::Coded(tile, row), _)) => {
                 self.row_cell[tile * TILE + row] = NOWHERE;
                 self.live[tile] &= !(1 << row);
             }
@@ -252,7 +261,7 @@ impl Table {
             let stride = (g.fit_rows / QUERY_SLOTS).max(1) as u64;
             for i in 0..new.len() {
                 let n = self.seen + i as u64;
-                if n % stride == 0 {
+                if n.is_multiple_of(stride) {
                     data.records.push((i as u32, (n / stride % QUERY_SLOTS as u64) as u32));
                 }
             }

@@ -243,10 +243,10 @@ pub fn fit(kernels: &Kernels, g: &LayerGeometry, rope: &Rope, s: &Sample) -> Res
     }
     let mut parts = Vec::with_capacity(2 * heads);
     let mut variances = Vec::with_capacity(heads * g.head_elements());
-    for h in 0..heads {
+    for (h, energy) in energy.iter().enumerate() {
         let k = moments(kernels, &s.k_framed[h], g.d_k);
         let v = moments(kernels, &s.v[h], g.d_v);
-        let gram = projection_gram(kernels, s, g, h, &energy[h]);
+        let gram = projection_gram(kernels, s, g, h, energy);
         // How much the values seen spread in the output: what a wrong score stirs up.
         let spread: f64 = (0..g.d_v).map(|i| (0..g.d_v).map(|j| gram[(i, j)] * v.covariance[(j, i)]).sum::<f64>()).sum();
         let tk = transform(&k.covariance, &query_moment(kernels, s, g, rope, h))?;

@@ -19,9 +19,8 @@ pub const DISTORTION: [f64; 6] = [1.0, 0.117_482, 0.009_501, 0.002_505, 0.000_64
 /// Positive halves of the levels, ascending.
 const HALF_2: [f32; 2] = [0.45278, 1.51042];
 const HALF_4: [f32; 8] = [0.12840, 0.38805, 0.65676, 0.94234, 1.25623, 1.61805, 2.06902, 2.73259];
-const HALF_5: [f32; 16] = [
-    0.06589, 0.19805, 0.33138, 0.46670, 0.60493, 0.74714, 0.89457, 1.04878, 1.21180, 1.38634, 1.57623, 1.78723, 2.02873, 2.31774, 2.69112, 3.26073,
-];
+const HALF_5: [f32; 16] =
+    [0.06589, 0.19805, 0.33138, 0.46670, 0.60493, 0.74714, 0.89457, 1.04878, 1.21180, 1.38634, 1.57623, 1.78723, 2.02873, 2.31774, 2.69112, 3.26073];
 const HALF_6: [f32; 32] = [
     0.03341, 0.10028, 0.16730, 0.23457, 0.30219, 0.37028, 0.43895, 0.50831, 0.57850, 0.64966, 0.72192, 0.79547, 0.87048, 0.94716, 1.02574, 1.10649,
     1.18972, 1.27579, 1.36514, 1.45828, 1.55583, 1.65859, 1.76754, 1.88398, 2.00961, 2.14681, 2.29898, 2.47131, 2.67227, 2.91741, 3.24044, 3.74410,
@@ -163,8 +162,7 @@ const GAIN_BEND: f32 = 4.0;
 /// 1, where almost all gains are, wider ones out to 2^8 and 2^-8. An error in a gain moves all scores of a row together:
 /// even steps of 3.9 % over 14 octaves cost 1.6 times the KL divergence.
 pub fn gain_code(gain: f32) -> u8 {
-    // Also catches NaN.
-    if !(gain >= (-GAIN_OCTAVES - 1.0).exp2()) {
+    if gain.is_nan() || gain < (-GAIN_OCTAVES - 1.0).exp2() {
         return 0;
     }
     let bent = (gain.log2() / GAIN_OCTAVES * GAIN_BEND.sinh()).asinh() / GAIN_BEND;

@@ -53,7 +53,7 @@ pub unsafe extern "C" fn skv_cache_create(
     err: *mut c_char,
     err_len: usize,
 ) -> skv_status {
-    // SAFETY (whole body): the caller's contract.
+    // SAFETY: the caller's contract.
     unsafe {
         guard(
             |text| copy_text(&text, err, err_len),
@@ -96,8 +96,15 @@ pub unsafe extern "C" fn skv_cache_free(cache: *mut skv_cache) {
 /// # Safety
 /// Pointers are readable for what they describe or NULL.
 #[no_mangle]
-pub unsafe extern "C" fn skv_cache_append(cache: *mut skv_cache, positions: *const i32, n: usize, q: *const f32, k: *const f32, v: *const f32) -> skv_status {
-    // SAFETY (whole body): the caller's contract.
+pub unsafe extern "C" fn skv_cache_append(
+    cache: *mut skv_cache,
+    positions: *const i32,
+    n: usize,
+    q: *const f32,
+    k: *const f32,
+    v: *const f32,
+) -> skv_status {
+    // SAFETY: the caller's contract.
     unsafe {
         on_cache(cache, |c| {
             let g = c.layer().shape().clone();
@@ -115,7 +122,7 @@ pub unsafe extern "C" fn skv_cache_append(cache: *mut skv_cache, positions: *con
 /// Pointers are writable for what they describe or NULL.
 #[no_mangle]
 pub unsafe extern "C" fn skv_cache_get(cache: *mut skv_cache, first: usize, n: usize, k_out: *mut u16, v_out: *mut u16) -> skv_status {
-    // SAFETY (whole body): the caller's contract; f16 has the layout of u16.
+    // SAFETY: the caller's contract; f16 has the layout of u16.
     unsafe {
         on_cache(cache, |c| {
             let g = c.layer().shape().clone();
@@ -146,7 +153,7 @@ pub unsafe extern "C" fn skv_cache_attend(
     sinks: *const f32,
     out: *mut f32,
 ) -> skv_status {
-    // SAFETY (whole body): the caller's contract.
+    // SAFETY: the caller's contract.
     unsafe {
         on_cache(cache, |c| {
             let g = c.layer().shape().clone();
@@ -185,7 +192,7 @@ pub unsafe extern "C" fn skv_cache_reset(cache: *mut skv_cache) -> skv_status {
 /// Pointers are valid for what they describe or NULL.
 #[no_mangle]
 pub unsafe extern "C" fn skv_cache_positions(cache: *mut skv_cache, out: *mut i32, capacity: usize, n: *mut usize) -> skv_status {
-    // SAFETY (whole body): the caller's contract.
+    // SAFETY: the caller's contract.
     unsafe {
         on_cache(cache, |c| {
             let n = borrow_mut(n, "n")?;

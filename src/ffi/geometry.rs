@@ -1,6 +1,6 @@
 //! `skv_geometry`: sizes of everything.
 
-use super::{borrow, borrow_mut, copy_text, guard, report, silent, slice, skv_config, skv_layer_shape, skv_size_report, skv_status, versioned};
+use super::{borrow, borrow_mut, copy_text, guard, report, silent, skv_config, skv_layer_shape, skv_size_report, skv_status, slice, versioned};
 use crate::cache::plan;
 use crate::config::Geometry;
 use crate::error::Error;
@@ -68,7 +68,8 @@ pub unsafe extern "C" fn skv_geometry_arena_bytes(geometry: *const skv_geometry,
     })
 }
 
-/// Ints of the longest plan of one stream for a step of `n_tokens` tokens.
+/// Ints of the longest plan of one stream for a step of `n_tokens` tokens. More tokens than cells cannot be stored: their plan is
+/// as long as that of a full stream.
 ///
 /// # Safety
 /// Pointers are valid or NULL.
@@ -77,10 +78,7 @@ pub unsafe extern "C" fn skv_geometry_plan_ints(geometry: *const skv_geometry, n
     guard(silent, || {
         // SAFETY: the caller's contract.
         let (g, ints) = unsafe { (borrow(geometry, "geometry")?, borrow_mut(ints, "ints")?) };
-        if n_tokens > g.0.config.n_cells as usize {
-            return Err(Error::Argument(format!("{n_tokens} tokens for {} cells", g.0.config.n_cells)).into());
-        }
-        *ints = plan::capacity(&g.0, n_tokens);
+        *ints = plan::capacity(&g.0, n_tokens.min(g.0.config.n_cells as usize));
         Ok(())
     })
 }

@@ -171,7 +171,7 @@ pub unsafe extern "C" fn skv_layer_append(
     ith: u32,
     nth: u32,
 ) -> skv_status {
-    // SAFETY (whole body): the caller's contract; heads are shared out so that no two threads touch the same bytes.
+    // SAFETY: the caller's contract; heads are shared out so that no two threads touch the same bytes.
     unsafe {
         on_layer(layer, |l| {
             check_threads(ith, nth)?;
@@ -220,7 +220,13 @@ pub unsafe extern "C" fn skv_layer_append(
 /// # Safety
 /// Pointers are valid for what they describe or NULL; nothing else uses the arena.
 #[no_mangle]
-pub unsafe extern "C" fn skv_layer_replay(layer: *const skv_layer, arena: *mut u8, arena_bytes: usize, plan: *const i32, plan_ints: usize) -> skv_status {
+pub unsafe extern "C" fn skv_layer_replay(
+    layer: *const skv_layer,
+    arena: *mut u8,
+    arena_bytes: usize,
+    plan: *const i32,
+    plan_ints: usize,
+) -> skv_status {
     // SAFETY: the caller's contract.
     unsafe {
         on_layer(layer, |l| {
@@ -251,7 +257,7 @@ pub unsafe extern "C" fn skv_layer_reconstruct(
     ith: u32,
     nth: u32,
 ) -> skv_status {
-    // SAFETY (whole body): the caller's contract; each thread writes the cells of its own share.
+    // SAFETY: the caller's contract; each thread writes the cells of its own share.
     unsafe {
         on_layer(layer, |l| {
             check_threads(ith, nth)?;
@@ -307,7 +313,7 @@ unsafe fn mask<'a>(p: &skv_attend_params, n: usize) -> std::result::Result<Mask<
         return Ok(Mask::All);
     }
     let stride = p.mask_row_stride / 2;
-    if p.mask_row_stride % 2 != 0 || (n > 1 && stride < p.n_kv) {
+    if !p.mask_row_stride.is_multiple_of(2) || (n > 1 && stride < p.n_kv) {
         return Err(Error::Argument(format!("a mask row of {} bytes for {} cells", p.mask_row_stride, p.n_kv)).into());
     }
     let len = (n - 1).checked_mul(stride).and_then(|x| x.checked_add(p.n_kv)).ok_or_else(|| Error::Argument("mask".into()))?;
@@ -337,7 +343,7 @@ pub unsafe extern "C" fn skv_layer_attend(
     ith: u32,
     nth: u32,
 ) -> skv_status {
-    // SAFETY (whole body): the caller's contract; each thread writes the units of its own share.
+    // SAFETY: the caller's contract; each thread writes the units of its own share.
     unsafe {
         on_layer(layer, |l| {
             check_threads(ith, nth)?;
@@ -387,7 +393,7 @@ pub unsafe extern "C" fn skv_layer_combine(
     ith: u32,
     nth: u32,
 ) -> skv_status {
-    // SAFETY (whole body): the caller's contract; each thread writes the output rows of its own share.
+    // SAFETY: the caller's contract; each thread writes the output rows of its own share.
     unsafe {
         on_layer(layer, |l| {
             check_threads(ith, nth)?;

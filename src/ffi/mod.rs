@@ -165,7 +165,7 @@ pub(crate) unsafe fn arena<'a>(p: *const u8, n: usize, need: usize) -> std::resu
 }
 
 fn check_arena(p: *const u8, n: usize, need: usize) -> Result<()> {
-    if p.addr() % 32 != 0 {
+    if !p.addr().is_multiple_of(32) {
         return Err(Error::Argument("the arena is not aligned to 32 bytes".into()));
     }
     if n < need {

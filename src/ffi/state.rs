@@ -30,7 +30,7 @@ pub unsafe extern "C" fn skv_state_write(
     capacity: usize,
     size: *mut usize,
 ) -> skv_status {
-    // SAFETY (whole body): the caller's contract.
+    // SAFETY: the caller's contract.
     unsafe {
         on_table(table, |t| {
             let size = borrow_mut(size, "size")?;
@@ -55,7 +55,8 @@ pub unsafe extern "C" fn skv_state_write(
     }
 }
 
-/// Read what `skv_state_write` wrote into `cells`, in the order they were written; the cells must hold no rows. `cell_pos` and
+/// Read what `skv_state_write` wrote into `cells`, in the order they were written; rows that
+/// these cells held are dropped. `cell_pos` and
 /// `cell_seq` describe all `n_all` cells of the stream as in `skv_table_plan`. Everything is verified first; on error no row has changed.
 ///
 /// # Safety
@@ -74,7 +75,7 @@ pub unsafe extern "C" fn skv_state_read(
     buffer: *const u8,
     size: usize,
 ) -> skv_status {
-    // SAFETY (whole body): the caller's contract.
+    // SAFETY: the caller's contract.
     unsafe {
         on_table(table, |t| {
             let layers = self::layers(layers, n_layers)?;

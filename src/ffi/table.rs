@@ -1,6 +1,6 @@
 //! `skv_table`: the host table of one stream.
 
-use super::{borrow, borrow_mut, guard, silent, slice, slice_mut, skv_geometry, skv_status, Failure, LastError};
+use super::{borrow, borrow_mut, guard, silent, skv_geometry, skv_status, slice, slice_mut, Failure, LastError};
 use crate::cache::{Cells, Table};
 use crate::error::Error;
 use std::ffi::c_char;

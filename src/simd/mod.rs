@@ -151,7 +151,7 @@ fn tile_values_body<const FMA: bool>(widths: Widths, codes: &[u8], p: &[f32], ac
 #[inline(always)]
 fn exp_lane<const FMA: bool>(x: f32) -> f32 {
     // Under -87 the result is not a normal number and cannot matter beside the maximum's 1.
-    let x = x.max(-87.0).min(88.0);
+    let x = x.clamp(-87.0, 88.0);
     let t = x * std::f32::consts::LOG2_E;
     let n = (t + 12_582_912.0) - 12_582_912.0;
     let f = (t - n) * std::f32::consts::LN_2;
@@ -213,11 +213,15 @@ macro_rules! level {
 
             pub(super) static $name: Kernels = Kernels {
                 level: $level,
-                // SAFETY (all five): this table is handed out only by `at`, after the CPU was asked for these features.
+                // SAFETY: only `at` hands out this table, after asking the CPU for these features.
                 matvec: |m, x, o| unsafe { matvec_wide(m, x, o) },
+                // SAFETY: only `at` hands out this table, after asking the CPU for these features.
                 accumulate: |m, c, o| unsafe { accumulate_wide(m, c, o) },
+                // SAFETY: only `at` hands out this table, after asking the CPU for these features.
                 tile_scores: |w, c, z, o| unsafe { tile_scores_wide(w, c, z, o) },
+                // SAFETY: only `at` hands out this table, after asking the CPU for these features.
                 tile_values: |w, c, p, a| unsafe { tile_values_wide(w, c, p, a) },
+                // SAFETY: only `at` hands out this table, after asking the CPU for these features.
                 exp_sum: |x, s| unsafe { exp_sum_wide(x, s) },
             };
         }

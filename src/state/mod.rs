@@ -8,7 +8,7 @@
 //! (a byte per coefficient, before general compression by the caller if wanted); queries; CRC-32 of all that. Must not know C.
 
 use crate::cache::arena::{self, ExactRows};
-use crate::cache::{Cells, Layer, Restore, Table};
+use crate::cache::{Cells, Layer, Location, Restore, Table};
 use crate::codec::{self, Basis};
 use crate::config::{LayerGeometry, TILE};
 use crate::error::{argument, Error, Result};
@@ -47,7 +47,7 @@ pub fn write(table: &Table, layers: &[&Layer], arenas: &[&[u8]], cells: &[u32]) 
         let Some((at, turn)) = table.locate(*cell as usize) else {
             return argument(format!("cell {cell} holds no row"));
         };
-        out.push(if at.is_ok() { EXACT } else { CODED });
+        out.push(if matches!(at, Location::Slot(_)) { EXACT } else { CODED });
         out.extend(turn.to_le_bytes());
         located.push(at);
     }
@@ -61,8 +61,8 @@ pub fn write(table: &Table, layers: &[&Layer], arenas: &[&[u8]], cells: &[u32]) 
             let rows = ExactRows::new(g, table.geometry().exact, exact, if fitted { &[] } else { &a[r.raw.clone()] })?;
             for at in &located {
                 match at {
-                    Ok(slot) => out.extend(rows.row(*slot).iter().flat_map(|x| x.to_le_bytes())),
-                    Err((tile, row)) => {
+                    Location::Slot(slot) => out.extend(rows.row(*slot).iter().flat_map(|x| x.to_le_bytes())),
+                    Location::Coded(tile, row) => {
                         let (k, v) = arena::widths(a, g, head);
                         out.extend(codec::take_row(k, v, tiles, tile * TILE + row));
                     }
@@ -180,7 +180,7 @@ fn parse<'a>(table: &Table, layers: &[&Layer], n: usize, bytes: &'a [u8]) -> Res
     Ok(Saved { fitted, coded, bases, layers: heads, queries: r.bytes })
 }
 
-/// Read a state into `cells`, which must hold no rows yet and are given in the order they were written. `all` describes every
+/// Read a state into `cells`, given in the order they were written; rows they held are dropped. `all` describes every
 /// cell of the stream. On error no row has changed.
 pub fn read(table: &mut Table, layers: &[&Layer], arenas: &mut [&mut [u8]], all: Cells, cells: &[u32], bytes: &[u8]) -> Result<()> {
     check_layers(table, layers, arenas.len())?;

@@ -18,8 +18,7 @@ use super::{cmd, tree};
 pub use super::tree::Tree;
 
 const PREFIX: &str = "llama-";
-const TOOLS: [&str; 6] =
-    ["llama-cli", "llama-completion", "llama-server", "llama-perplexity", "llama-bench", "llama-batched-bench"];
+const TOOLS: [&str; 6] = ["llama-cli", "llama-completion", "llama-server", "llama-perplexity", "llama-bench", "llama-batched-bench"];
 /// What the stock tree is for: comparisons.
 const STOCK_TOOLS: [&str; 3] = ["llama-completion", "llama-perplexity", "llama-bench"];
 
@@ -153,12 +152,7 @@ impl Build<'_> {
         let status = self.follow(&mut cmake).with_context(|| format!("cannot run `{}`", cmd::shown(&cmake)))?;
         if !status.success() {
             let log = fs::read_to_string(self.log()).unwrap_or_default();
-            bail!(
-                "`{}` failed ({status}); the end of {}:\n{}",
-                cmd::shown(&cmake),
-                self.log().display(),
-                cmd::tail(&log, 40)
-            );
+            bail!("`{}` failed ({status}); the end of {}:\n{}", cmd::shown(&cmake), self.log().display(), cmd::tail(&log, 40));
         }
         Ok(())
     }
@@ -208,8 +202,7 @@ impl Progress {
     fn at(&mut self, done: u64, total: u64, what: &str) {
         if io::stderr().is_terminal() {
             let bar = self.bar.get_or_insert_with(|| {
-                let style =
-                    ProgressStyle::with_template("building llama.cpp {bar:30} {pos}/{len} {elapsed} {wide_msg}");
+                let style = ProgressStyle::with_template("building llama.cpp {bar:30} {pos}/{len} {elapsed} {wide_msg}");
                 ProgressBar::new(total).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
             });
             bar.set_length(total);

@@ -52,9 +52,8 @@ pub fn run(demo: &Demo) -> Result<ExitCode> {
     let counters = scratch.join("counters.jsonl");
     let generated = generate(demo, &bin.join(TOOL), &model, &prompt, &counters, &scratch.join("llama.log"))?;
 
-    let lines = fs::read_to_string(&counters).with_context(|| {
-        format!("llama.cpp wrote no counters to {}: its KV cache was not a spectral one", counters.display())
-    })?;
+    let lines = fs::read_to_string(&counters)
+        .with_context(|| format!("llama.cpp wrote no counters to {}: its KV cache was not a spectral one", counters.display()))?;
     let recall = Recall::find(&text, &generated);
     let report = Report::new(&report::read(&lines)?, demo.ratio, demo.ctx, demo.tokens, recall)?;
     print!("\n\n{report}");
@@ -96,12 +95,7 @@ fn generate(demo: &Demo, tool: &Path, model: &Path, prompt: &Path, counters: &Pa
     let status = child.wait().with_context(|| format!("cannot wait for {TOOL}"))?;
     if !status.success() {
         let end = fs::read(log).unwrap_or_default();
-        bail!(
-            "`{}` failed ({status}); the end of {}:\n{}",
-            cmd::shown(&llama),
-            log.display(),
-            cmd::tail(&String::from_utf8_lossy(&end), 40)
-        );
+        bail!("`{}` failed ({status}); the end of {}:\n{}", cmd::shown(&llama), log.display(), cmd::tail(&String::from_utf8_lossy(&end), 40));
     }
     Ok(String::from_utf8_lossy(&text).into_owned())
 }

@@ -44,12 +44,7 @@ pub fn own_checkout(pin: &Pin) -> Result<Option<Source>> {
     if dir.join(".git").exists() {
         let head = head(&dir).with_context(|| format!("{OWN}={}: cannot tell its commit", dir.display()))?;
         if !head.starts_with(&pin.commit) {
-            bail!(
-                "{OWN}={}: it is at commit {head}, but the patch is for {}; run `git checkout {}` there",
-                dir.display(),
-                pin.commit,
-                pin.commit
-            );
+            bail!("{OWN}={}: it is at commit {head}, but the patch is for {}; run `git checkout {}` there", dir.display(), pin.commit, pin.commit);
         }
     }
     Ok(Some(Source::Dir(dir)))
@@ -87,12 +82,8 @@ pub fn pinned(layout: &Layout, pin: &Pin, kind: SourceKind) -> Result<Source> {
             );
         }
     }
-    download_sdist(&download, pin).with_context(|| {
-        format!(
-            "cannot get the llama.cpp sources: check the network and pip, or set {OWN} to a checkout of commit {}",
-            pin.commit
-        )
-    })
+    download_sdist(&download, pin)
+        .with_context(|| format!("cannot get the llama.cpp sources: check the network and pip, or set {OWN} to a checkout of commit {}", pin.commit))
 }
 
 /// Writes the tree to `to`, which must not exist: no `.git`, and no build folders.

@@ -64,9 +64,7 @@ pub fn mirror(from: &Path, to: &Path) -> Result<()> {
 /// Removes a folder and what is in it, if it is there.
 pub fn remove_dir(dir: &Path) -> Result<()> {
     match fs::remove_dir_all(dir) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            Err(e).with_context(|| format!("cannot remove {}", dir.display()))
-        }
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e).with_context(|| format!("cannot remove {}", dir.display())),
         _ => Ok(()),
     }
 }
@@ -102,14 +100,7 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("spectral-kv-mirror-{}", std::process::id()));
         let (a, b) = (dir.join("a"), dir.join("b"));
         remove_dir(&dir).unwrap();
-        for (path, text) in [
-            ("a/x/same", "1"),
-            ("a/new", "2"),
-            ("a/edited", "3"),
-            ("b/x/same", "1"),
-            ("b/edited", "9"),
-            ("b/x/gone", "4"),
-        ] {
+        for (path, text) in [("a/x/same", "1"), ("a/new", "2"), ("a/edited", "3"), ("b/x/same", "1"), ("b/edited", "9"), ("b/x/gone", "4")] {
             fs::create_dir_all(dir.join(path).parent().unwrap()).unwrap();
             fs::write(dir.join(path), text).unwrap();
         }

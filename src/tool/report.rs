@@ -51,9 +51,8 @@ impl Line {
 
 /// Reads a log of one JSON object per line.
 pub fn read(text: &str) -> Result<Vec<Line>> {
-    let parse = |(i, line): (usize, &str)| {
-        serde_json::from_str(line).with_context(|| format!("line {} of the counters is not understood: {line}", i + 1))
-    };
+    let parse =
+        |(i, line): (usize, &str)| serde_json::from_str(line).with_context(|| format!("line {} of the counters is not understood: {line}", i + 1));
     text.lines().enumerate().map(parse).collect()
 }
 
@@ -125,8 +124,7 @@ impl Report {
         }
         let all = prompt + steps.len() as u64;
         let layers = last.appended().checked_div(all).unwrap_or(0);
-        let mut report =
-            Self { ratio, ctx, tokens: tokens.into(), prompt, layers, steps, last, recall, faults: vec![] };
+        let mut report = Self { ratio, ctx, tokens: tokens.into(), prompt, layers, steps, last, recall, faults: vec![] };
         report.judge(all);
         Ok(report)
     }
@@ -146,10 +144,7 @@ impl Report {
             format!("{} rows appended for {all} tokens: not the same number for each", self.last.appended()),
         );
         must(self.last.sealed_prefill > 0, "no row of the prompt was sealed".into());
-        must(
-            self.last.bytes_held < self.last.bytes_f16,
-            format!("{} bytes held, and f16 needs {}", self.last.bytes_held, self.last.bytes_f16),
-        );
+        must(self.last.bytes_held < self.last.bytes_f16, format!("{} bytes held, and f16 needs {}", self.last.bytes_held, self.last.bytes_f16));
         if let (Some(first), Some(last)) = (self.steps.first(), self.steps.last()) {
             let pairs = || self.steps.windows(2);
             let stuck = pairs().filter(|w| w[1].after.appended_decode <= w[0].after.appended_decode).count();
@@ -160,10 +155,7 @@ impl Report {
             must(frozen == 0, format!("{frozen} decode steps did not attend to more rows than the step before"));
             must(
                 first.coded > 0 && last.coded > first.coded,
-                format!(
-                    "coded rows attended did not grow: {} in the first step, {} in the last",
-                    first.coded, last.coded
-                ),
+                format!("coded rows attended did not grow: {} in the first step, {} in the last", first.coded, last.coded),
             );
             let seals = pairs().filter(|w| w[1].after.sealed_decode > w[0].after.sealed_decode).count();
             must(seals >= 2, format!("decoding sealed rows {seals} times, and must at least twice"));
@@ -191,18 +183,8 @@ impl Display for Report {
         writeln!(f, "counters of the cache (rows are per layer; {} layers)", self.layers)?;
         writeln!(f, "  prompt            {} tokens", self.prompt)?;
         writeln!(f, "  generated         {} tokens, in {} decode steps", self.tokens, self.steps.len())?;
-        writeln!(
-            f,
-            "  rows sealed       {} in prefill, {} in decode",
-            rows(last.sealed_prefill),
-            rows(last.sealed_decode)
-        )?;
-        writeln!(
-            f,
-            "  rows attended     {} exact and {} coded, summed over the decode steps",
-            in_decode(|s| s.exact),
-            in_decode(|s| s.coded)
-        )?;
+        writeln!(f, "  rows sealed       {} in prefill, {} in decode", rows(last.sealed_prefill), rows(last.sealed_decode))?;
+        writeln!(f, "  rows attended     {} exact and {} coded, summed over the decode steps", in_decode(|s| s.exact), in_decode(|s| s.coded))?;
         writeln!(f, "  rows rebuilt      {}, for prefill", rows(last.reconstructed))?;
         let (held, f16) = (last.bytes_held, last.bytes_f16);
         writeln!(f, "  bytes held        {} ({held}) for {} tokens; f16: {} ({f16})", mib(held), self.ctx, mib(f16))?;
@@ -217,11 +199,7 @@ impl Display for Report {
             ms(last.ns_reconstruct)
         )?;
 
-        writeln!(
-            f,
-            "\n  {:>5} {:>8} {:>8} {:>14} {:>14}",
-            "step", "cached", "sealed", "exact attended", "coded attended"
-        )?;
+        writeln!(f, "\n  {:>5} {:>8} {:>8} {:>14} {:>14}", "step", "cached", "sealed", "exact attended", "coded attended")?;
         for (i, step) in self.sample(9) {
             writeln!(
                 f,
@@ -253,14 +231,7 @@ mod tests {
 
     /// 1024 prompt tokens in 2 layers, then `steps` tokens; tiles of 64 rows, 192 rows exact at most.
     fn log(steps: u64, decode_works: bool) -> Vec<Line> {
-        let mut line = Line {
-            n_tokens: 1024,
-            appended_prefill: 2048,
-            sealed_prefill: 2 * 832,
-            bytes_held: 10,
-            bytes_f16: 80,
-            ..Line::default()
-        };
+        let mut line = Line { n_tokens: 1024, appended_prefill: 2048, sealed_prefill: 2 * 832, bytes_held: 10, bytes_f16: 80, ..Line::default() };
         let mut lines = vec![line.clone()];
         for i in 1..=steps {
             line.n_tokens = 1;
@@ -291,12 +262,7 @@ mod tests {
     fn a_frozen_decode_is_told() {
         let report = Report::new(&log(191, false), 8.0, 4096, 192, None).unwrap();
         let faults = report.faults.join("\n");
-        for part in [
-            "appended no row",
-            "did not attend to more rows",
-            "coded rows attended did not grow",
-            "sealed rows 0 times",
-        ] {
+        for part in ["appended no row", "did not attend to more rows", "coded rows attended did not grow", "sealed rows 0 times"] {
             assert!(faults.contains(part), "{part}: {faults}");
         }
     }
@@ -327,8 +293,7 @@ mod tests {
 
     #[test]
     fn recall_is_exact() {
-        let prompt =
-            "a\nThe secret code for Red box is 12345.\nb\nQuestion: what is the secret code for Red box? Answer:\n";
+        let prompt = "a\nThe secret code for Red box is 12345.\nb\nQuestion: what is the secret code for Red box? Answer:\n";
         let recall = Recall::find(prompt, " 12345.\nmore").unwrap();
         assert_eq!((recall.expected.as_str(), recall.got.as_str()), ("12345", "12345"));
         assert_eq!(Recall::find(prompt, " 123456").unwrap().got, "123456");

@@ -28,8 +28,7 @@ impl Tools {
         }
         eprintln!("installing cmake and ninja with pip, for this build only");
         install(&own).context("cannot install cmake and ninja: check the network and pip, or install both yourself")?;
-        Self::look(&own)
-            .with_context(|| format!("pip installed cmake and ninja in {}, but they do not run", own.display()))
+        Self::look(&own).with_context(|| format!("pip installed cmake and ninja in {}, but they do not run", own.display()))
     }
 
     fn look(own: &Path) -> Option<Self> {
@@ -40,12 +39,7 @@ impl Tools {
 /// The first of PATH, the virtual environment, and the plain pip folder that really runs.
 fn pick(name: &str, own: &Path) -> Option<PathBuf> {
     let site = own.join("site");
-    let places = [
-        PathBuf::from(name),
-        own.join("venv/bin").join(name),
-        site.join(name).join("data/bin").join(name),
-        site.join("bin").join(name),
-    ];
+    let places = [PathBuf::from(name), own.join("venv/bin").join(name), site.join(name).join("data/bin").join(name), site.join("bin").join(name)];
     places.into_iter().find(|p| cmd::runs(p, &["--version"]))
 }
 
@@ -61,8 +55,7 @@ fn install(own: &Path) -> Result<()> {
     }
     // Some systems have pip but cannot make virtual environments.
     fsutil::remove_dir(&venv)?;
-    cmd::output(pip()?.args(["install", "--quiet", "--target"]).arg(own.join("site")).args(["cmake", "ninja"]))
-        .map(drop)
+    cmd::output(pip()?.args(["install", "--quiet", "--target"]).arg(own.join("site")).args(["cmake", "ninja"])).map(drop)
 }
 
 const PIP: [&str; 4] = ["-m", "pip", "--no-input", "--disable-pip-version-check"];
@@ -75,10 +68,7 @@ pub fn pip() -> Result<Command> {
 }
 
 fn python() -> Result<&'static str> {
-    match ["python3", "python"]
-        .into_iter()
-        .find(|p| cmd::runs(p, &["-c", "import sys; sys.exit(sys.version_info[0] < 3)"]))
-    {
+    match ["python3", "python"].into_iter().find(|p| cmd::runs(p, &["-c", "import sys; sys.exit(sys.version_info[0] < 3)"])) {
         Some(python) => Ok(python),
         None => bail!("python3 is needed and not on PATH: install it, with pip"),
     }

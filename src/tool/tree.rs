@@ -45,8 +45,7 @@ impl Changes {
     fn read(root: &Path) -> Result<Self> {
         let dir = root.join("vendor/patches");
         let listed = if dir.is_dir() { fsutil::files(&dir, &|_| false)? } else { Default::default() };
-        let patches: Vec<_> =
-            listed.iter().filter(|p| p.extension().is_some_and(|e| e == "patch")).map(|p| dir.join(p)).collect();
+        let patches: Vec<_> = listed.iter().filter(|p| p.extension().is_some_and(|e| e == "patch")).map(|p| dir.join(p)).collect();
         if patches.is_empty() {
             bail!("no *.patch in {}: the checkout is not complete", dir.display());
         }
@@ -82,8 +81,7 @@ impl Changes {
             } else {
                 bail!("`patch` or `git` is needed to patch llama.cpp: install one of them");
             };
-            cmd::output(apply.current_dir(tree))
-                .with_context(|| format!("{} does not apply to the pinned llama.cpp", patch.display()))?;
+            cmd::output(apply.current_dir(tree)).with_context(|| format!("{} does not apply to the pinned llama.cpp", patch.display()))?;
         }
         for rel in &self.glue_files {
             fsutil::copy(&self.glue.join(rel), &tree.join(rel))?;

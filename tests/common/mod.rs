@@ -279,7 +279,13 @@ impl Stream {
             }
             inputs.push(x);
         }
-        let rows = layers.into_iter().zip(places).map(|(l, (pos, seq))| ModelRow { pos: *pos, born: *pos, seqs: 1 << seq, exact: true, layers: Arc::new(l) });
+        let rows = layers.into_iter().zip(places).map(|(l, (pos, seq))| ModelRow {
+            pos: *pos,
+            born: *pos,
+            seqs: 1 << seq,
+            exact: true,
+            layers: Arc::new(l),
+        });
         Tokens { cells: cells.to_vec(), rows: rows.collect(), inputs }
     }
 
@@ -428,7 +434,8 @@ impl Stream {
         l.combine(n, &partials, &[], 0..n * g.n_head, &mut out).unwrap();
         let (k, v) = (widen(&k), widen(&v));
         let scale = f64::from(self.scoring.scale);
-        let reference = Reference { n_head: g.n_head, n_head_kv: g.n_head_kv, d_k: g.d_k, d_v: g.d_v, k: &k, v: &v, scale, softcap: 0.0, sinks: None };
+        let reference =
+            Reference { n_head: g.n_head, n_head_kv: g.n_head_kv, d_k: g.d_k, d_v: g.d_v, k: &k, v: &v, scale, softcap: 0.0, sinks: None };
         let want = reference.attend(&q, n, |_, r| f64::from(mask[r]));
         (out, want)
     }
@@ -458,7 +465,8 @@ impl Stream {
                 let same = |got: &[f16], want: &[f32]| got.iter().zip(want).all(|(a, b)| *a == f16::from_f32(*b));
                 let near = |got: &[f16], want: &[f32]| rel_rms(widen(got), want.iter().map(|x| f64::from(*x)));
                 let exact = r.exact || !fitted;
-                let place = || format!("layer {layer}, cell {cell}, position {} (stored at {}), sequences {:b}, exact {exact}", r.pos, r.born, r.seqs);
+                let place =
+                    || format!("layer {layer}, cell {cell}, position {} (stored at {}), sequences {:b}, exact {exact}", r.pos, r.born, r.seqs);
                 if exact {
                     assert!(same(v, &value), "value: {}", place());
                     assert!(r.pos != r.born || same(k, &key), "key: {}", place());
@@ -472,7 +480,10 @@ impl Stream {
                 let (out, want) = self.attend(layer, 17 + u64::from(seq), seq, self.next_pos(seq), 2);
                 let error = rel_rms(out.iter().map(|x| f64::from(*x)), want.iter().copied());
                 // The reference sees keys rounded to f16, attention does not. Nothing to see gives zeros in both.
-                assert!(error < 3e-3 || want.iter().all(|x| *x == 0.0) && out.iter().all(|x| *x == 0.0), "attention of layer {layer}, sequence {seq}: {error}");
+                assert!(
+                    error < 3e-3 || want.iter().all(|x| *x == 0.0) && out.iter().all(|x| *x == 0.0),
+                    "attention of layer {layer}, sequence {seq}: {error}"
+                );
             }
         }
     }

@@ -859,18 +859,24 @@ llama_kv_spectral::llama_kv_spectral(llama_kv_cache & kv, uint16_t config, uint3
 
     const std::string asked = settings.bits > 0.0f ? format("asked %g bits", settings.bits) : format("asked %g", settings.ratio);
 
-    LLAMA_LOG_INFO("kv_spectral: %u cells, %u streams, window %u, sinks %u: %.2f code bits per element, %.1f MiB held against %.1f MiB f16, ratio %.1f (%s)\n",
-            kv_size, kv.n_stream, report.window, report.sinks, report.code_bits,
-            (report.bytes_arenas + report.bytes_tables)/1024.0/1024.0, report.bytes_f16/1024.0/1024.0, report.ratio, asked.c_str());
-
-    if (settings.bits == 0.0f && report.ratio < 0.98*settings.ratio) {
-        LLAMA_LOG_WARN("kv_spectral: the ratio of %g is not reached at this context size: what is not code (exact rows, bases, tables) is too large a part; "
-                "use a longer context or a smaller window\n", settings.ratio);
-    }
-
     // sizes are all that is asked of such a cache
     if (hparams.no_alloc) {
         return;
+    }
+
+    const double mib_held = (report.bytes_arenas + report.bytes_tables)/1024.0/1024.0;
+    const double mib_f16  = report.bytes_f16/1024.0/1024.0;
+
+    // a warning, because tools do not show less than that of libllama by default
+    if (report.tiles == 0) {
+        LLAMA_LOG_WARN("kv_spectral: %u cells are no more than what stays exact (window %u, at least %u rows before the first fit): all rows are f16, %.1f MiB\n",
+                kv_size, report.window, report.fit_rows, mib_held);
+    } else {
+        const bool missed = settings.bits == 0.0f && report.ratio < 0.98*settings.ratio;
+
+        LLAMA_LOG_WARN("kv_spectral: %u cells, %u streams, window %u, sinks %u: %.2f code bits per element, %.1f MiB held against %.1f MiB f16, ratio %.1f (%s%s)\n",
+                kv_size, kv.n_stream, report.window, report.sinks, report.code_bits, mib_held, mib_f16, report.ratio, asked.c_str(),
+                missed ? ", not reached: what is not code (exact rows, bases, tables) is too large a part of this context size" : "");
     }
 
     pimpl->streams.resize(kv.n_stream);
