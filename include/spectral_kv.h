@@ -92,7 +92,7 @@ enum skv_status
    */
   SKV_STATUS_DATA = 201,
   /**
-   * A key, value or query is NaN or infinite.
+   * A key, value or query is NaN or infinite, or beyond the range of f16.
    */
   SKV_STATUS_NOT_FINITE = 301,
   /**
@@ -478,7 +478,8 @@ skv_status skv_geometry_arena_bytes(const struct skv_geometry *geometry,
                                     size_t *bytes);
 
 /**
- * Ints of the longest plan of one stream for a step of `n_tokens` tokens.
+ * Ints of the longest plan of one stream for a step of `n_tokens` tokens. More tokens than cells cannot be stored: their plan is
+ * as long as that of a full stream.
  */
 skv_status skv_geometry_plan_ints(const struct skv_geometry *geometry,
                                   size_t n_tokens,
@@ -671,7 +672,7 @@ skv_status skv_layer_last_error(const struct skv_layer *layer,
 
 /**
  * Write the rows of `cells` (ascending, all holding rows) into `buffer`. With `buffer` NULL and `capacity` 0 only `*size` is set;
- * it is the same for the same contents. No plan may be pending. `arenas` has the arena of each layer for this stream.
+ * it is the same for the same contents. A plan that was carried out, wholly or in part, must be committed first. `arenas` has the arena of each layer for this stream.
  */
 skv_status skv_state_write(struct skv_table *table,
                            const struct skv_layer *const *layers,
@@ -684,7 +685,8 @@ skv_status skv_state_write(struct skv_table *table,
                            size_t *size);
 
 /**
- * Read what `skv_state_write` wrote into `cells`, in the order they were written; the cells must hold no rows. `cell_pos` and
+ * Read what `skv_state_write` wrote into `cells`, in the order they were written; rows that
+ * these cells held are dropped. `cell_pos` and
  * `cell_seq` describe all `n_all` cells of the stream as in `skv_table_plan`. Everything is verified first; on error no row has changed.
  */
 skv_status skv_state_read(struct skv_table *table,

@@ -29,7 +29,7 @@ pub enum Error {
     /// The call does not fit the state of the object.
     #[error("wrong state: {0}")]
     State(String),
-    /// A key, value or query is NaN or infinite.
+    /// A key, value or query is NaN or infinite, or beyond the range of f16.
     #[error("not finite: {0}")]
     NotFinite(String),
     /// An arena, plan or saved state is damaged, truncated or of another version.

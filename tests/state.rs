@@ -3,6 +3,7 @@
 mod common;
 
 use common::{ModelRow, Random, Stream};
+use spectral_kv::cache::Location;
 use spectral_kv::config::{Config, LayerShape};
 use spectral_kv::error::Error;
 use spectral_kv::rope::{Pairing, RopeParams};
@@ -51,7 +52,7 @@ fn carry(from: &Stream, cells: &[u32], to: &mut Stream, seq: u32) -> Vec<u32> {
     free
 }
 
-/// Nothing of a stream, as far as an error must not change it.
+/// What an error must not change: the table and every byte of the arenas.
 fn snapshot(s: &Stream) -> (String, Vec<Vec<u8>>) {
     (format!("{:?}", s.table), (0..SHAPES.len()).map(|i| s.arena(i).to_vec()).collect())
 }
@@ -68,7 +69,7 @@ fn an_empty_stream_continues_where_the_saved_one_stopped() {
             let restored = carry(&a, &saved, &mut b, seq);
             assert!(a.bits(&saved) == b.bits(&restored), "{n} rows as sequence {seq}");
             assert_eq!(a.table.is_fitted(), n >= 700);
-            assert_eq!(b.save(&restored).unwrap().len(), a.save(&saved).unwrap().len());
+            assert_eq!(b.save(&b.live()).unwrap().len(), a.save(&saved).unwrap().len());
             b.check(NEAR);
             for step in 0..3 {
                 a.append(7 + step, 0, 100, 50).unwrap();
@@ -143,7 +144,8 @@ fn shifted_rows_come_back_shifted() {
 fn rows_in_the_same_bases_are_restored_bit_for_bit() {
     let mut s = filled(1, 800);
     s.append(2, 1, 400, 100).unwrap();
-    let (saved, others) = (s.cells_of(1), s.cells_of(0));
+    // The last rows of sequence 0 are exact yet and will be coded meanwhile.
+    let (saved, others) = (s.cells_of(1), s.cells_of(0)[..700].to_vec());
     let state = s.save(&saved).unwrap();
     let (model, before, beside) = (rows(&s, &saved), s.bits(&saved), s.bits(&others));
     s.remove(1, &saved);
@@ -151,10 +153,7 @@ fn rows_in_the_same_bases_are_restored_bit_for_bit() {
     s.append(3, 0, 150, 50).unwrap();
     let cells = s.free()[..saved.len()].to_vec();
     s.restore(&cells, &renamed(&model, 2), &state).unwrap();
-    assert!(s.bits(&cells) == before);
-    let old = &others[..700];
-    let row = beside.len() / others.len();
-    assert_eq!(s.bits(old).len(), row * old.len());
+    assert!(s.bits(&cells) == before && s.bits(&others) == beside);
     s.check(NEAR);
     s.append(4, 2, s.free().len(), 60).unwrap();
     s.check(NEAR);
@@ -162,11 +161,11 @@ fn rows_in_the_same_bases_are_restored_bit_for_bit() {
 
 #[test]
 fn rows_beside_a_restored_state_do_not_change() {
-    for n in [200, 900] {
+    for n in [200, 500] {
         let mut s = filled(1, 800);
         let own = s.cells_of(0);
         let before = s.bits(&own);
-        let other = filled(2, n.min(500));
+        let other = filled(2, n);
         carry(&other, &other.cells_of(0), &mut s, 1);
         assert!(s.bits(&own) == before);
     }
@@ -198,7 +197,7 @@ fn an_unfitted_state_goes_into_a_fitted_stream() {
         // The library keeps sinks and the newest rows exact; the model learns that the others need not be.
         s.age();
         s.check(NEAR);
-        assert_eq!(restored.iter().any(|c| matches!(s.table.locate(*c as usize).unwrap().0, spectral_kv::cache::Location::Coded(..))), n == 500);
+        assert_eq!(restored.iter().any(|c| matches!(s.table.locate(*c as usize).unwrap().0, Location::Coded(..))), n == 500);
         s.append(3, 1, s.free().len(), 64).unwrap();
         s.check(NEAR);
     }
@@ -310,10 +309,16 @@ fn states_of_other_models_are_refused() {
 }
 
 #[test]
-fn cells_without_rows_cannot_be_saved() {
-    let s = filled(1, 20);
-    assert!(matches!(s.save(&[3, 20]), Err(Error::Argument(_))));
+fn only_settled_rows_in_ascending_cells_can_be_saved() {
+    let mut s = filled(1, 20);
+    assert!(matches!(s.save(&[3, 20]), Err(Error::Argument(_))), "an empty cell");
     assert!(matches!(s.save(&[5000]), Err(Error::Argument(_))));
+    assert!(matches!(s.save(&[5, 3]), Err(Error::Argument(_))));
+    assert!(matches!(s.save(&[3, 3]), Err(Error::Argument(_))));
+    assert!(s.save(&[3, 5]).is_ok());
+    // Layers may have carried it out or not: what the arena holds is not known.
+    s.plan(&[]).unwrap();
+    assert!(matches!(s.save(&[3, 5]), Err(Error::State(_))));
 }
 
 #[test]

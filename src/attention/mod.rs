@@ -8,6 +8,7 @@
 
 use crate::codec::{quant, Basis};
 use crate::config::TILE;
+use crate::error::{argument, Result};
 use crate::rope::{Rope, Turn};
 use crate::simd::Kernels;
 
@@ -21,6 +22,13 @@ pub struct Scoring {
 }
 
 impl Scoring {
+    /// Refuse what gives no scores.
+    pub fn check(&self) -> Result<()> {
+        if self.scale.is_finite() && self.softcap.is_finite() && self.softcap >= 0.0 {
+            return Ok(());
+        }
+        argument(format!("score scale {} and soft cap {}", self.scale, self.softcap))
+    }
     fn apply(&self, x: f32) -> f32 {
         let s = x * self.scale;
         if self.softcap > 0.0 {

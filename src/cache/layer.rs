@@ -49,9 +49,9 @@ impl<'a> Rows<'a> {
     pub fn is_empty(&self) -> bool {
         self.n == 0
     }
-    /// True when one head of a row is finite.
+    /// True when one head of a row is finite, in f16 as well.
     pub fn is_finite(&self, row: usize, head: usize, d: usize) -> bool {
-        self.head(row, head, d).iter().all(|x| x.is_finite())
+        self.head(row, head, d).iter().all(|x| x.abs() <= f16::MAX.to_f32())
     }
     fn head(&self, row: usize, head: usize, d: usize) -> &'a [f32] {
         &self.data[row * self.row_stride + head * self.head_stride..][..d]
@@ -221,9 +221,7 @@ impl Layer {
 
     /// Set scale and soft cap of the scores: the fit weighs errors with them. The default scale is `1/sqrt(d_k)`.
     pub fn set_scoring(&mut self, scoring: Scoring) -> Result<()> {
-        if !(scoring.scale.is_finite() && scoring.softcap.is_finite() && scoring.softcap >= 0.0) {
-            return argument(format!("score scale {} and soft cap {}", scoring.scale, scoring.softcap));
-        }
+        scoring.check()?;
         self.scoring = scoring;
         Ok(())
     }
@@ -239,8 +237,8 @@ impl Layer {
         let g = self.shape();
         for i in 0..k.len() {
             for (x, d, name) in [(k, g.d_k, "key"), (v, g.d_v, "value")] {
-                if !x.head(i, head, d).iter().all(|x| x.is_finite()) {
-                    return Err(Error::NotFinite(format!("{name} of token {i} of the step, KV head {head}")));
+                if !x.is_finite(i, head, d) {
+                    return Err(Error::NotFinite(format!("{name} of token {i} of the step, KV head {head}, in f16")));
                 }
             }
         }
@@ -448,7 +446,8 @@ impl Layer {
     }
 
     /// After a graph that stopped part-way: do what the plan does to rows already stored, unless this arena has done it.
-    /// New tokens are gone; tile rows meant for them hold nothing anyone will look at. Single-threaded.
+    /// New tokens are gone; tile rows meant for them hold nothing anyone will look at. A fit looks at the rows stored before the
+    /// step only: with few of them its bases are poor until the stream is emptied. Single-threaded.
     pub fn replay(&self, arena: &mut [u8], plan: &Plan) -> Result<()> {
         let g = self.shape();
         let heads = self.ranges(arena, plan)?;
@@ -602,6 +601,10 @@ impl Layer {
             return Err(Error::Buffer { need: self.unit_floats(n), have: out.len() });
         }
         let (head, chunk) = (unit / CHUNKS, unit % CHUNKS);
+        scoring.check()?;
+        if let Some(t) = (0..n).find(|t| !(0..g.group()).all(|a| q.is_finite(*t, head * g.group() + a, g.d_k))) {
+            return Err(Error::NotFinite(format!("query of token {t}, KV head {head}, in f16")));
+        }
         let r = self.ranges(arena, plan)?.swap_remove(head);
         let count = plan.exact().len().div_ceil(TILE) + plan.tokens().len().div_ceil(TILE) + plan.tiles().len();
         let (first, last) = (chunk * count / CHUNKS, (chunk + 1) * count / CHUNKS);

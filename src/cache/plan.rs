@@ -237,10 +237,33 @@ impl<'a> Plan<'a> {
         })
     }
 
-    /// The same plan seen after its fit.
-    pub fn after_fit(mut self) -> Self {
-        self.fitted |= self.fit;
-        self
+    /// Check every slot, tile, row and token against a geometry. Cells need no check: one that does not exist is never visible.
+    pub fn check(&self, g: &Geometry) -> Result<()> {
+        let tokens = self.tokens().len();
+        let slots = if self.fitted { g.exact } else { g.raw };
+        let stored = if self.fitted || self.fit { g.exact } else { g.raw };
+        let source = |s: Source| match s {
+            Source::Slot(s) => s < slots,
+            Source::Token(t) => t < tokens,
+        };
+        let rows = g.tiles * TILE;
+        let good = self.epoch != 0
+            && !(self.fit && self.fitted)
+            && (g.tiles > 0 || !(self.fit || self.fitted))
+            && self.tokens.chunks_exact(2).all(|t| t[0] >= 0 && t[1] >= -1 && t[1] < stored as i32)
+            && self.exact().all(|(slot, ..)| slot < slots)
+            && self.tiles().all(|t| self.fitted && t.tile < g.tiles)
+            && self.seals().all(|(tile, mut rows)| (self.fitted || self.fit) && tile < g.tiles && rows.all(|r| source(r.source)))
+            && self.moves().all(|(from, to)| self.fitted && from < rows && to < rows)
+            && self.relocations().all(|(from, to)| self.fit && from < g.raw && to < g.exact)
+            && self.records().all(|(token, slot)| token < tokens && slot < QUERY_SLOTS)
+            && self.fit_rows().all(|(r, ..)| source(r.source))
+            && self.fit_queries().all(|(slot, ..)| slot < QUERY_SLOTS);
+        if good {
+            Ok(())
+        } else {
+            Err(Error::Data("plan: a slot, tile, row or token is out of range".into()))
+        }
     }
     /// New tokens: `(cell, slot)`.
     pub fn tokens(&self) -> impl ExactSizeIterator<Item = (usize, Option<usize>)> + 'a {

@@ -51,6 +51,17 @@ fn share(n: usize, ith: u32, nth: u32) -> Range<usize> {
     n * ith as usize / nth as usize..n * (ith as usize + 1) / nth as usize
 }
 
+/// Borrow a plan whose indices fit the layer.
+///
+/// # Safety
+/// `plan` is NULL or readable for `n` ints.
+unsafe fn checked_plan<'a>(l: &Layer, plan: *const i32, n: usize) -> std::result::Result<Plan<'a>, Failure> {
+    // SAFETY: the caller's contract.
+    let plan = Plan::parse(unsafe { slice(plan, n, "plan")? })?;
+    plan.check(l.geometry())?;
+    Ok(plan)
+}
+
 /// Borrow rows of `heads` heads of `d` floats.
 ///
 /// # Safety
@@ -180,7 +191,7 @@ pub unsafe extern "C" fn skv_layer_append(
                 return Err(Failure::Null("arena"));
             }
             check_arena(arena, arena_bytes, g.arena_bytes)?;
-            let plan = Plan::parse(slice(plan, plan_ints, "plan")?)?;
+            let plan = checked_plan(l, plan, plan_ints)?;
             let q = rows(q, g.n_head, g.d_k, "q")?;
             let k = rows(k, g.n_head_kv, g.d_k, "k")?;
             let v = rows(v, g.n_head_kv, g.d_v, "v")?;
@@ -231,7 +242,7 @@ pub unsafe extern "C" fn skv_layer_replay(
     unsafe {
         on_layer(layer, |l| {
             check_arena(arena, arena_bytes, l.shape().arena_bytes)?;
-            let plan = Plan::parse(slice(plan, plan_ints, "plan")?)?;
+            let plan = checked_plan(l, plan, plan_ints)?;
             Ok(l.replay(slice_mut(arena, arena_bytes, "arena")?, &plan)?)
         })
     }
@@ -263,7 +274,7 @@ pub unsafe extern "C" fn skv_layer_reconstruct(
             check_threads(ith, nth)?;
             let g = l.shape();
             let arena = super::arena(arena, arena_bytes, g.arena_bytes)?;
-            let plan = Plan::parse(slice(plan, plan_ints, "plan")?)?;
+            let plan = checked_plan(l, plan, plan_ints)?;
             let k = rows(k, g.n_head_kv, g.d_k, "k")?;
             let v = rows(v, g.n_head_kv, g.d_v, "v")?;
             if n_kv > l.geometry().config.n_cells as usize {
@@ -349,7 +360,7 @@ pub unsafe extern "C" fn skv_layer_attend(
             check_threads(ith, nth)?;
             let g = l.shape();
             let arena = super::arena(arena, arena_bytes, g.arena_bytes)?;
-            let plan = Plan::parse(slice(plan, plan_ints, "plan")?)?;
+            let plan = checked_plan(l, plan, plan_ints)?;
             let q = rows(q, g.n_head, g.d_k, "q")?;
             let k = rows(k, g.n_head_kv, g.d_k, "k")?;
             let v = rows(v, g.n_head_kv, g.d_v, "v")?;
@@ -401,8 +412,11 @@ pub unsafe extern "C" fn skv_layer_combine(
             let p = versioned(params, skv_attend_params::defaults(), "params")?;
             let partials = slice(partials, n_partials, "partials")?;
             let sinks = slice(p.sinks, if p.sinks.is_null() { 0 } else { g.n_head }, "sinks")?;
-            if n_tokens > SKV_MAX_QUERIES || n_out < n_tokens * g.n_head * g.d_v {
-                return Err(Error::Buffer { need: n_tokens.saturating_mul(g.n_head * g.d_v), have: n_out }.into());
+            if n_tokens > SKV_MAX_QUERIES {
+                return Err(Error::Argument(format!("{n_tokens} query tokens; at most {SKV_MAX_QUERIES} are possible")).into());
+            }
+            if n_out < n_tokens * g.n_head * g.d_v {
+                return Err(Error::Buffer { need: n_tokens * g.n_head * g.d_v, have: n_out }.into());
             }
             if out.is_null() {
                 return Err(Failure::Null("out"));

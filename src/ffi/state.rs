@@ -14,7 +14,7 @@ unsafe fn layers<'a>(layers: *const *const skv_layer, n: usize) -> std::result::
 }
 
 /// Write the rows of `cells` (ascending, all holding rows) into `buffer`. With `buffer` NULL and `capacity` 0 only `*size` is set;
-/// it is the same for the same contents. No plan may be pending. `arenas` has the arena of each layer for this stream.
+/// it is the same for the same contents. A plan that was carried out, wholly or in part, must be committed first. `arenas` has the arena of each layer for this stream.
 ///
 /// # Safety
 /// Pointers are valid for what they describe or NULL; nothing changes the arenas during the call.

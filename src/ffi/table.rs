@@ -139,6 +139,9 @@ pub unsafe extern "C" fn skv_table_clone_from(table: *mut skv_table, source: *co
     // SAFETY: the caller's contract.
     unsafe {
         on_table(table, |t| {
+            if std::ptr::eq(source, table) {
+                return Ok(());
+            }
             let source = borrow(source, "source")?;
             if source.table.geometry() != t.geometry() {
                 return Err(Error::Argument("the tables are of different geometries".into()).into());

@@ -26,7 +26,7 @@ pub enum skv_status {
     SKV_STATUS_STATE = 105,
     /// An arena, plan or saved state is damaged, truncated or of another version.
     SKV_STATUS_DATA = 201,
-    /// A key, value or query is NaN or infinite.
+    /// A key, value or query is NaN or infinite, or beyond the range of f16.
     SKV_STATUS_NOT_FINITE = 301,
     /// A matrix decomposition did not converge.
     SKV_STATUS_NUMERIC = 302,

@@ -1,7 +1,7 @@
 //! Saved state of some cells of one stream: their rows as they are stored, the bases they are coded in, and what the next fit
 //! would look at. Little-endian; verified wholly (checksum, version, shape) before anything is changed.
 //!
-//! Read into an empty stream, a state continues exactly as if it had never been saved. Read beside other rows, codes are
+//! Read into an empty stream, a state continues as if it had never been saved (sums may run in another order). Read beside other rows, codes are
 //! copied bit for bit when the bases agree and re-coded in the stream's own bases when they do not.
 //!
 //! Layout: magic, version, shape hash, flags, counts; per cell its kind and its turn less its position; per layer its bases, exact rows, codes
@@ -33,9 +33,12 @@ fn shape_hash(layers: &[&Layer]) -> u32 {
     h.finalize()
 }
 
-/// Bytes of the state of `cells`. The cells must hold rows.
+/// Bytes of the state of `cells`, which ascend and hold rows.
 pub fn write(table: &Table, layers: &[&Layer], arenas: &[&[u8]], cells: &[u32]) -> Result<Vec<u8>> {
     check_layers(table, layers, arenas.len())?;
+    if cells.windows(2).any(|w| w[0] >= w[1]) {
+        return argument("the cells to save do not ascend");
+    }
     let fitted = table.is_fitted();
     let mut out = Vec::new();
     out.extend(MAGIC.to_le_bytes());
@@ -133,11 +136,11 @@ fn parse<'a>(table: &Table, layers: &[&Layer], n: usize, bytes: &'a [u8]) -> Res
     if version != VERSION {
         return bad(&format!("version {version}, this library reads {VERSION}"));
     }
-    let body = bytes.len() - 4;
-    if crc32fast::hash(&bytes[..body]).to_le_bytes() != bytes[body..] {
+    let body = bytes.len().saturating_sub(4).max(12);
+    if bytes.len() < 16 || crc32fast::hash(&bytes[..body]).to_le_bytes() != bytes[body..] {
         return bad("the checksum is wrong: truncated or corrupted");
     }
-    r.bytes = &r.bytes[..r.bytes.len() - 4];
+    r.bytes = &bytes[12..body];
     if r.u32()? != shape_hash(layers) {
         return bad("saved from a model of other shapes or rope settings");
     }

@@ -1,4 +1,5 @@
-//! Shared by the integration tests: random rows with a spectrum, a slow f64 rotary embedding and a slow f64 attention.
+//! Shared by the integration tests: random rows with a spectrum, a slow f64 rotary embedding and a slow f64 attention, and a
+//! stream driven as llama.cpp does, beside a plain model of its contents.
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
@@ -298,10 +299,14 @@ impl Stream {
 
     pub fn plan(&mut self, new: &[u32]) -> Result<Vec<i32>> {
         let (pos, seq) = self.places();
-        let mut out = vec![0; plan::capacity(self.table.geometry(), new.len())];
-        let used = self.table.plan(Cells { pos: &pos, seq: &seq }, new, &mut out)?;
-        out.truncate(used);
-        Ok(out)
+        plan_on(&mut self.table, Cells { pos: &pos, seq: &seq }, new)
+    }
+
+    /// The table as it is after looking at the cells, and a plan to look at rows with: the stream's own table has nothing pending.
+    fn look(&self) -> (Table, Vec<i32>) {
+        let (mut table, (pos, seq)) = (self.table.clone(), self.places());
+        let ints = plan_on(&mut table, Cells { pos: &pos, seq: &seq }, &[]).unwrap();
+        (table, ints)
     }
 
     /// Carry out a plan on one layer.
@@ -388,8 +393,8 @@ impl Stream {
     }
 
     /// Every cell's key and value in one layer, as the cache gives them.
-    pub fn rebuild(&mut self, layer: usize) -> (Vec<f16>, Vec<f16>) {
-        let ints = self.plan(&[]).unwrap();
+    pub fn rebuild(&self, layer: usize) -> (Vec<f16>, Vec<f16>) {
+        let (_, ints) = self.look();
         let (l, n) = (&self.layers[layer], self.rows.len());
         let (nk, nv) = (l.shape().n_head_kv * l.shape().d_k, l.shape().n_head_kv * l.shape().d_v);
         let (mut k, mut v) = (vec![f16::ZERO; n * nk], vec![f16::ZERO; n * nv]);
@@ -399,7 +404,7 @@ impl Stream {
     }
 
     /// [`Stream::rebuild`] of some cells, in their order, in all layers: bits to compare.
-    pub fn bits(&mut self, cells: &[u32]) -> Vec<u16> {
+    pub fn bits(&self, cells: &[u32]) -> Vec<u16> {
         let mut out = Vec::new();
         for layer in 0..self.layers.len() {
             let (k, v) = self.rebuild(layer);
@@ -413,9 +418,9 @@ impl Stream {
     }
 
     /// Attention of `n` random queries at `pos` of `seq` over its rows, and the f64 reference over the rebuilt rows.
-    pub fn attend(&mut self, layer: usize, seed: u64, seq: u32, pos: i32, n: usize) -> (Vec<f32>, Vec<f64>) {
+    pub fn attend(&self, layer: usize, seed: u64, seq: u32, pos: i32, n: usize) -> (Vec<f32>, Vec<f64>) {
         let (k, v) = self.rebuild(layer);
-        let ints = self.plan(&[]).unwrap();
+        let (_, ints) = self.look();
         let plan = Plan::parse(&ints).unwrap();
         let l = &self.layers[layer];
         let g = l.shape();
@@ -441,15 +446,15 @@ impl Stream {
     }
 
     /// Everything that must hold between two steps. `limit` bounds the relative error of a coded key or value.
-    pub fn check(&mut self, limit: f64) {
-        self.plan(&[]).unwrap();
+    pub fn check(&self, limit: f64) {
+        let (table, _) = self.look();
         let mut taken = std::collections::HashSet::new();
         for (cell, row) in self.rows.iter().enumerate() {
-            let at = self.table.locate(cell).map(|(at, _)| at);
+            let at = table.locate(cell).map(|(at, _)| at);
             assert_eq!(at.is_some(), row.is_some(), "cell {cell} has a row, or the table thinks so");
-            assert!(at.is_none_or(|at| taken.insert(at)), "two cells share {at:?}");
+            assert!(at.is_none_or(|at| taken.insert(format!("{at:?}"))), "two cells share {at:?}");
         }
-        let fitted = self.table.is_fitted();
+        let fitted = table.is_fitted();
         for layer in 0..self.layers.len() {
             let (k, v) = self.rebuild(layer);
             let rope = &self.ropes[layer];
@@ -507,6 +512,13 @@ impl Stream {
         }
         result
     }
+}
+
+fn plan_on(table: &mut Table, cells: Cells, new: &[u32]) -> Result<Vec<i32>> {
+    let mut out = vec![0; plan::capacity(table.geometry(), new.len())];
+    let used = table.plan(cells, new, &mut out)?;
+    out.truncate(used);
+    Ok(out)
 }
 
 fn rotate_heads(rope: &RopeParams, pos: i32, x: &mut [f32], d: usize) {

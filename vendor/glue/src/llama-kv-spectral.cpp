@@ -1054,6 +1054,11 @@ void llama_kv_spectral::state_write(llama_io_write_i & io, const llama_kv_cache:
         }
     }
 
+    // rows that an aborted graph moved must be where the tables say
+    if (!pimpl->recover()) {
+        throw std::runtime_error("kv_spectral: cannot save the state after an earlier error");
+    }
+
     std::vector<const skv_layer *> layers;
     std::vector<const uint8_t *>   arenas;
     for (const auto & l : pimpl->layers) {
