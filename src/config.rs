@@ -211,7 +211,8 @@ impl Geometry {
         let wanted = c.n_seqs as usize * (c.window as usize + c.sinks as usize + TILE);
         let all_exact = cells <= wanted.max(fit_rows);
         let exact = if all_exact { cells } else { wanted };
-        let tiles = if all_exact { 0 } else { (cells - (c.window as usize + c.sinks as usize)).div_ceil(TILE) };
+        // Sinks are not counted on: a sequence whose first positions were removed has none.
+        let tiles = if all_exact { 0 } else { (cells - c.window as usize).div_ceil(TILE) };
         let f16_row: usize = shapes.iter().map(|s| (s.n_head_kv * (s.d_k + s.d_v) * 2) as usize).sum();
         let tables = crate::cache::table_bytes(cells, tiles, cells.min(exact + FIT_ROWS)) as f64;
         let raw_least = fit_rows.max(exact);

@@ -245,22 +245,111 @@ fn counted(name: &str, args: &[&str]) -> (Vec<Value>, String) {
     (log_lines(&log), String::from_utf8_lossy(&out.stderr).into_owned())
 }
 
-#[test]
-fn an_eighth_of_f16_is_what_the_process_holds() {
-    let (lines, err) = counted("bytes", &["-c", "32768", "-n", "4", "--kv-spectral"]);
-    let last = lines.last().unwrap();
-    let number = |key: &str| last[key].as_f64().unwrap();
-    assert!(number("bytes_f16") == 32768.0 * 3.0 * 2.0 * 256.0 * 2.0);
-    assert!(number("bytes_held") * 8.0 <= number("bytes_f16"), "{last}");
-    assert!((number("ratio") - number("bytes_f16") / number("bytes_held")).abs() < 1e-3);
-    // llama.cpp's own account of the buffers it allocated; the rest of the report is the host tables.
-    let buffers: f64 = err
+/// The report is an eighth of f16 and agrees with llama.cpp's own account of the buffers it allocated, but for the host tables.
+fn check_bytes(report: &Value, log: &str, f16: f64) {
+    let number = |key: &str| report[key].as_f64().unwrap();
+    assert_eq!(number("bytes_f16"), f16);
+    assert!(number("bytes_held") * 8.0 <= f16, "{report}");
+    assert!((number("ratio") - f16 / number("bytes_held")).abs() < 1e-3);
+    let buffers: f64 = log
         .lines()
         .filter_map(|l| l.split("KV buffer size =").nth(1))
         .map(|l| l.split_whitespace().next().unwrap().parse::<f64>().unwrap() * 1024.0 * 1024.0)
         .sum();
     let tables = number("bytes_held") - buffers;
-    assert!(buffers > 0.0 && tables > 0.0 && tables < 0.05 * number("bytes_held"), "{buffers} of {last}\n{err}");
+    assert!(buffers > 0.0 && tables > 0.0 && tables < 0.05 * number("bytes_held"), "{buffers} of {report}\n{log}");
+}
+
+#[test]
+fn an_eighth_of_f16_is_what_the_process_holds() {
+    let (lines, log) = counted("bytes", &["-c", "32768", "-n", "4", "--kv-spectral"]);
+    check_bytes(lines.last().unwrap(), &log, 32768.0 * 3.0 * 2.0 * 256.0 * 2.0);
+}
+
+/// Write a llama model with the attention of an 8B one (32 layers, 32 query and 8 KV heads of 128) and next to nothing else.
+fn write_8b_shaped(path: &Path) {
+    let (layers, embed, heads, kv, head, ff, vocab) = (32u32, 64u64, 32u64, 8u64, 128u64, 64u64, 64u64);
+    let string = |s: &str| [&(s.len() as u64).to_le_bytes()[..], s.as_bytes()].concat();
+    let mut meta: Vec<u8> = Vec::new();
+    let mut count = 0u64;
+    for (key, value) in [("general.architecture", "llama"), ("tokenizer.ggml.model", "no_vocab")] {
+        meta.extend([string(key), 8u32.to_le_bytes().to_vec(), string(value)].concat());
+        count += 1;
+    }
+    for (key, value) in [
+        ("llama.context_length", 131_072),
+        ("llama.embedding_length", embed as u32),
+        ("llama.block_count", layers),
+        ("llama.feed_forward_length", ff as u32),
+        ("llama.attention.head_count", heads as u32),
+        ("llama.attention.head_count_kv", kv as u32),
+        ("llama.attention.key_length", head as u32),
+        ("llama.attention.value_length", head as u32),
+        ("llama.rope.dimension_count", head as u32),
+        ("llama.vocab_size", vocab as u32),
+    ] {
+        meta.extend([string(key), 4u32.to_le_bytes().to_vec(), value.to_le_bytes().to_vec()].concat());
+        count += 1;
+    }
+    meta.extend([string("llama.attention.layer_norm_rms_epsilon"), 6u32.to_le_bytes().to_vec(), 1e-5f32.to_le_bytes().to_vec()].concat());
+    count += 1;
+    // Name, shape (fastest first); norms are f32, the rest f16.
+    let mut tensors: Vec<(String, Vec<u64>)> = vec![("token_embd.weight".into(), vec![embed, vocab]), ("output_norm.weight".into(), vec![embed])];
+    for l in 0..layers {
+        for (name, shape) in [
+            ("attn_norm", vec![embed]),
+            ("ffn_norm", vec![embed]),
+            ("attn_q", vec![embed, heads * head]),
+            ("attn_k", vec![embed, kv * head]),
+            ("attn_v", vec![embed, kv * head]),
+            ("attn_output", vec![heads * head, embed]),
+            ("ffn_gate", vec![embed, ff]),
+            ("ffn_up", vec![embed, ff]),
+            ("ffn_down", vec![ff, embed]),
+        ] {
+            tensors.push((format!("blk.{l}.{name}.weight"), shape));
+        }
+    }
+    let (mut infos, mut data): (Vec<u8>, Vec<u8>) = (Vec::new(), Vec::new());
+    for (name, shape) in &tensors {
+        let n = shape.iter().product::<u64>();
+        let norm = shape.len() == 1;
+        infos.extend(string(name));
+        infos.extend((shape.len() as u32).to_le_bytes());
+        shape.iter().for_each(|d| infos.extend(d.to_le_bytes()));
+        infos.extend(u32::from(!norm).to_le_bytes());
+        infos.extend((data.len() as u64).to_le_bytes());
+        for i in 0..n {
+            let value = ((i * 2_654_435_761 % 1_000_003) as f32 / 500_001.5 - 1.0) * 0.1;
+            if norm {
+                data.extend(1.0f32.to_le_bytes());
+            } else {
+                data.extend(half::f16::from_f32(value).to_le_bytes());
+            }
+        }
+        data.resize(data.len().next_multiple_of(32), 0);
+    }
+    let mut file = [&b"GGUF"[..], &3u32.to_le_bytes(), &(tensors.len() as u64).to_le_bytes(), &count.to_le_bytes()].concat();
+    file.extend(meta);
+    file.extend(infos);
+    file.resize(file.len().next_multiple_of(32), 0);
+    file.extend(data);
+    std::fs::write(path, file).unwrap();
+}
+
+#[test]
+fn an_eighth_of_f16_is_what_an_8b_shaped_model_holds() {
+    let (model, log) = (scratch("8b.gguf"), scratch("8b.jsonl"));
+    write_8b_shaped(&model);
+    let out = Command::new(patched().join("llama-batched-bench"))
+        .args(["-m", model.to_str().unwrap(), "-t", "1", "-c", "32768", "-npp", "64", "-ntg", "4", "-npl", "1", "--kv-spectral", "-lv", "4"])
+        .env("LLAMA_KV_SPECTRAL_LOG", &log)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    std::fs::remove_file(&model).unwrap();
+    check_bytes(log_lines(&log).last().unwrap(), &String::from_utf8_lossy(&out.stderr), 32768.0 * 32.0 * 8.0 * 256.0 * 2.0);
 }
 
 #[test]

@@ -417,8 +417,19 @@ fn an_aborted_step_that_fits_loses_only_its_tokens() {
 }
 
 #[test]
-fn an_aborted_step_that_fits_mostly_on_its_own_tokens_loses_only_them() {
-    aborted(20, 600);
+fn an_aborted_fit_with_few_rows_before_it_says_that_all_is_lost() {
+    // A basis of 20 rows would be useless and the layers that ran have no waiting rows left: an error, and a table to begin again with.
+    for done in 0..=2 {
+        let mut s = stream();
+        s.append(1, 0, 20, 20).unwrap();
+        let cells = s.free()[..600].to_vec();
+        let places: Vec<_> = (0..600).map(|i| (20 + i, 0)).collect();
+        assert!(matches!(s.abort(2, &cells, &places, done), Err(Error::State(_))));
+        assert!(!s.table.is_fitted() && (0..1100).all(|c| s.table.locate(c).is_none()));
+        s.rows.iter_mut().for_each(|r| *r = None);
+        s.append(3, 0, s.free().len(), 90).unwrap();
+        s.check(NEAR);
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@
 //! nor about threads.
 
 use super::arena::{self, ExactRows};
-use super::plan::{Plan, SealRow, Source};
+use super::plan::{self, Plan, SealRow, Source};
 use crate::attention::{merge, partial_floats, Accumulator, Scoring};
 use crate::codec::{self, fit, Basis};
 use crate::config::{Geometry, LayerGeometry, CHUNKS, MAX_QUERIES, TILE};
@@ -447,13 +447,14 @@ impl Layer {
 
     /// After a graph that stopped part-way: do what the plan does to rows already stored, unless this arena has done it.
     /// New tokens are gone; tile rows meant for them hold nothing anyone will look at. A fit looks at the rows stored before the
-    /// step only: with few of them its bases are poor until the stream is emptied. Single-threaded.
+    /// step; with too few of them nothing is done, and the table forgets its rows. Single-threaded.
     pub fn replay(&self, arena: &mut [u8], plan: &Plan) -> Result<()> {
         let g = self.shape();
         let heads = self.ranges(arena, plan)?;
         if plan.fit {
             let has_run = arena::epoch(&arena[g.exact_offset(0)..]) == plan.epoch;
-            return if has_run { Ok(()) } else { self.fit_and_store(arena, plan, None, &[]) };
+            let lost = plan::replay_is_lost(plan.fit_rows().map(|(r, ..)| r.source));
+            return if has_run || lost { Ok(()) } else { self.fit_and_store(arena, plan, None, &[]) };
         }
         for (head, r) in heads.into_iter().enumerate() {
             if arena::epoch(&arena[r.exact.clone()]) == plan.epoch || (!plan.fitted && plan.seals().len() == 0) {

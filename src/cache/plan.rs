@@ -3,7 +3,7 @@
 //! A plan is what the table tells the layers. It can be copied, sent to a device and replayed; it holds no pointers.
 //! Sections follow the header in the order of the fields of [`Plan`]. Must not know what a row contains.
 
-use crate::config::{Geometry, QUERY_SLOTS, TILE};
+use crate::config::{Geometry, FIT_ROWS_MIN, QUERY_SLOTS, TILE};
 use crate::error::{Error, Result};
 
 const MAGIC: i32 = 0x534b_5650;
@@ -75,6 +75,11 @@ pub struct PlanData {
     pub fit_rows: Vec<(SealRow, i32, i32)>,
     /// Queries to fit on: `(query slot, position, sequence)`.
     pub fit_queries: Vec<(u32, i32, i32)>,
+}
+
+/// Whether replaying a fit on these rows is pointless: too few of them were stored before the step.
+pub fn replay_is_lost(sources: impl Iterator<Item = Source>) -> bool {
+    sources.filter(|s| matches!(s, Source::Slot(_))).count() < FIT_ROWS_MIN * 3 / 4
 }
 
 /// Ints of the longest plan for `n_tokens` new tokens.

@@ -98,6 +98,13 @@ struct Candidate {
     stored_turn: i32,
 }
 
+/// The anchor of each row of a tile: the middle position of its run of near positions. A row far from its anchor would lie
+/// outside the frames the basis was fitted in; each further run costs attention one more projection.
+fn anchors(group: &[Candidate]) -> Vec<i32> {
+    let near = |a: &Candidate, b: &Candidate| b.pos - a.pos <= TILE as i32;
+    group.chunk_by(near).flat_map(|run| std::iter::repeat_n(run[run.len() / 2].pos, run.len())).collect()
+}
+
 impl Table {
     /// An empty table.
     pub fn new(geometry: Arc<Geometry>) -> Self {
@@ -279,15 +286,15 @@ impl Table {
                 let n = rest.len().saturating_sub(window) / TILE;
                 for group in rest.chunks_exact(TILE).take(n) {
                     let tile = free.take(&mut data.moves)?;
-                    let anchor = group[TILE / 2].pos;
+                    let anchors = anchors(group);
                     let rows: [SealRow; TILE] = std::array::from_fn(|i| {
                         if let Source::Token(t) = group[i].source {
                             leaving[t] = true;
                         }
-                        SealRow { source: group[i].source, turn: group[i].stored_turn.wrapping_sub(anchor) }
+                        SealRow { source: group[i].source, turn: group[i].stored_turn.wrapping_sub(anchors[i]) }
                     });
                     data.seals.push((tile, rows));
-                    sealed.push(std::array::from_fn(|i| (group[i].cell, anchor.wrapping_sub(group[i].pos))));
+                    sealed.push(std::array::from_fn(|i| (group[i].cell, anchors[i].wrapping_sub(group[i].pos))));
                 }
             }
         }
@@ -343,8 +350,7 @@ impl Table {
     ) {
         for s in sequences {
             for group in s[sinks(s)..].chunks(TILE) {
-                let anchor = group[group.len() / 2].pos;
-                for c in group {
+                for (c, anchor) in group.iter().zip(anchors(group)) {
                     let turn = c.stored_turn.wrapping_sub(anchor);
                     data.fit_rows.push((SealRow { source: c.source, turn }, c.pos, c.seq));
                 }
@@ -364,8 +370,19 @@ impl Table {
         self.finish(true)
     }
 
-    /// The graph of the pending plan failed and every layer replayed it: take over all but the new tokens.
+    /// The graph of the pending plan failed and every layer replayed it: take over all but the new tokens. When that plan was
+    /// to fit and few rows were stored before it, there is nothing to fit on and the waiting rows may be gone: the table forgets
+    /// all rows and says so.
     pub fn commit_replayed(&mut self) -> Result<()> {
+        let lost = self.pending.as_ref().is_some_and(|p| p.data.fit && plan::replay_is_lost(p.data.fit_rows.iter().map(|r| r.0.source)));
+        if lost && self.slot_cell.iter().any(|c| *c != NOWHERE) {
+            self.reset();
+            return Err(Error::State("the step that fits the bases was interrupted with few rows stored; clear the cache and begin again".into()));
+        }
+        if lost {
+            self.reset();
+            return Ok(());
+        }
         self.finish(false)
     }
 

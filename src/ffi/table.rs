@@ -106,7 +106,8 @@ pub unsafe extern "C" fn skv_table_commit(table: *mut skv_table) -> skv_status {
 }
 
 /// The pending plan was carried out on some layers only, and `skv_layer_replay` was called on all: keep what it did to rows
-/// already stored, without the new tokens.
+/// already stored, without the new tokens. `SKV_STATUS_STATE` when the step was to fit the bases and too few rows were stored
+/// before it: then the table has forgotten all rows.
 ///
 /// # Safety
 /// `table` is NULL or valid.
