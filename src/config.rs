@@ -126,6 +126,12 @@ pub struct SizeReport {
     pub code_bits: f64,
 }
 
+/// Host bytes of the table of one stream ([`crate::cache::Table`]).
+pub fn table_bytes(n_cells: usize, tiles: usize, raw: usize) -> usize {
+    // Location of a cell; cell and turn of a coded row; live rows of a tile; cell and position of a slot; query places.
+    n_cells * 4 + tiles * (TILE * 8 + 8) + raw * 8 + QUERY_SLOTS * 8
+}
+
 fn align(n: usize, to: usize) -> usize {
     n.div_ceil(to) * to
 }
@@ -214,7 +220,7 @@ impl Geometry {
         // Sinks are not counted on: a sequence whose first positions were removed has none.
         let tiles = if all_exact { 0 } else { (cells - c.window as usize).div_ceil(TILE) };
         let f16_row: usize = shapes.iter().map(|s| (s.n_head_kv * (s.d_k + s.d_v) * 2) as usize).sum();
-        let tables = crate::cache::table_bytes(cells, tiles, cells.min(exact + FIT_ROWS)) as f64;
+        let tables = table_bytes(cells, tiles, cells.min(exact + FIT_ROWS)) as f64;
         let raw_least = fit_rows.max(exact);
 
         let mut layers = Vec::with_capacity(shapes.len());
@@ -264,7 +270,7 @@ impl Geometry {
     pub fn report(&self) -> SizeReport {
         let streams = u64::from(self.config.n_streams);
         let arenas = streams * self.layers.iter().map(|l| l.arena_bytes as u64).sum::<u64>();
-        let tables = streams * crate::cache::table_bytes(self.config.n_cells as usize, self.tiles, self.raw) as u64;
+        let tables = streams * table_bytes(self.config.n_cells as usize, self.tiles, self.raw) as u64;
         let f16 = streams * u64::from(self.config.n_cells) * self.layers.iter().map(|l| l.f16_row_bytes() as u64).sum::<u64>();
         let weight: f64 = self.layers.iter().map(|l| l.f16_row_bytes() as f64).sum();
         let bits = self.layers.iter().map(|l| l.code_bits() * l.f16_row_bytes() as f64).sum::<f64>() / weight;

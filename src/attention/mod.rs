@@ -6,11 +6,11 @@
 //! (2018); partial results of different rows merge exactly. Semantics are those of `ggml_flash_attn_ext`. Must not know about
 //! cells, arenas or plans.
 
-use crate::codec::{quant, Basis};
+use crate::codec::Basis;
 use crate::config::TILE;
 use crate::error::{argument, Result};
 use crate::rope::{Rope, Turn};
-use crate::simd::Kernels;
+use crate::simd::{quant, Kernels};
 
 /// How a raw product becomes a score.
 #[derive(Debug, Clone, Copy, PartialEq)]

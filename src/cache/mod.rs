@@ -12,4 +12,4 @@ mod table;
 pub use handle::Cache;
 pub use layer::{HeadMut, Layer, Mask, Rows, Stats};
 pub use plan::Plan;
-pub use table::{table_bytes, Cells, Location, Restore, Table};
+pub use table::{Cells, Location, Restore, Table};

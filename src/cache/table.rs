@@ -17,12 +17,6 @@ use std::sync::Arc;
 const NOWHERE: u32 = u32::MAX;
 const CODED: u32 = 1 << 31;
 
-/// Host bytes of the table of one stream.
-pub fn table_bytes(n_cells: usize, tiles: usize, raw: usize) -> usize {
-    // location of a cell; cell and turn of a coded row; live rows of a tile; cell and position of a slot; query places
-    n_cells * 4 + tiles * (TILE * 8 + 8) + raw * 8 + QUERY_SLOTS * 8
-}
-
 /// What the caller knows about the cells of a stream, after the new tokens were put into them.
 #[derive(Debug, Clone, Copy)]
 pub struct Cells<'a> {

@@ -5,11 +5,10 @@
 
 pub mod bits;
 pub mod fit;
-pub mod quant;
 
 use crate::config::{LayerGeometry, GAIN_BYTES, TILE};
 use crate::error::{Error, Result};
-use crate::simd::{Kernels, Widths};
+use crate::simd::{quant, Kernels, Widths};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 

@@ -5,7 +5,8 @@
 //! Sums run in a fixed order per level, so results repeat; levels differ in the last bits. Must not know about bases,
 //! cells or arenas: it sees slices.
 
-use crate::codec::quant;
+pub mod quant;
+
 use crate::config::TILE;
 use std::sync::OnceLock;
 

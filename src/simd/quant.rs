@@ -195,12 +195,12 @@ mod tests {
             let mut packed = vec![0xa5; coefficient_bytes(width)];
             let mut want = [0u8; TILE];
             for pass in 0..3u32 {
-                for row in 0..TILE {
-                    want[row] = ((row as u32 * 37 + pass * 11) % (1 << width)) as u8;
-                    if width == 8 && want[row] == 128 {
-                        want[row] = 1;
+                for (row, want) in want.iter_mut().enumerate() {
+                    *want = ((row as u32 * 37 + pass * 11) % (1 << width)) as u8;
+                    if width == 8 && *want == 128 {
+                        *want = 1;
                     }
-                    put(width, &mut packed, row, want[row]);
+                    put(width, &mut packed, row, *want);
                 }
             }
             let mut values = [0.0; TILE];
