@@ -21,7 +21,7 @@ pub const HEADER_BYTES: usize = 256;
 pub const HEAD_RECORD_BYTES: usize = 64;
 /// Recent query tokens kept for the fit.
 pub const QUERY_SLOTS: usize = 256;
-/// Rows a basis is fitted on. 1024 rows measured better than 512, and 256 rows fail (see the codec's docs).
+/// Rows a basis is fitted on. 1024 rows measured better than 512, and with 256 no query looks behind the window yet.
 pub const FIT_ROWS: usize = 1024;
 /// The fewest rows a basis is fitted on, in small contexts.
 pub const FIT_ROWS_MIN: usize = 512;
@@ -269,16 +269,18 @@ impl Geometry {
     /// Bytes held, against f16.
     pub fn report(&self) -> SizeReport {
         let streams = u64::from(self.config.n_streams);
-        let arenas = streams * self.layers.iter().map(|l| l.arena_bytes as u64).sum::<u64>();
+        let all =
+            |bytes: fn(&LayerGeometry) -> usize| self.layers.iter().fold(0u64, |sum, l| sum.saturating_add(bytes(l) as u64)).saturating_mul(streams);
+        let arenas = all(|l| l.arena_bytes);
         let tables = streams * table_bytes(self.config.n_cells as usize, self.tiles, self.raw) as u64;
-        let f16 = streams * u64::from(self.config.n_cells) * self.layers.iter().map(|l| l.f16_row_bytes() as u64).sum::<u64>();
+        let f16 = all(LayerGeometry::f16_row_bytes).saturating_mul(u64::from(self.config.n_cells));
         let weight: f64 = self.layers.iter().map(|l| l.f16_row_bytes() as f64).sum();
         let bits = self.layers.iter().map(|l| l.code_bits() * l.f16_row_bytes() as f64).sum::<f64>() / weight;
         SizeReport {
             bytes_arenas: arenas,
             bytes_tables: tables,
             bytes_f16: f16,
-            ratio: f16 as f64 / (arenas + tables) as f64,
+            ratio: f16 as f64 / arenas.saturating_add(tables) as f64,
             code_bits: if self.tiles == 0 { 16.0 } else { bits },
         }
     }

@@ -16,7 +16,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::Arc;
 
 /// Rows of queries, keys or values of one ubatch, f32, with strides in floats.
@@ -146,6 +146,8 @@ pub struct Layer {
     index: usize,
     rope: Rope,
     scoring: Scoring,
+    /// Rows were stored in some arena.
+    used: AtomicBool,
     /// What this layer has done.
     pub counters: Counters,
 }
@@ -190,7 +192,7 @@ impl Layer {
             return argument(format!("layer {index} of {}", geometry.layers.len()));
         };
         let scoring = Scoring { scale: 1.0 / (l.d_k as f32).sqrt(), softcap: 0.0 };
-        Ok(Layer { geometry, index, rope: Rope::identity(), scoring, counters: Counters::default() })
+        Ok(Layer { geometry, index, rope: Rope::identity(), scoring, used: AtomicBool::new(false), counters: Counters::default() })
     }
 
     /// Sizes of this layer.
@@ -203,11 +205,10 @@ impl Layer {
         &self.geometry
     }
 
-    /// Set the rotation of this layer's keys. Rows already stored must have been rotated the same way.
+    /// Set the rotation of this layer's keys; once any row was stored it cannot change.
     pub fn set_rope(&mut self, params: &RopeParams) -> Result<()> {
         let rope = Rope::new(params, self.shape().d_k)?;
-        let stats = self.counters.read();
-        if rope != self.rope && stats.appended_prefill + stats.appended_decode > 0 {
+        if rope != self.rope && self.used.load(Relaxed) {
             return Err(Error::State("the rope changed after rows were stored".into()));
         }
         self.rope = rope;
@@ -260,7 +261,13 @@ impl Layer {
         self.store_head(head, m, plan, Some((q, k, v)))
     }
 
+    /// Rows are about to be stored: the rope stays as it is.
+    pub fn mark_used(&self) {
+        self.used.store(true, Relaxed);
+    }
+
     fn count_append(&self, plan: &Plan) {
+        self.mark_used();
         let c = &self.counters;
         let tokens = plan.tokens().len() as u64;
         let sealed = (plan.seals().len() * TILE) as u64;

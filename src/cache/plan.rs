@@ -206,7 +206,7 @@ impl TileView<'_> {
 }
 
 impl<'a> Plan<'a> {
-    /// Check the header and cut the sections. Indices are checked where they are used.
+    /// Check the header and cut the sections. Indices are checked by [`Plan::check`].
     pub fn parse(ints: &'a [i32]) -> Result<Self> {
         let bad = |m: &str| Err(Error::Data(format!("plan: {m}")));
         if ints.len() < HEADER || ints[0] != MAGIC {

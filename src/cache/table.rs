@@ -126,7 +126,7 @@ impl Table {
 
     /// Forget everything.
     pub fn reset(&mut self) {
-        let epoch = self.epoch;
+        let epoch = self.pending.as_ref().map_or(self.epoch, |p| p.data.epoch);
         *self = Table::new(self.geometry.clone());
         // Epochs go on, so that an arena never takes a new plan for one it has seen.
         self.epoch = epoch;

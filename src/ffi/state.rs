@@ -57,7 +57,7 @@ pub unsafe extern "C" fn skv_state_write(
 
 /// Read what `skv_state_write` wrote into `cells`, in the order they were written; rows that
 /// these cells held are dropped. `cell_pos` and
-/// `cell_seq` describe all `n_all` cells of the stream as in `skv_table_plan`. Everything is verified first; on error no row has changed.
+/// `cell_seq` describe all `n_all` cells of the stream as in `skv_table_plan`. Everything is verified first; on error these cells hold no rows and no other row has changed.
 ///
 /// # Safety
 /// Pointers are valid for what they describe or NULL; nothing else uses the arenas.

@@ -184,7 +184,7 @@ fn parse<'a>(table: &Table, layers: &[&Layer], n: usize, bytes: &'a [u8]) -> Res
 }
 
 /// Read a state into `cells`, given in the order they were written; rows they held are dropped. `all` describes every
-/// cell of the stream. On error no row has changed.
+/// cell of the stream. On error these cells hold no rows and no other row has changed.
 pub fn read(table: &mut Table, layers: &[&Layer], arenas: &mut [&mut [u8]], all: Cells, cells: &[u32], bytes: &[u8]) -> Result<()> {
     check_layers(table, layers, arenas.len())?;
     let saved = parse(table, layers, cells.len(), bytes)?;
@@ -221,6 +221,7 @@ pub fn read(table: &mut Table, layers: &[&Layer], arenas: &mut [&mut [u8]], all:
 }
 
 fn restore_layer(l: &Layer, arena: &mut [u8], table: &Table, saved: &Saved, heads: &[SavedHead], place: &Restore) -> Result<()> {
+    l.mark_used();
     let (g, slots, tiles) = (l.shape(), table.geometry().exact, table.geometry().tiles);
     let was_fitted = place.fitted && !place.adopt;
     let before = arena::ranges(arena, g, tiles, was_fitted)?;

@@ -45,7 +45,7 @@ std::vector<common_arg> common_kv_spectral_args() {
 
     res.push_back(common_arg(
         {"--kv-spectral"}, "[RATIO]",
-        string_format("hold the KV cache compressed, in 1/RATIO of the bytes of f16 (a number from 1 to 64, on = %g, off; default: off)",
+        string_format("hold the KV cache compressed, in 1/RATIO of the bytes of f16 (a number above 1, up to 64; on = 1 = %g, off = 0; default: off)",
             kv_spectral_ratio_default),
         [](common_params & params, const std::string & value) {
             params.kv_spectral = parse_ratio(value);

@@ -277,6 +277,11 @@ struct llama_kv_spectral::impl {
         return false;
     }
 
+    // the text is read after the call that failed: it replaces the one before
+    bool ok(skv_status status, const char * what, const skv_table * t) {
+        return ok(status, what, status == SKV_STATUS_OK ? nullptr : skv_table_last_error(t));
+    }
+
     bool ok(skv_status status, const char * what, const layer & l) {
         if (status == SKV_STATUS_OK) {
             return true;
@@ -375,7 +380,7 @@ bool llama_kv_spectral::impl::recover() {
                     return false;
                 }
             }
-            if (!ok(skv_table_commit_replayed(st.table), "recovery after an aborted graph", skv_table_last_error(st.table))) {
+            if (!ok(skv_table_commit_replayed(st.table), "recovery after an aborted graph", st.table)) {
                 return false;
             }
         }
@@ -646,6 +651,14 @@ static void op_combine(ggml_tensor * dst, int ith, int nth, void * userdata) {
 
         l.owner.ok(skv_layer_combine(l.skv, &params, (const float *) partials->data + s*partials->ne[0], partials->ne[0], n_tok,
                     (float *) dst->data + s*n_out, n_out, ith, nth), "attention", l);
+
+        // ops cannot fail: NaN is what tells the caller that this ubatch is lost
+        if (l.owner.failed) {
+            const size_t i0 = n_out*ith/nth;
+            const size_t i1 = n_out*(ith + 1)/nth;
+
+            std::fill((float *) dst->data + s*n_out + i0, (float *) dst->data + s*n_out + i1, NAN);
+        }
     }
 }
 
@@ -670,6 +683,13 @@ static void op_reconstruct(ggml_tensor * dst, int ith, int nth, void * userdata)
 
         l.owner.ok(skv_layer_reconstruct(l.skv, l.stream(plan.strm), l.arena_bytes, plan.data, plan.size, &k, &v,
                     data + s*n_k, data + ns*n_k + s*n_v, n_kv, ith, nth), "rebuilding of K and V", l);
+
+        if (l.owner.failed) {
+            const int64_t n_v0 = n_v*ith/nth;
+            const int64_t n_v1 = n_v*(ith + 1)/nth;
+
+            std::fill(data + ns*n_k + s*n_v + n_v0, data + ns*n_k + s*n_v + n_v1, 0x7e00); // NaN
+        }
     }
 }
 
@@ -932,7 +952,7 @@ size_t llama_kv_spectral::table_bytes() const {
 
 void llama_kv_spectral::reset() {
     for (auto & st : pimpl->streams) {
-        pimpl->ok(skv_table_reset(st.table), "reset", skv_table_last_error(st.table));
+        pimpl->ok(skv_table_reset(st.table), "reset", st.table);
 
         st.pending = false;
         st.ran     = false;
@@ -948,10 +968,21 @@ void llama_kv_spectral::copy_stream(uint32_t ssrc, uint32_t sdst) {
 
     auto & dst = pimpl->streams[sdst];
 
-    pimpl->ok(skv_table_clone_from(dst.table, pimpl->streams[ssrc].table), "copy of a stream", skv_table_last_error(dst.table));
+    pimpl->ok(skv_table_clone_from(dst.table, pimpl->streams[ssrc].table), "copy of a stream", dst.table);
 }
 
 bool llama_kv_spectral::plan(const slot_info & sinfo) {
+    // an error spoils what is stored; once all of that was removed, there is nothing left to mistrust
+    if (pimpl->failed) {
+        uint32_t n_used = 0;
+        for (const auto & cells : pimpl->kv.v_cells) {
+            n_used += cells.get_used();
+        }
+        if (n_used == sinfo.n_stream()*sinfo.size()) {
+            reset();
+        }
+    }
+
     if (pimpl->failed || !pimpl->recover()) {
         LLAMA_LOG_ERROR("%s: kv_spectral: the cache is not usable after an earlier error; clear it to go on\n", __func__);
         return false;
@@ -993,7 +1024,7 @@ void llama_kv_spectral::commit(const slot_info & sinfo) {
 
         // a graph without the attention (training) leaves the plan to be dropped by the next one
         if (st.pending && st.ran) {
-            pimpl->ok(skv_table_commit(st.table), "commit", skv_table_last_error(st.table));
+            pimpl->ok(skv_table_commit(st.table), "commit", st.table);
             ran = true;
         }
 
@@ -1052,11 +1083,6 @@ void llama_kv_spectral::state_write(llama_io_write_i & io, const llama_kv_cache:
         for (uint32_t i = range.first; i < range.second; ++i) {
             cells.push_back(i);
         }
-    }
-
-    // rows that an aborted graph moved must be where the tables say
-    if (!pimpl->recover()) {
-        throw std::runtime_error("kv_spectral: cannot save the state after an earlier error");
     }
 
     std::vector<const skv_layer *> layers;
