@@ -294,24 +294,36 @@ impl Layer {
             }
         } else if let (Some((q, _, _)), false) = (input, m.raw.is_empty()) {
             let kept = arena::queries_mut(g, m.raw)?;
-            let n = g.group() * g.d_k;
-            for (token, slot) in plan.records() {
-                for (a, out) in kept[slot * n..(slot + 1) * n].chunks_exact_mut(g.d_k).enumerate() {
-                    out.convert_from_f32_slice(q.head(token, head * g.group() + a, g.d_k));
-                }
-            }
+            self.keep_queries(head, kept, plan, q);
         }
         if let Some((_, k, v)) = input {
-            for (token, (_, slot)) in plan.tokens().enumerate() {
-                if let Some(slot) = slot {
-                    let row = arena::exact_row_mut(g, slots, m.exact, m.raw, slot)?;
-                    row[..g.d_k].convert_from_f32_slice(k.head(token, head, g.d_k));
-                    row[g.d_k..].convert_from_f32_slice(v.head(token, head, g.d_v));
-                }
-            }
+            self.store_tokens(head, m.exact, m.raw, plan, k, v)?;
         }
         arena::set_epoch(m.exact, plan.epoch);
         Ok(())
+    }
+
+    /// Write the step's tokens that stay exact to their slots.
+    fn store_tokens(&self, head: usize, exact: &mut [u8], raw: &mut [u8], plan: &Plan, k: &Rows, v: &Rows) -> Result<()> {
+        let g = self.shape();
+        for (token, (_, slot)) in plan.tokens().enumerate() {
+            if let Some(slot) = slot {
+                let row = arena::exact_row_mut(g, self.geometry.exact, exact, raw, slot)?;
+                row[..g.d_k].convert_from_f32_slice(k.head(token, head, g.d_k));
+                row[g.d_k..].convert_from_f32_slice(v.head(token, head, g.d_v));
+            }
+        }
+        Ok(())
+    }
+
+    /// Write the queries that the plan records for the fit to their slots.
+    fn keep_queries(&self, head: usize, kept: &mut [f16], plan: &Plan, q: &Rows) {
+        let (g, n) = (self.shape(), self.shape().group() * self.shape().d_k);
+        for (token, slot) in plan.records() {
+            for (a, out) in kept[slot * n..(slot + 1) * n].chunks_exact_mut(g.d_k).enumerate() {
+                out.convert_from_f32_slice(q.head(token, head * g.group() + a, g.d_k));
+            }
+        }
     }
 
     /// Key and value of a source as f32, rounded through f16 as a stored row is. Absent tokens give zeros.
@@ -407,11 +419,7 @@ impl Layer {
             let n = g.group() * g.d_k;
             let mut stored = arena::queries(g, raw)?.to_vec();
             if let Some((q, ..)) = input {
-                for (token, slot) in plan.records() {
-                    for (a, out) in stored[slot * n..(slot + 1) * n].chunks_exact_mut(g.d_k).enumerate() {
-                        out.convert_from_f32_slice(q.head(token, head * g.group() + a, g.d_k));
-                    }
-                }
+                self.keep_queries(head, &mut stored, plan, q);
             }
             sample.q.push(kept.iter().flat_map(|(slot, ..)| stored[slot * n..(slot + 1) * n].iter().map(|x| x.to_f32())).collect());
             sample.k.push(k);
@@ -439,13 +447,7 @@ impl Layer {
                 arena::exact_row_mut(g, slots, record, &mut [], to)?.copy_from_slice(source.row(from));
             }
             if let Some((_, k, v)) = input {
-                for (token, (_, slot)) in plan.tokens().enumerate() {
-                    if let Some(slot) = slot {
-                        let row = arena::exact_row_mut(g, slots, record, &mut [], slot)?;
-                        row[..g.d_k].convert_from_f32_slice(k.head(token, head, g.d_k));
-                        row[g.d_k..].convert_from_f32_slice(v.head(token, head, g.d_v));
-                    }
-                }
+                self.store_tokens(head, record, &mut [], plan, k, v)?;
             }
             arena::set_epoch(record, plan.epoch);
         }
