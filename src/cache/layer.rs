@@ -289,7 +289,8 @@ impl Layer {
             }
             if plan.seals().len() > 0 {
                 let rows = ExactRows::new(g, slots, m.exact, m.raw)?;
-                let source = |s: Source, out: &mut [f32]| self.fetch(head, s, &rows, input, out);
+                let stored = input.map(|(_, k, v)| (k, v));
+                let source = |s: Source, k: &mut [f32], v: &mut [f32]| self.fetch(head, s, &rows, stored, k, v);
                 self.seal_head(kernels, m.bases, m.tiles, plan, source)?;
             }
         } else if let (Some((q, _, _)), false) = (input, m.raw.is_empty()) {
@@ -327,20 +328,33 @@ impl Layer {
     }
 
     /// Key and value of a source as f32, rounded through f16 as a stored row is. Absent tokens give zeros.
-    fn fetch(&self, head: usize, s: Source, rows: &ExactRows, input: Option<(&Rows, &Rows, &Rows)>, out: &mut [f32]) {
+    fn fetch(&self, head: usize, s: Source, rows: &ExactRows, input: Option<(&Rows, &Rows)>, key: &mut [f32], value: &mut [f32]) {
         let g = self.shape();
         match (s, input) {
-            (Source::Slot(slot), _) => rows.row(slot).convert_to_f32_slice(out),
-            (Source::Token(t), Some((_, k, v))) => {
-                out[..g.d_k].copy_from_slice(k.head(t, head, g.d_k));
-                out[g.d_k..].copy_from_slice(v.head(t, head, g.d_v));
-                out.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32());
+            (Source::Slot(slot), _) => {
+                rows.row(slot)[..g.d_k].convert_to_f32_slice(key);
+                rows.row(slot)[g.d_k..].convert_to_f32_slice(value);
             }
-            (Source::Token(_), None) => out.fill(0.0),
+            (Source::Token(t), Some((k, v))) => {
+                key.copy_from_slice(k.head(t, head, g.d_k));
+                value.copy_from_slice(v.head(t, head, g.d_v));
+                key.iter_mut().chain(value).for_each(|x| *x = f16::from_f32(*x).to_f32());
+            }
+            (Source::Token(_), None) => {
+                key.fill(0.0);
+                value.fill(0.0);
+            }
         }
     }
 
-    fn seal_head(&self, kernels: &Kernels, bases: &[u8], tiles: &mut [u8], plan: &Plan, source: impl Fn(Source, &mut [f32])) -> Result<()> {
+    fn seal_head(
+        &self,
+        kernels: &Kernels,
+        bases: &[u8],
+        tiles: &mut [u8],
+        plan: &Plan,
+        source: impl Fn(Source, &mut [f32], &mut [f32]),
+    ) -> Result<()> {
         let g = self.shape();
         let (bk, bv) = bases.split_at(LayerGeometry::basis_bytes_of(g.d_k));
         SCRATCH.with_borrow_mut(|s| {
@@ -353,8 +367,8 @@ impl Layer {
             for (tile, rows) in plan.seals() {
                 let [(gk, ck), (gv, cv)] = codec::split_tile_mut(&mut tiles[tile * size..(tile + 1) * size], wk);
                 for (row, SealRow { source: from, turn: t }) in rows.enumerate() {
-                    source(from, &mut s.rows_k);
                     let (k, v) = s.rows_k.split_at_mut(g.d_k);
+                    source(from, k, v);
                     self.rope.turn(i64::from(t), &mut turn);
                     self.rope.rotate(&turn, k);
                     codec::encode_row(kernels, &s.bases.0, k, row, gk, ck, &mut s.work);
@@ -403,25 +417,27 @@ impl Layer {
             window: self.geometry.config.window as i32,
             n_cells: i64::from(self.geometry.config.n_cells),
         };
+        let stored = input.map(|(_, k, v)| (k, v));
         let mut row = vec![0.0f32; g.head_elements()];
         let mut turn = Turn::default();
         for (head, (exact, raw)) in waiting.iter().enumerate() {
             let source = ExactRows::new(g, slots, exact, raw)?;
             let (mut k, mut framed, mut v) = (Vec::new(), Vec::new(), Vec::new());
             for (r, ..) in &fit_rows {
-                self.fetch(head, r.source, &source, input, &mut row);
-                k.extend_from_slice(&row[..g.d_k]);
-                v.extend_from_slice(&row[g.d_k..]);
+                let (key, value) = row.split_at_mut(g.d_k);
+                self.fetch(head, r.source, &source, stored, key, value);
+                k.extend_from_slice(key);
+                v.extend_from_slice(value);
                 self.rope.turn(i64::from(r.turn), &mut turn);
-                self.rope.rotate(&turn, &mut row[..g.d_k]);
-                framed.extend_from_slice(&row[..g.d_k]);
+                self.rope.rotate(&turn, key);
+                framed.extend_from_slice(key);
             }
             let n = g.group() * g.d_k;
-            let mut stored = arena::queries(g, raw)?.to_vec();
+            let mut kept_queries = arena::queries(g, raw)?.to_vec();
             if let Some((q, ..)) = input {
-                self.keep_queries(head, &mut stored, plan, q);
+                self.keep_queries(head, &mut kept_queries, plan, q);
             }
-            sample.q.push(kept.iter().flat_map(|(slot, ..)| stored[slot * n..(slot + 1) * n].iter().map(|x| x.to_f32())).collect());
+            sample.q.push(kept.iter().flat_map(|(slot, ..)| kept_queries[slot * n..(slot + 1) * n].iter().map(|x| x.to_f32())).collect());
             sample.k.push(k);
             sample.k_framed.push(framed);
             sample.v.push(v);
@@ -441,7 +457,7 @@ impl Layer {
             let source = ExactRows::new(g, slots, exact, raw)?;
             let (bases, tiles) = arena.split_at_mut(after[head].tiles.start);
             let tiles = &mut tiles[..after[head].tiles.len()];
-            self.seal_head(kernels, &bases[after[head].bases.clone()], tiles, plan, |s, out| self.fetch(head, s, &source, input, out))?;
+            self.seal_head(kernels, &bases[after[head].bases.clone()], tiles, plan, |s, k, v| self.fetch(head, s, &source, stored, k, v))?;
             let record = &mut arena[after[head].exact.clone()];
             for (from, to) in plan.relocations() {
                 arena::exact_row_mut(g, slots, record, &mut [], to)?.copy_from_slice(source.row(from));
@@ -692,17 +708,7 @@ impl Layer {
             keys.resize(at.0 + g.d_k, 0.0);
             values.resize(at.1 + g.d_v, 0.0);
             let (key, value) = (&mut keys[at.0..], &mut values[at.1..]);
-            match source {
-                Source::Slot(slot) => {
-                    rows.row(slot)[..g.d_k].convert_to_f32_slice(key);
-                    rows.row(slot)[g.d_k..].convert_to_f32_slice(value);
-                }
-                Source::Token(i) => {
-                    key.copy_from_slice(k.head(i, head, g.d_k));
-                    value.copy_from_slice(v.head(i, head, g.d_v));
-                    key.iter_mut().chain(value).for_each(|x| *x = f16::from_f32(*x).to_f32());
-                }
-            }
+            self.fetch(head, source, rows, Some((k, v)), key, value);
             if t != 0 {
                 self.rope.turn(i64::from(t), &mut turn);
                 self.rope.rotate(&turn, key);

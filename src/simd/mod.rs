@@ -57,8 +57,6 @@ impl Widths {
 
 /// One level's kernels.
 pub struct Kernels {
-    /// The level these were compiled for.
-    pub level: Level,
     /// `out[j] = matrix[j] . x` for rows of `x.len()` elements.
     pub matvec: fn(matrix: &[f32], x: &[f32], out: &mut [f32]),
     /// `out += sum_j coefficients[j] * matrix[j]` for rows of `out.len()` elements.
@@ -177,7 +175,6 @@ fn exp_sum_body<const FMA: bool>(x: &mut [f32], shift: f32) -> f32 {
 }
 
 static PORTABLE: Kernels = Kernels {
-    level: Level::Portable,
     matvec: matvec_body::<false>,
     accumulate: accumulate_body::<false>,
     tile_scores: tile_scores_body::<false>,
@@ -187,7 +184,7 @@ static PORTABLE: Kernels = Kernels {
 
 #[cfg(target_arch = "x86_64")]
 macro_rules! level {
-    ($module:ident, $name:ident, $level:expr, $features:literal) => {
+    ($module:ident, $name:ident, $features:literal) => {
         mod $module {
             use super::*;
 
@@ -213,7 +210,6 @@ macro_rules! level {
             }
 
             pub(super) static $name: Kernels = Kernels {
-                level: $level,
                 // SAFETY: only `at` hands out this table, after asking the CPU for these features.
                 matvec: |m, x, o| unsafe { matvec_wide(m, x, o) },
                 // SAFETY: only `at` hands out this table, after asking the CPU for these features.
@@ -230,9 +226,9 @@ macro_rules! level {
 }
 
 #[cfg(target_arch = "x86_64")]
-level!(avx2, AVX2, Level::Avx2, "avx2,fma");
+level!(avx2, AVX2, "avx2,fma");
 #[cfg(target_arch = "x86_64")]
-level!(avx512, AVX512, Level::Avx512, "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma");
+level!(avx512, AVX512, "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma");
 
 /// The kernels of a level, or `None` when this CPU lacks it.
 pub fn at(level: Level) -> Option<&'static Kernels> {
