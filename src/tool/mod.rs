@@ -7,6 +7,7 @@ pub mod demo;
 pub mod fetch;
 pub mod fsutil;
 pub mod layout;
+pub mod probe;
 pub mod report;
 pub mod toolchain;
 pub mod tree;
