@@ -375,19 +375,18 @@ struct probe {
         return to_bytes(tokens);
     }
 
+    // piece by piece, so that texts can be put together where tokens were taken apart
     bytes detokenize(const bytes & in) const {
-        const auto tokens = get_tokens(in);
-
-        bytes text(64);
-        int n = llama_detokenize(vocab(), tokens.data(), tokens.size(), text.data(), text.size(), false, true);
-        if (n < 0) {
-            text.resize(-n);
-            n = llama_detokenize(vocab(), tokens.data(), tokens.size(), text.data(), text.size(), false, true);
+        bytes text;
+        bytes piece(64);
+        for (const auto token : get_tokens(in)) {
+            int n = llama_token_to_piece(vocab(), token, piece.data(), piece.size(), 0, true);
+            if (n < 0) {
+                piece.resize(-n);
+                n = llama_token_to_piece(vocab(), token, piece.data(), piece.size(), 0, true);
+            }
+            text.insert(text.end(), piece.begin(), piece.begin() + n);
         }
-        if (n < 0) {
-            throw failure("the tokens have no text");
-        }
-        text.resize(n);
         return text;
     }
 
