@@ -404,7 +404,7 @@ mod tests {
             ("exit", "echo why >&2; exit 3", "exit status: 3"),
             ("kill", "echo why >&2; kill -9 $$", "signal: 9"),
             ("short", r#"echo why >&2; printf '{"bytes":9}\nabc'; exit 3"#, "exit status: 3"),
-            ("garbage", "echo why >&2; echo garbage; sleep 20", "signal: 9"),
+            ("garbage", "echo why >&2; echo garbage; exec sleep 20", "signal: 9"),
         ] {
             let e = answer(name, then).unwrap_err().to_string();
             assert!(e.contains("`tokenize`") && e.contains(status) && e.contains("why") && e.contains(TOOL), "{name}: {e}");
