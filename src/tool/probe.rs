@@ -343,7 +343,7 @@ impl Tensor {
 }
 
 fn numbers<T: bytemuck::Pod>(bytes: &[u8]) -> Result<Vec<T>> {
-    if bytes.len() % size_of::<T>() != 0 {
+    if !bytes.len().is_multiple_of(size_of::<T>()) {
         bail!("{TOOL} sent {} bytes for numbers of {}", bytes.len(), size_of::<T>());
     }
     // The bytes need not be aligned for the numbers.
