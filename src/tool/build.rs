@@ -18,7 +18,8 @@ use super::{cmd, tree};
 pub use super::tree::Tree;
 
 const PREFIX: &str = "llama-";
-const TOOLS: [&str; 6] = ["llama-cli", "llama-completion", "llama-server", "llama-perplexity", "llama-bench", "llama-batched-bench"];
+const TOOLS: [&str; 7] =
+    ["llama-cli", "llama-completion", "llama-server", "llama-perplexity", "llama-bench", "llama-batched-bench", super::probe::TOOL];
 /// What the stock tree is for: comparisons.
 const STOCK_TOOLS: [&str; 3] = ["llama-completion", "llama-perplexity", "llama-bench"];
 

@@ -36,3 +36,12 @@ endif()
 set_source_files_properties(llama-kv-spectral.cpp PROPERTIES
     COMPILE_DEFINITIONS LLAMA_KV_SPECTRAL
     INCLUDE_DIRECTORIES "${LLAMA_KV_SPECTRAL_INCLUDE}")
+
+# The remote control for evaluations. Its target is here, in a file of ours, so that the patch need not touch tools/CMakeLists.txt.
+if (LLAMA_BUILD_TOOLS)
+    add_executable(llama-kv-spectral-probe ${PROJECT_SOURCE_DIR}/tools/kv-spectral-probe.cpp)
+    target_link_libraries(llama-kv-spectral-probe PRIVATE llama vendor::nlohmann)
+    # for llama-ext.h and llama-kv-spectral.h
+    target_include_directories(llama-kv-spectral-probe PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
+    target_compile_features(llama-kv-spectral-probe PRIVATE cxx_std_17)
+endif()

@@ -50,6 +50,9 @@ uint16_t llama_kv_spectral_config(float ratio, uint32_t window, float bits) {
 
 #include "llama-batch.h"
 #include "llama-hparams.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-memory-hybrid-iswa.h"
 
 #include "spectral_kv.h"
 
@@ -561,6 +564,32 @@ bool llama_kv_spectral::impl::get_projection(const layer & l, std::vector<float>
     }
 
     res = { data.data(), (size_t) n_rows };
+
+    return true;
+}
+
+bool llama_kv_spectral_get_info(const llama_context * ctx, llama_kv_spectral_info & res) {
+    const llama_memory_i * mem = llama_get_memory(ctx);
+
+    // the part of the memory that attends to the whole context
+    if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid *>(mem)) {
+        mem = hybrid->get_mem_attn();
+    } else if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid_iswa *>(mem)) {
+        mem = hybrid->get_mem_attn();
+    }
+    if (const auto * iswa = dynamic_cast<const llama_kv_cache_iswa *>(mem)) {
+        mem = iswa->get_base();
+    }
+
+    const auto * kv = dynamic_cast<const llama_kv_cache *>(mem);
+    if (!kv || !kv->get_spectral()) {
+        return false;
+    }
+
+    const auto & report = kv->get_spectral()->get_impl().report;
+
+    res.bytes_tables = report.bytes_tables;
+    res.code_bits    = report.code_bits;
 
     return true;
 }
@@ -1184,6 +1213,10 @@ bool llama_kv_spectral::state_read(llama_io_read_i & io, uint32_t strm, const sl
 bool llama_kv_spectral_check(const llama_model &, llama_context_params &) {
     LLAMA_LOG_ERROR("%s: kv_spectral: llama.cpp was built without LLAMA_KV_SPECTRAL; build it with -DLLAMA_KV_SPECTRAL=ON and "
             "LLAMA_KV_SPECTRAL_LIB and LLAMA_KV_SPECTRAL_INCLUDE set, or leave --kv-spectral away\n", __func__);
+    return false;
+}
+
+bool llama_kv_spectral_get_info(const llama_context *, llama_kv_spectral_info &) {
     return false;
 }
 

@@ -11,6 +11,15 @@ struct llama_model;
 // Turns flash attention on when it was left to be chosen automatically.
 bool llama_kv_spectral_check(const llama_model & model, llama_context_params & params);
 
+// what a compressed cache says about itself beyond its tensors
+struct llama_kv_spectral_info {
+    uint64_t bytes_tables; // the host tables, which are not part of any ggml buffer
+    double   code_bits;    // per element
+};
+
+// false when the cache of the context is not compressed
+LLAMA_API bool llama_kv_spectral_get_info(const llama_context * ctx, llama_kv_spectral_info & res);
+
 //
 // llama_kv_spectral
 //
