@@ -74,11 +74,23 @@ pub struct Config {
     /// Rows behind the window in the finest band; the next holds twice as many. 0 gives all rows one rate,
     /// [`FINE_ROWS_AUTO`] a 64th of the cells, at least two tiles for each sequence.
     pub fine_rows: u32,
+    /// Bases come from a calibration ([`crate::codec::calibration`]): rows are coded from the first step on.
+    pub calibrated: bool,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Config { n_cells: 0, n_streams: 1, n_seqs: 1, window: 128, sinks: 4, ratio: 8.0, bits: 0.0, fine_rows: FINE_ROWS_AUTO }
+        Config {
+            n_cells: 0,
+            n_streams: 1,
+            n_seqs: 1,
+            window: 128,
+            sinks: 4,
+            ratio: 8.0,
+            bits: 0.0,
+            fine_rows: FINE_ROWS_AUTO,
+            calibrated: false,
+        }
     }
 }
 
@@ -93,6 +105,14 @@ pub struct LayerShape {
     pub d_k: u32,
     /// Elements of a value head.
     pub d_v: u32,
+}
+
+impl LayerShape {
+    /// Heads that a layer can have.
+    pub fn is_possible(&self) -> bool {
+        let dims_ok = |d: u32| d > 0 && d <= 1024 && d.is_multiple_of(2);
+        self.n_head_kv > 0 && self.n_head > 0 && self.n_head <= 4096 && self.n_head % self.n_head_kv == 0 && dims_ok(self.d_k) && dims_ok(self.d_v)
+    }
 }
 
 /// Sizes of one layer's arena.
@@ -125,7 +145,7 @@ pub struct Geometry {
     pub exact: usize,
     /// Exact slots that exist before the fit (including the former).
     pub raw: usize,
-    /// Rows of one sequence that trigger the fit.
+    /// Rows of one sequence that trigger the fit; 1 when there is nothing to fit.
     pub fit_rows: usize,
     /// Tiles; 0 when every row stays exact.
     pub tiles: usize,
@@ -193,6 +213,19 @@ fn align(n: usize, to: usize) -> usize {
 }
 
 impl LayerGeometry {
+    /// A layer of these heads, with nothing in it.
+    pub fn heads(s: &LayerShape) -> Self {
+        LayerGeometry {
+            n_head: s.n_head as usize,
+            n_head_kv: s.n_head_kv as usize,
+            d_k: s.d_k as usize,
+            d_v: s.d_v as usize,
+            code_bytes: [0; BANDS],
+            exact_bytes: 0,
+            body_bytes: 0,
+            arena_bytes: 0,
+        }
+    }
     /// Query heads per KV head.
     pub fn group(&self) -> usize {
         self.n_head / self.n_head_kv
@@ -268,13 +301,13 @@ impl Geometry {
             return fail(format!("{} layers; 1 to 4096 are possible", shapes.len()));
         }
         for (i, s) in shapes.iter().enumerate() {
-            let dims_ok = |d: u32| d > 0 && d <= 1024 && d.is_multiple_of(2);
-            if s.n_head_kv == 0 || s.n_head == 0 || s.n_head > 4096 || s.n_head % s.n_head_kv != 0 || !dims_ok(s.d_k) || !dims_ok(s.d_v) {
+            if !s.is_possible() {
                 return fail(format!("layer {i}: {} query heads, {} KV heads, head sizes {} and {}", s.n_head, s.n_head_kv, s.d_k, s.d_v));
             }
         }
         let cells = c.n_cells as usize;
-        let fit_rows = (cells / 2).clamp(FIT_ROWS_MIN, FIT_ROWS);
+        // With bases at hand no row has to wait.
+        let fit_rows = if c.calibrated { 1 } else { (cells / 2).clamp(FIT_ROWS_MIN, FIT_ROWS) };
         let wanted = c.n_seqs as usize * (c.window as usize + c.sinks as usize + TILE);
         let all_exact = cells <= wanted.max(fit_rows);
         let exact = if all_exact { cells } else { wanted };
@@ -282,21 +315,13 @@ impl Geometry {
         let band_tiles = if all_exact { [0; BANDS] } else { bands(c, cells - c.window as usize) };
         let tiles = band_tiles.iter().sum();
         let f16_row: usize = shapes.iter().map(|s| (s.n_head_kv * (s.d_k + s.d_v) * 2) as usize).sum();
-        let tables = table_bytes(cells, tiles, cells.min(exact + FIT_ROWS)) as f64;
+        let most_raw = if c.calibrated { exact } else { cells.min(exact + FIT_ROWS) };
+        let tables = table_bytes(cells, tiles, most_raw) as f64;
         let raw_least = fit_rows.max(exact);
 
         let mut layers = Vec::with_capacity(shapes.len());
         for s in shapes {
-            let mut l = LayerGeometry {
-                n_head: s.n_head as usize,
-                n_head_kv: s.n_head_kv as usize,
-                d_k: s.d_k as usize,
-                d_v: s.d_v as usize,
-                code_bytes: [0; BANDS],
-                exact_bytes: 0,
-                body_bytes: 0,
-                arena_bytes: 0,
-            };
+            let mut l = LayerGeometry::heads(s);
             l.exact_bytes = align(HEAD_RECORD_BYTES + exact * l.row_bytes(), 64);
             if tiles > 0 {
                 let elements = (l.n_head_kv * l.head_elements()) as f64;
@@ -314,20 +339,30 @@ impl Geometry {
                 l.code_bytes = rates(mean_bits, &band_tiles).map(bytes_at);
                 let codes: usize = l.code_bytes.iter().zip(band_tiles).map(|(bytes, n)| bytes * n).sum();
                 let coded = coded_fixed + codes;
-                let before_fit = l.n_head_kv * align((raw_least - exact) * l.row_bytes() + l.query_bytes(), 64);
-                l.body_bytes = align(coded.max(before_fit), 64);
+                let before_fit = if c.calibrated { 0 } else { align((raw_least - exact) * l.row_bytes() + l.query_bytes(), 64) };
+                l.body_bytes = align(coded.max(l.n_head_kv * before_fit), 64);
             }
             l.arena_bytes = (HEADER_BYTES + l.n_head_kv * l.exact_bytes + l.body_bytes).next_multiple_of(256);
             layers.push(l);
         }
-        let raw = if tiles == 0 {
+        let raw = if tiles == 0 || c.calibrated {
             exact
         } else {
             let spare = layers.iter().map(|l| (l.raw_head_bytes() - l.query_bytes()) / l.row_bytes()).min();
             // More than a few windows of rows waiting for a fit would only slow the steps before it.
-            (exact + spare.unwrap_or(0)).min(cells).min(exact + FIT_ROWS)
+            (exact + spare.unwrap_or(0)).min(most_raw)
         };
         Ok(Geometry { config: c.clone(), exact, raw, fit_rows, tiles, band_tiles, layers })
+    }
+
+    /// Whether queries are kept for a fit.
+    pub fn keeps_queries(&self) -> bool {
+        self.tiles > 0 && !self.config.calibrated
+    }
+
+    /// Rows behind the window at which each band ends.
+    pub fn band_ends(&self) -> [i64; BANDS] {
+        std::array::from_fn(|b| if b + 1 < BANDS { (self.band(b).end * TILE) as i64 } else { i64::MAX })
     }
 
     /// Tiles of a band.

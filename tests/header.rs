@@ -57,6 +57,7 @@ fn generate() -> String {
     cbindgen::Builder::new()
         .with_src(root.join("src/ffi/types.rs"))
         .with_src(root.join("src/ffi/geometry.rs"))
+        .with_src(root.join("src/ffi/calibration.rs"))
         .with_src(root.join("src/ffi/table.rs"))
         .with_src(root.join("src/ffi/layer.rs"))
         .with_src(root.join("src/ffi/state.rs"))

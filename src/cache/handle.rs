@@ -30,6 +30,9 @@ impl Cache {
         if config.n_streams != 1 || config.n_seqs != 1 {
             return Err(Error::Config("a cache that owns its memory holds one sequence".into()));
         }
+        if config.calibrated {
+            return Err(Error::Config("a cache that owns its memory fits its bases itself".into()));
+        }
         let geometry = Arc::new(Geometry::new(config, &[shape])?);
         let row = (shape.n_head * shape.d_v) as usize;
         if !projection.len().is_multiple_of(row) || !projection.iter().all(|x| x.is_finite()) {

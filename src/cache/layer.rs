@@ -7,8 +7,8 @@
 use super::arena::{self, ExactRows};
 use super::plan::{self, Change, Plan, SealRow, Source};
 use crate::attention::{merge, partial_floats, Accumulator, Scoring};
-use crate::codec::{self, fit, Basis, TileMap};
-use crate::config::{Geometry, LayerGeometry, BANDS, CHUNKS, MAX_QUERIES, TILE};
+use crate::codec::{self, calibration::Calibration, fit, Basis, TileMap};
+use crate::config::{Geometry, LayerGeometry, CHUNKS, MAX_QUERIES, TILE};
 use crate::error::{argument, Error, Result};
 use crate::rope::{Rope, RopeParams, Turn};
 use crate::simd::{self, Kernels};
@@ -148,6 +148,8 @@ pub struct Layer {
     index: usize,
     rope: Rope,
     scoring: Scoring,
+    /// All heads' stored bases, when they come from a calibration.
+    calibrated: Option<Vec<u8>>,
     /// Rows were stored in some arena.
     used: AtomicBool,
     /// What this layer has done.
@@ -180,6 +182,16 @@ pub struct HeadMut<'a> {
     pub tiles: &'a mut [u8],
 }
 
+/// Copies of what each head keeps before a fit: record and permanent exact rows, further exact rows and queries.
+type Waiting = Vec<(Vec<u8>, Vec<u8>)>;
+
+/// Write a head's bases as an arena has them.
+fn store_bases(g: &LayerGeometry, (k, v): &(Basis, Basis), bytes: &mut [u8]) {
+    let (bk, bv) = bytes.split_at_mut(LayerGeometry::basis_bytes_of(g.d_k));
+    k.store(bk);
+    v.store(bv);
+}
+
 /// A block of at most 64 rows that attention handles at once.
 enum Block<'a> {
     Exact(usize, usize),
@@ -194,7 +206,7 @@ impl Layer {
             return argument(format!("layer {index} of {}", geometry.layers.len()));
         };
         let scoring = Scoring { scale: 1.0 / (l.d_k as f32).sqrt(), softcap: 0.0 };
-        Ok(Layer { geometry, index, rope: Rope::identity(), scoring, used: AtomicBool::new(false), counters: Counters::default() })
+        Ok(Layer { geometry, index, rope: Rope::identity(), scoring, calibrated: None, used: AtomicBool::new(false), counters: Counters::default() })
     }
 
     /// Sizes of this layer.
@@ -213,8 +225,42 @@ impl Layer {
         if rope != self.rope && self.used.load(Relaxed) {
             return Err(Error::State("the rope changed after rows were stored".into()));
         }
+        if rope != self.rope {
+            self.calibrated = None;
+        }
         self.rope = rope;
         Ok(())
+    }
+
+    /// Take the bases from layer `model_layer` of a calibration instead of fitting them. The rope must have been set.
+    pub fn set_calibration(&mut self, calibration: &Calibration, model_layer: usize) -> Result<()> {
+        if !self.geometry.config.calibrated {
+            return Err(Error::State("the cache was not configured for a calibration".into()));
+        }
+        let g = self.shape();
+        let Some(Some(l)) = calibration.layers.get(model_layer) else {
+            return Err(Error::Data(format!("the calibration has no layer {model_layer}")));
+        };
+        let s = &l.shape;
+        if [s.n_head, s.n_head_kv, s.d_k, s.d_v].map(|x| x as usize) != [g.n_head, g.n_head_kv, g.d_k, g.d_v] {
+            return Err(Error::Data(format!("layer {model_layer} of the calibration has other heads")));
+        }
+        if l.rope != self.rope.to_bytes() {
+            return Err(Error::Data(format!("layer {model_layer} of the calibration has other RoPE settings")));
+        }
+        let mut bytes = vec![0; g.n_head_kv * g.basis_bytes()];
+        let bases = l.spectrum.bases(g, self.geometry.band_ends());
+        bytes.chunks_exact_mut(g.basis_bytes()).zip(bases).for_each(|(bytes, b)| store_bases(g, &b, bytes));
+        self.calibrated = Some(bytes);
+        Ok(())
+    }
+
+    /// The bases of a calibration; `None` when they are to be fitted.
+    fn calibrated_bases(&self) -> Result<Option<&[u8]>> {
+        match &self.calibrated {
+            None if self.geometry.config.calibrated => Err(Error::State("no calibration was set for this layer".into())),
+            bases => Ok(bases.as_deref()),
+        }
     }
 
     /// The rotation of this layer's keys.
@@ -407,8 +453,47 @@ impl Layer {
     fn fit_and_store(&self, arena: &mut [u8], plan: &Plan, input: Option<(&Rows, &Rows, &Rows)>, projection: &[f32]) -> Result<()> {
         let (g, slots, kernels) = (self.shape(), self.geometry.exact, simd::kernels());
         let before = arena::ranges(arena, g, &self.geometry.band_tiles, false)?;
+        let calibrated = self.calibrated_bases()?;
         // Bases and tiles are about to take the place of the waiting rows: work from copies.
-        let waiting: Vec<(Vec<u8>, Vec<u8>)> = before.iter().map(|r| (arena[r.exact.clone()].to_vec(), arena[r.raw.clone()].to_vec())).collect();
+        let raw = |r: &arena::HeadRanges| if calibrated.is_some() { Vec::new() } else { arena[r.raw.clone()].to_vec() };
+        let waiting: Waiting = before.iter().map(|r| (arena[r.exact.clone()].to_vec(), raw(r))).collect();
+        let at = g.body_offset()..g.body_offset() + g.n_head_kv * g.basis_bytes();
+        match calibrated {
+            Some(bases) => arena[at].copy_from_slice(bases),
+            None => {
+                let bases = self.fit(&waiting, plan, input, projection)?;
+                arena[at].chunks_exact_mut(g.basis_bytes()).zip(bases).for_each(|(bytes, b)| store_bases(g, &b, bytes));
+            }
+        }
+        arena::write_header(arena);
+        let stored = input.map(|(_, k, v)| (k, v));
+        let after = arena::ranges(arena, g, &self.geometry.band_tiles, true)?;
+        for (head, (exact, raw)) in waiting.iter().enumerate() {
+            let source = ExactRows::new(g, slots, exact, raw)?;
+            let (bases, tiles) = arena.split_at_mut(after[head].tiles.start);
+            let tiles = &mut tiles[..after[head].tiles.len()];
+            self.change_tiles(kernels, &bases[after[head].bases.clone()], tiles, plan, |s, k, v| self.fetch(head, s, &source, stored, k, v))?;
+            let record = &mut arena[after[head].exact.clone()];
+            for (from, to) in plan.relocations() {
+                arena::exact_row_mut(g, slots, record, &mut [], to)?.copy_from_slice(source.row(from));
+            }
+            if let Some((_, k, v)) = input {
+                self.store_tokens(head, record, &mut [], plan, k, v)?;
+            }
+            arena::set_epoch(record, plan.epoch);
+        }
+        Ok(())
+    }
+
+    /// Bases of all heads for the rows and queries that the plan names.
+    fn fit(
+        &self,
+        waiting: &Waiting,
+        plan: &Plan,
+        input: Option<(&Rows, &Rows, &Rows)>,
+        projection: &[f32],
+    ) -> Result<Vec<(Basis, Basis)>> {
+        let (g, slots) = (self.shape(), self.geometry.exact);
         let places = |v: Vec<(i32, i32)>| v.into_iter().map(|(pos, seq)| fit::Place { pos, seq }).collect::<Vec<_>>();
         let fit_rows: Vec<_> = plan.fit_rows().filter(|(r, ..)| input.is_some() || matches!(r.source, Source::Slot(_))).collect();
         let rows = places(fit_rows.iter().map(|(_, pos, seq)| (*pos, *seq)).collect());
@@ -427,7 +512,7 @@ impl Layer {
             softcap: self.scoring.softcap,
             window: self.geometry.config.window as i32,
             n_cells: i64::from(self.geometry.config.n_cells),
-            band_ends: std::array::from_fn(|b| if b + 1 < BANDS { (self.geometry.band(b).end * TILE) as i64 } else { i64::MAX }),
+            edges: self.geometry.band_ends().to_vec(),
         };
         let stored = input.map(|(_, k, v)| (k, v));
         let mut row = vec![0.0f32; g.head_elements()];
@@ -454,32 +539,7 @@ impl Layer {
             sample.k_framed.push(framed);
             sample.v.push(v);
         }
-        let bases = fit::fit(kernels, g, &self.rope, &sample)?;
-        drop(sample);
-
-        for (head, (k, v)) in bases.iter().enumerate() {
-            let at = g.body_offset() + head * g.basis_bytes();
-            let (bk, bv) = arena[at..at + g.basis_bytes()].split_at_mut(LayerGeometry::basis_bytes_of(g.d_k));
-            k.store(bk);
-            v.store(bv);
-        }
-        arena::write_header(arena);
-        let after = arena::ranges(arena, g, &self.geometry.band_tiles, true)?;
-        for (head, (exact, raw)) in waiting.iter().enumerate() {
-            let source = ExactRows::new(g, slots, exact, raw)?;
-            let (bases, tiles) = arena.split_at_mut(after[head].tiles.start);
-            let tiles = &mut tiles[..after[head].tiles.len()];
-            self.change_tiles(kernels, &bases[after[head].bases.clone()], tiles, plan, |s, k, v| self.fetch(head, s, &source, stored, k, v))?;
-            let record = &mut arena[after[head].exact.clone()];
-            for (from, to) in plan.relocations() {
-                arena::exact_row_mut(g, slots, record, &mut [], to)?.copy_from_slice(source.row(from));
-            }
-            if let Some((_, k, v)) = input {
-                self.store_tokens(head, record, &mut [], plan, k, v)?;
-            }
-            arena::set_epoch(record, plan.epoch);
-        }
-        Ok(())
+        Ok(fit::analyse(simd::kernels(), g, &self.rope, &sample)?.bases(g, self.geometry.band_ends()))
     }
 
     /// After a graph that stopped part-way: do what the plan does to rows already stored, unless this arena has done it.
@@ -490,7 +550,7 @@ impl Layer {
         let heads = self.ranges(arena, plan)?;
         if plan.fit {
             let has_run = arena::epoch(&arena[g.exact_offset(0)..]) == plan.epoch;
-            let lost = plan::replay_is_lost(plan.fit_rows().map(|(r, ..)| r.source));
+            let lost = plan::replay_is_lost(&self.geometry, plan.fit_rows().map(|(r, ..)| r.source));
             return if has_run || lost { Ok(()) } else { self.fit_and_store(arena, plan, None, &[]) };
         }
         for (head, r) in heads.into_iter().enumerate() {

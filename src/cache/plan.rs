@@ -105,9 +105,9 @@ pub struct PlanData {
     pub fit_queries: Vec<(u32, i32, i32)>,
 }
 
-/// Whether replaying a fit on these rows is pointless: too few of them were stored before the step.
-pub fn replay_is_lost(sources: impl Iterator<Item = Source>) -> bool {
-    sources.filter(|s| matches!(s, Source::Slot(_))).count() < FIT_ROWS_MIN * 3 / 4
+/// Whether replaying a fit on these rows is pointless: too few of them were stored before the step. A calibration needs none.
+pub fn replay_is_lost(g: &Geometry, sources: impl Iterator<Item = Source>) -> bool {
+    !g.config.calibrated && sources.filter(|s| matches!(s, Source::Slot(_))).count() < FIT_ROWS_MIN * 3 / 4
 }
 
 /// Ints of the longest plan for `n_tokens` new tokens.
@@ -116,9 +116,10 @@ pub fn capacity(g: &Geometry, n_tokens: usize) -> usize {
     let seals = if g.tiles > 0 { (before_fit + n_tokens) / TILE + 1 } else { 0 };
     // Room for a seal may take a recode for each band, or the moves of a tile.
     let changes = seals * (SEAL_INTS + MOVE_INTS * (BANDS + TILE));
-    let records = if g.tiles > 0 { n_tokens } else { 0 };
-    let fit = if g.tiles > 0 { FIT_ROWS_MAX.min(before_fit + n_tokens) * FIT_ROW_INTS + QUERY_SLOTS * FIT_QUERY_INTS + 2 * g.exact } else { 0 };
-    HEADER + 2 * n_tokens + 3 * g.raw + g.tiles * TILE_INTS + changes + 2 * records + fit
+    let records = if g.keeps_queries() { n_tokens } else { 0 };
+    let sample = if g.keeps_queries() { FIT_ROWS_MAX.min(before_fit + n_tokens) * FIT_ROW_INTS + QUERY_SLOTS * FIT_QUERY_INTS } else { 0 };
+    let relocations = if g.keeps_queries() { 2 * g.exact } else { 0 };
+    HEADER + 2 * n_tokens + 3 * g.raw + g.tiles * TILE_INTS + changes + 2 * records + sample + relocations
 }
 
 impl PlanData {

@@ -5,7 +5,8 @@
 //! exact slots or, when a ubatch is longer than the window, tiles directly. Rows that leave their sequence's window are sealed
 //! 64 at a time into a tile of the finest band. A freed row is a hole; when a band runs out of tiles, rows of its sparse tiles
 //! move, bit for bit, into holes of others; without enough holes its oldest tile is coded again in the next band.
-//! A table whose cells are all gone forgets its basis: what comes next gets the output it would get alone.
+//! A table whose cells are all gone forgets its basis: what comes next gets the output it would get alone. With a calibration the
+//! first step with rows is the one that "fits": it has nothing to look at, it stores the bases that the layers have.
 //!
 //! A plan is pending until `commit`. Freeing the rows of vanished cells is a fact and is not rolled back; everything else is
 //! applied by `commit`. Must not know what rows contain, nor how many layers there are.
@@ -265,6 +266,8 @@ impl Table {
         if g.tiles > 0 && !self.fitted {
             let longest = sequences.iter().map(|s| s.len()).max().unwrap_or(0);
             data.fit = longest >= g.fit_rows || candidates.len() > g.raw;
+        }
+        if g.keeps_queries() && !self.fitted {
             let stride = (g.fit_rows / QUERY_SLOTS).max(1) as u64;
             for i in 0..new.len() {
                 let n = self.seen + i as u64;
@@ -376,7 +379,8 @@ impl Table {
     /// to fit and few rows were stored before it, there is nothing to fit on and the waiting rows may be gone: the table forgets
     /// all rows and says so.
     pub fn commit_replayed(&mut self) -> Result<()> {
-        let lost = self.pending.as_ref().is_some_and(|p| p.data.fit && plan::replay_is_lost(p.data.fit_rows.iter().map(|r| r.0.source)));
+        let too_few = |p: &Pending| plan::replay_is_lost(&self.geometry, p.data.fit_rows.iter().map(|r| r.0.source));
+        let lost = self.pending.as_ref().is_some_and(|p| p.data.fit && too_few(p));
         if lost && self.slot_cell.iter().any(|c| *c != NOWHERE) {
             self.reset();
             return Err(Error::State("the step that fits the bases was interrupted with few rows stored; clear the cache and begin again".into()));

@@ -1,5 +1,8 @@
 //! Fit of one layer: second moments, weighted Karhunen-Loeve bases and the layer's bit widths.
 //!
+//! In two halves: [`analyse`] finds in rows and queries what can be found without knowing a cache, [`Spectrum::bases`] spends the
+//! bits of one. The second may happen elsewhere, see [`super::calibration`].
+//!
 //! Keys are weighted by the second moment of the queries as tiles see them, which makes the *score* error diagonal; values by
 //! the output projection. One bit budget covers all heads, K and V: a coefficient counts by what its error does to the layer's
 //! output, which is proportional to the head's attention energy on rows that will be coded (most heads look at the window only).
@@ -58,8 +61,30 @@ pub struct Sample<'a> {
     pub window: i32,
     /// Longest distance there can be.
     pub n_cells: i64,
-    /// Rows behind the window at which each band ends.
-    pub band_ends: [i64; BANDS],
+    /// Rows behind the window up to which attention energy is added up, ascending; the last is `i64::MAX`.
+    pub edges: Vec<i64>,
+}
+
+/// What a sample says about a layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Spectrum {
+    /// [`Sample::edges`].
+    pub edges: Vec<i64>,
+    /// The KV heads.
+    pub heads: Vec<HeadSpectrum>,
+}
+
+/// What a sample says about a KV head.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HeadSpectrum {
+    /// Keys, in the frames of their tiles.
+    pub k: Transform,
+    /// Values.
+    pub v: Transform,
+    /// How much the values seen spread in the output: what a wrong score stirs up.
+    pub spread: f64,
+    /// Attention energy of each query head of the group, up to each edge.
+    pub energy: Vec<Vec<f64>>,
 }
 
 struct Moments {
@@ -100,14 +125,21 @@ fn eigen(m: &Mat<f64>) -> Result<(Vec<f64>, Mat<f64>)> {
     Ok((values, e.U().to_owned()))
 }
 
-/// Eigenvectors of `W^(1/2) C W^(1/2)`: decreasing eigenvalues, and matrices of full rank.
-struct Transform {
-    variance: Vec<f64>,
-    encode: Mat<f64>,
-    decode: Mat<f64>,
+/// Mean, and eigenvectors of `W^(1/2) C W^(1/2)` for second moments `C` and weights `W`: all of them, by decreasing eigenvalue.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Transform {
+    /// Mean of the rows.
+    pub mean: Vec<f32>,
+    /// The eigenvalues.
+    pub variance: Vec<f64>,
+    /// `d x d`: row `j` gives coefficient `j` with unit variance from a row less the mean.
+    pub encode: Vec<f32>,
+    /// `d x d`: what a unit of coefficient `j` adds to a row.
+    pub decode: Vec<f32>,
 }
 
-fn transform(covariance: &Mat<f64>, weight: &Mat<f64>) -> Result<Transform> {
+fn transform(moments: Moments, weight: &Mat<f64>) -> Result<Transform> {
+    let covariance = &moments.covariance;
     let d = covariance.nrows();
     let (values, vectors) = eigen(weight)?;
     let mean = values.iter().sum::<f64>() / d as f64;
@@ -122,35 +154,31 @@ fn transform(covariance: &Mat<f64>, weight: &Mat<f64>) -> Result<Transform> {
     let floor = values.iter().fold(0.0f64, |a, x| a.max(*x)) * 1e-12;
     let variance: Vec<f64> = values.iter().rev().map(|v| v.max(floor).max(1e-30)).collect();
     let flipped = Mat::from_fn(d, d, |i, j| vectors[(i, d - 1 - j)]);
-    let encode = Mat::from_fn(d, d, {
-        let e = flipped.transpose() * &half;
-        let v = &variance;
-        move |i, j| e[(i, j)] / v[i].sqrt()
-    });
-    let decode = Mat::from_fn(d, d, {
-        let e = flipped.transpose() * &inverse;
-        let v = &variance;
-        move |i, j| e[(i, j)] * v[i].sqrt()
-    });
-    Ok(Transform { variance, encode, decode })
+    let rows = |m: Mat<f64>, scale: &dyn Fn(f64, f64) -> f64| -> Vec<f32> {
+        (0..d).flat_map(|i| (0..d).map(move |j| (i, j))).map(|(i, j)| scale(m[(i, j)], variance[i].sqrt()) as f32).collect()
+    };
+    let encode = rows(flipped.transpose() * &half, &|x, deviation| x / deviation);
+    let decode = rows(flipped.transpose() * &inverse, &|x, deviation| x * deviation);
+    Ok(Transform { mean: moments.mean, variance, encode, decode })
 }
 
 /// The basis with what each band codes; `widths` holds a width per coefficient, which falls with the coefficient's variance.
-fn build_basis(d: usize, mean: Vec<f32>, t: &Transform, widths: [&[u32]; BANDS]) -> Basis {
+fn build_basis(t: &Transform, widths: [&[u32]; BANDS]) -> Basis {
+    let d = t.mean.len();
     let widths = widths.map(|band| Widths { counts: Widths::BITS.map(|bits| band.iter().filter(|w| **w == bits).count()) });
-    let mut basis = Basis { d, widths, mean, ..Basis::default() };
+    let mut basis = Basis { d, widths, mean: t.mean.clone(), ..Basis::default() };
     let rank = basis.rank();
-    let rows = |m: &Mat<f64>| (0..rank).flat_map(|j| (0..d).map(move |i| (j, i))).map(|at| m[at] as f32).collect();
-    (basis.encode, basis.decode) = (rows(&t.encode), rows(&t.decode));
+    (basis.encode, basis.decode) = (t.encode[..rank * d].to_vec(), t.decode[..rank * d].to_vec());
     basis.weight = t.variance[..rank].iter().map(|v| (v / t.variance[0]) as f32).collect();
     basis
 }
 
-/// Attention energy of each query head of a group on rows that will be coded: `E[sum of p^2 over rows outside the window]`, for
-/// each band those up to its end. A fit sees few rows as old as those of the last bands, so these count all the younger ones, too.
-fn energies(kernels: &Kernels, s: &Sample, g: &LayerGeometry, head: usize) -> Vec<[f64; BANDS]> {
+/// Attention energy of each query head of a group on rows that will be coded: `E[sum of p^2 over rows outside the window]`, up to
+/// each edge.
+fn energies(kernels: &Kernels, s: &Sample, g: &LayerGeometry, head: usize) -> Vec<Vec<f64>> {
     let (group, d) = (g.group(), g.d_k);
-    let mut energy = vec![[0.0; BANDS]; group];
+    let mut energy = vec![vec![0.0; s.edges.len()]; group];
+    let mut squares = vec![0.0; s.edges.len()];
     let mut scores = vec![0.0f32; s.rows.len()];
     for (i, place) in s.queries.iter().enumerate() {
         for (a, energy) in energy.iter_mut().enumerate() {
@@ -171,16 +199,16 @@ fn energies(kernels: &Kernels, s: &Sample, g: &LayerGeometry, head: usize) -> Ve
                 continue;
             }
             let sum = f64::from((kernels.exp_sum)(&mut scores, largest));
-            let mut squares = [0.0; BANDS];
+            squares.fill(0.0);
             for (p, row) in scores.iter().zip(s.rows) {
                 let behind = i64::from(place.pos) - i64::from(row.pos) - i64::from(s.window);
-                for (sum, end) in squares.iter_mut().zip(s.band_ends) {
-                    if (0..end).contains(&behind) {
+                for (sum, end) in squares.iter_mut().zip(&s.edges) {
+                    if (0..*end).contains(&behind) {
                         *sum += f64::from(*p) * f64::from(*p);
                     }
                 }
             }
-            energy.iter_mut().zip(squares).for_each(|(e, x)| *e += x / (sum * sum) / s.queries.len() as f64);
+            energy.iter_mut().zip(&squares).for_each(|(e, x)| *e += x / (sum * sum) / s.queries.len() as f64);
         }
     }
     energy
@@ -247,42 +275,77 @@ fn with_floor(energy: &mut [Vec<f64>], floor: f64) {
     }
 }
 
-/// Fit all heads of a layer: `(K, V)` bases within `g.code_bytes` per tile.
-pub fn fit(kernels: &Kernels, g: &LayerGeometry, rope: &Rope, s: &Sample) -> Result<Vec<(Basis, Basis)>> {
-    let heads = g.n_head_kv;
-    let by_band: Vec<Vec<[f64; BANDS]>> = (0..heads).map(|h| energies(kernels, s, g, h)).collect();
-    let energy: [Vec<Vec<f64>>; BANDS] = std::array::from_fn(|band| {
-        let mut e: Vec<Vec<f64>> = by_band.iter().map(|head| head.iter().map(|x| x[band]).collect()).collect();
-        with_floor(&mut e, ENERGY_FLOOR[band]);
-        e
-    });
-    let mut parts = Vec::with_capacity(heads);
-    let mut variances: [Vec<f64>; BANDS] = Default::default();
-    for h in 0..heads {
-        let k = moments(kernels, &s.k_framed[h], g.d_k);
-        let v = moments(kernels, &s.v[h], g.d_v);
-        let tk = transform(&k.covariance, &query_moment(kernels, s, g, rope, h))?;
-        // One basis serves all bands; how much each query head counts in it is taken from the last, which has most rows.
-        let gram = projection_gram(kernels, s, g, h, &energy[BANDS - 1][h]);
-        let tv = transform(&v.covariance, &gram)?;
-        let whole: f64 = energy[BANDS - 1][h].iter().sum();
-        // How much the values seen spread in the output: what a wrong score stirs up.
-        let spread: f64 = (0..g.d_v).map(|i| (0..g.d_v).map(|j| gram[(i, j)] * v.covariance[(j, i)]).sum::<f64>()).sum();
-        for (variances, energy) in variances.iter_mut().zip(&energy) {
-            let share = energy[h].iter().sum::<f64>() / whole.max(1e-300);
-            variances.extend(tk.variance.iter().map(|x| x * spread * share));
-            variances.extend(tv.variance.iter().map(|x| x * share));
-        }
-        parts.push((k.mean, tk, v.mean, tv));
+/// Energies up to a number of rows behind the window, between edges by the logarithm of the distance. `edges` as in [`Sample`].
+fn energy_at(edges: &[i64], energy: &[f64], rows: i64) -> f64 {
+    let i = edges.partition_point(|e| *e < rows);
+    // Nothing lies behind the last finite edge that was seen.
+    if i + 1 >= edges.len() || edges[i] == rows {
+        return energy[i.min(edges.len() - 1)];
     }
-    let widths: [Vec<u32>; BANDS] = std::array::from_fn(|band| allocate(&variances[band], g.row_bits(band)));
-    Ok(parts
-        .into_iter()
-        .enumerate()
-        .map(|(h, (mk, tk, mv, tv))| {
+    let (low, high) = if i == 0 { ((1, 0.0), (edges[0], energy[0])) } else { ((edges[i - 1], energy[i - 1]), (edges[i], energy[i])) };
+    let at = |x: i64| (x.max(1) as f64).ln();
+    let share = (at(rows) - at(low.0)) / (at(high.0) - at(low.0)).max(1e-9);
+    low.1 + share.clamp(0.0, 1.0) * (high.1 - low.1)
+}
+
+/// What the sample says about all heads of a layer.
+pub fn analyse(kernels: &Kernels, g: &LayerGeometry, rope: &Rope, s: &Sample) -> Result<Spectrum> {
+    let energy: Vec<Vec<Vec<f64>>> = (0..g.n_head_kv).map(|h| energies(kernels, s, g, h)).collect();
+    // One basis serves all bands; how much each query head counts in it is taken from the last, which has most rows.
+    let mut weights: Vec<Vec<f64>> = energy.iter().map(|head| head.iter().map(|e| e[e.len() - 1]).collect()).collect();
+    with_floor(&mut weights, ENERGY_FLOOR[BANDS - 1]);
+    let mut heads = Vec::with_capacity(g.n_head_kv);
+    for (h, energy) in energy.into_iter().enumerate() {
+        let (k, v) = (moments(kernels, &s.k_framed[h], g.d_k), moments(kernels, &s.v[h], g.d_v));
+        let k = transform(k, &query_moment(kernels, s, g, rope, h))?;
+        let gram = projection_gram(kernels, s, g, h, &weights[h]);
+        let spread: f64 = (0..g.d_v).map(|i| (0..g.d_v).map(|j| gram[(i, j)] * v.covariance[(j, i)]).sum::<f64>()).sum();
+        heads.push(HeadSpectrum { k, v: transform(v, &gram)?, spread, energy });
+    }
+    Ok(Spectrum { edges: s.edges.clone(), heads })
+}
+
+impl Spectrum {
+    /// `(K, V)` bases of all heads within `g.code_bytes` per tile; `band_ends` are the rows behind the window at which each band ends.
+    /// A sample sees few rows as old as those of the last bands, so these count all the younger ones, too.
+    pub fn bases(&self, g: &LayerGeometry, band_ends: [i64; BANDS]) -> Vec<(Basis, Basis)> {
+        let energy: [Vec<Vec<f64>>; BANDS] = std::array::from_fn(|band| {
+            let at = |head: &HeadSpectrum| head.energy.iter().map(|e| energy_at(&self.edges, e, band_ends[band])).collect();
+            let mut e: Vec<Vec<f64>> = self.heads.iter().map(at).collect();
+            with_floor(&mut e, ENERGY_FLOOR[band]);
+            e
+        });
+        let mut variances: [Vec<f64>; BANDS] = Default::default();
+        for (h, head) in self.heads.iter().enumerate() {
+            let whole: f64 = energy[BANDS - 1][h].iter().sum();
+            for (variances, energy) in variances.iter_mut().zip(&energy) {
+                let share = energy[h].iter().sum::<f64>() / whole.max(1e-300);
+                variances.extend(head.k.variance.iter().map(|x| x * head.spread * share));
+                variances.extend(head.v.variance.iter().map(|x| x * share));
+            }
+        }
+        let widths: [Vec<u32>; BANDS] = std::array::from_fn(|band| allocate(&variances[band], g.row_bits(band)));
+        let basis = |(h, head): (usize, &HeadSpectrum)| {
             let at = h * g.head_elements();
             let part = |from: usize, n: usize| std::array::from_fn(|band| &widths[band][at + from..at + from + n]);
-            (build_basis(g.d_k, mk, &tk, part(0, g.d_k)), build_basis(g.d_v, mv, &tv, part(g.d_k, g.d_v)))
-        })
-        .collect())
+            (build_basis(&head.k, part(0, g.d_k)), build_basis(&head.v, part(g.d_k, g.d_v)))
+        };
+        self.heads.iter().enumerate().map(basis).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn energies_between_edges_lie_between_and_edges_are_met() {
+        let (edges, energy) = ([64, 128, 256, i64::MAX], [1.0, 3.0, 4.0, 4.0]);
+        let at = |rows| energy_at(&edges, &energy, rows);
+        assert_eq!([0, 64, 128, 256, 300, i64::MAX].map(at), [0.0, 1.0, 3.0, 4.0, 4.0, 4.0]);
+        assert!(at(90) > 1.9 && at(90) < 2.1, "{}", at(90));
+        assert_eq!([1, i64::MAX].map(|rows| energy_at(&[i64::MAX], &[5.0], rows)), [5.0, 5.0]);
+        // Bands without tiles end where they begin; a fit knows their ends exactly.
+        assert_eq!([0, i64::MAX].map(|rows| energy_at(&[0, 0, i64::MAX], &[0.0, 0.0, 7.0], rows)), [0.0, 7.0]);
+    }
 }

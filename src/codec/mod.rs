@@ -4,6 +4,7 @@
 //! Keys arrive in their tile's frame. Must not know about sequences, positions or cells.
 
 pub mod bits;
+pub mod calibration;
 pub mod fit;
 
 use crate::config::{LayerGeometry, BANDS, BASIS_HEADER_BYTES, GAIN_BYTES, TILE};
@@ -38,6 +39,11 @@ fn put_f32(bytes: &mut [u8], i: usize, x: f32) {
     bytes[4 * i..4 * i + 4].copy_from_slice(&x.to_le_bytes());
 }
 
+/// What the elements of a row are divided by to be kept in f16: its largest becomes 1, so that no magnitude leaves the range.
+fn row_scale(row: &[f32]) -> f32 {
+    row.iter().fold(0.0f32, |a, x| a.max(x.abs())).max(f32::MIN_POSITIVE)
+}
+
 /// Coefficients of the band that has most.
 fn largest_rank(widths: &[Widths; BANDS]) -> usize {
     widths.iter().map(Widths::rank).max().unwrap_or(0)
@@ -56,7 +62,7 @@ impl Basis {
     }
 
     /// Write in stored form: widths, mean, then per coefficient an encode scale, decode scale and weight in f32, then both
-    /// matrices in f16 with rows scaled to a largest element of 1, so that no magnitude leaves the range of f16.
+    /// matrices in f16, rows divided by their scale.
     pub fn store(&self, bytes: &mut [u8]) {
         let (d, r) = (self.d, self.rank());
         bytes.fill(0);
@@ -69,7 +75,7 @@ impl Basis {
         }
         for (part, rows) in [&self.encode, &self.decode].into_iter().enumerate() {
             for (j, row) in rows.chunks_exact(d).enumerate().take(r) {
-                let largest = row.iter().fold(0.0f32, |a, x| a.max(x.abs())).max(f32::MIN_POSITIVE);
+                let largest = row_scale(row);
                 put_f32(floats, (1 + part) * d + j, largest);
                 let at = 2 * d * (part * d + j);
                 for (out, x) in matrices[at..at + 2 * d].chunks_exact_mut(2).zip(row) {

@@ -147,6 +147,22 @@ pub unsafe extern "C" fn skv_layer_set_scoring(layer: *mut skv_layer, scale: f32
     unsafe { change_layer(layer, |l| Ok(l.set_scoring(Scoring { scale, softcap })?)) }
 }
 
+/// Take the bases from layer `model_layer` (the model's number) of a calibration instead of fitting them, after the rope was set.
+/// Where `skv_config.calibrated` is 1, every layer needs this before it stores rows. `SKV_STATUS_DATA` when the calibration has
+/// another shape or rope for this layer. The calibration may be freed afterwards. Exclusive.
+///
+/// # Safety
+/// Pointers are valid or NULL.
+#[no_mangle]
+pub unsafe extern "C" fn skv_layer_set_calibration(
+    layer: *mut skv_layer,
+    calibration: *const skv_calibration,
+    model_layer: usize,
+) -> skv_status {
+    // SAFETY: the caller's contract.
+    unsafe { change_layer(layer, |l| Ok(l.set_calibration(&borrow(calibration, "calibration")?.0, model_layer)?)) }
+}
+
 /// Whether storing this plan wants the output projection: `*wants` becomes 0 or 1.
 ///
 /// # Safety

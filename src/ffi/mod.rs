@@ -3,6 +3,7 @@
 //! One file per C type. Exports only check, convert and call; they hold no logic of their own.
 
 mod cache;
+mod calibration;
 mod geometry;
 mod layer;
 mod state;
@@ -10,6 +11,7 @@ mod table;
 mod types;
 
 pub use cache::*;
+pub use calibration::*;
 pub use geometry::*;
 pub use layer::*;
 pub use state::*;

@@ -126,6 +126,9 @@ pub struct skv_config {
     /// Rows behind the window that are coded most finely; twice as many behind them are coded more finely than the rest. 0 codes
     /// all rows at one rate. Default `SKV_FINE_ROWS_AUTO`: a 64th of the cells, at least two tiles for each sequence.
     pub fine_rows: u32,
+    /// 1: bases come from a calibration (`skv_layer_set_calibration`), and rows are coded from the first step on. Default 0: they are
+    /// fitted to the first rows.
+    pub calibrated: u32,
 }
 
 impl skv_config {
@@ -141,6 +144,7 @@ impl skv_config {
             ratio: d.ratio,
             bits: d.bits,
             fine_rows: d.fine_rows,
+            calibrated: u32::from(d.calibrated),
         }
     }
     pub(crate) fn to_config(self) -> Config {
@@ -153,6 +157,7 @@ impl skv_config {
             ratio: self.ratio,
             bits: self.bits,
             fine_rows: self.fine_rows,
+            calibrated: self.calibrated != 0,
         }
     }
 }

@@ -58,7 +58,7 @@ pub fn write(table: &Table, layers: &[&Layer], arenas: &[&[u8]], cells: &[u32]) 
         out.extend(turn.to_le_bytes());
         located.push(at);
     }
-    let with_queries = !fitted && table.geometry().tiles > 0;
+    let with_queries = !fitted && table.geometry().keeps_queries();
     out.extend(u32::from(with_queries).to_le_bytes());
     for (l, a) in layers.iter().zip(arenas) {
         let g = l.shape();
@@ -288,7 +288,7 @@ fn restore_layer(l: &Layer, arena: &mut [u8], table: &Table, saved: &Saved, head
             codec::encode_row(kernels, &own.0, to.band, &row[..g.d_k], target % TILE, gk, ck, &mut work);
             codec::encode_row(kernels, &own.1, to.band, &row[g.d_k..], target % TILE, gv, cv, &mut work);
         }
-        if place.was_empty && !place.fitted && !head.queries.is_empty() {
+        if place.was_empty && !place.fitted && table.geometry().keeps_queries() && !head.queries.is_empty() {
             for (out, x) in arena::queries_mut(g, &mut arena[r.raw])?.iter_mut().zip(head.queries.chunks_exact(2)) {
                 *out = f16::from_le_bytes([x[0], x[1]]);
             }

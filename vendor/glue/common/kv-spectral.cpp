@@ -40,6 +40,10 @@ static float parse_bits(const std::string & value) {
     return parse_number(value, 0.0f, 8.0f);
 }
 
+static int32_t parse_fine(const std::string & value) {
+    return value == "auto" ? -1 : (int32_t) parse_number(value, 0.0f, 1 << 24);
+}
+
 std::vector<common_arg> common_kv_spectral_args() {
     std::vector<common_arg> res;
 
@@ -72,6 +76,22 @@ std::vector<common_arg> common_kv_spectral_args() {
         }
     ).set_env("LLAMA_ARG_KV_SPECTRAL_BITS"));
 
+    res.push_back(common_arg(
+        {"--kv-spectral-fine"}, "N",
+        "tokens behind the window that --kv-spectral keeps most finely; 0 keeps all alike (default: auto = from the context size)",
+        [](common_params & params, const std::string & value) {
+            params.kv_spectral_fine = parse_fine(value);
+        }
+    ).set_env("LLAMA_ARG_KV_SPECTRAL_FINE"));
+
+    res.push_back(common_arg(
+        {"--kv-spectral-basis"}, "FILE",
+        "file of `spectral-kv calibrate` with the bases of --kv-spectral for this model (default: fitted to the first tokens)",
+        [](common_params & params, const std::string & value) {
+            params.kv_spectral_basis = value;
+        }
+    ).set_env("LLAMA_ARG_KV_SPECTRAL_BASIS"));
+
     return res;
 }
 
@@ -86,7 +106,7 @@ static std::string or_env(const std::string & value, const char * env, const std
 }
 
 uint16_t common_kv_spectral_bench::setting::config() const {
-    return llama_kv_spectral_config(ratio, window, bits);
+    return llama_kv_spectral_config(ratio, window, bits, fine, basis.c_str());
 }
 
 std::string common_kv_spectral_bench::setting::str() const {
@@ -97,6 +117,12 @@ std::string common_kv_spectral_bench::setting::str() const {
     if (window != common_params().kv_spectral_window) {
         res += string_format("/w%d", window);
     }
+    if (fine != common_params().kv_spectral_fine) {
+        res += string_format("/f%d", fine);
+    }
+    if (!basis.empty()) {
+        res += "/basis";
+    }
     return res;
 }
 
@@ -104,7 +130,9 @@ bool common_kv_spectral_bench::parse(const std::string & arg, int argc, char ** 
     std::string * dst =
         arg == "--kv-spectral"        ? &ratios :
         arg == "--kv-spectral-window" ? &window :
-        arg == "--kv-spectral-bits"   ? &bits   : nullptr;
+        arg == "--kv-spectral-bits"   ? &bits   :
+        arg == "--kv-spectral-fine"   ? &fine   :
+        arg == "--kv-spectral-basis"  ? &basis  : nullptr;
 
     if (!dst) {
         return false;
@@ -127,9 +155,12 @@ std::vector<common_kv_spectral_bench::setting> common_kv_spectral_bench::setting
     try {
         const int32_t n_window = parse_window(or_env(window, "LLAMA_ARG_KV_SPECTRAL_WINDOW", std::to_string(common_params().kv_spectral_window)));
         const float   n_bits   = parse_bits  (or_env(bits,   "LLAMA_ARG_KV_SPECTRAL_BITS",   "0"));
+        const int32_t n_fine   = parse_fine  (or_env(fine,   "LLAMA_ARG_KV_SPECTRAL_FINE",   "auto"));
+
+        const std::string file = or_env(basis, "LLAMA_ARG_KV_SPECTRAL_BASIS", "");
 
         for (const auto & ratio : string_split<std::string>(or_env(ratios, "LLAMA_ARG_KV_SPECTRAL", n_bits > 0.0f ? "on" : "off"), ',')) {
-            res.push_back({ parse_ratio(ratio), n_window, n_bits });
+            res.push_back({ parse_ratio(ratio), n_window, n_bits, n_fine, file });
         }
     } catch (const std::invalid_argument & e) {
         fprintf(stderr, "error: --kv-spectral: %s\n", e.what());

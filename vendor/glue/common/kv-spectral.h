@@ -7,7 +7,7 @@
 
 // The command line of the compressed KV cache (llama_context_params.kv_spectral).
 
-// --kv-spectral, --kv-spectral-window, --kv-spectral-bits
+// --kv-spectral, --kv-spectral-window, --kv-spectral-bits, --kv-spectral-fine, --kv-spectral-basis
 std::vector<common_arg> common_kv_spectral_args();
 
 // Is the value of an option with an optional value left out, because another option or the end follows argv[i]?
@@ -32,6 +32,9 @@ struct common_kv_spectral_bench {
         float   ratio;
         int32_t window;
         float   bits;
+        int32_t fine;
+
+        std::string basis;
 
         uint16_t    config() const;
         std::string str()    const; // "0" when off
@@ -50,4 +53,6 @@ private:
     std::string ratios;
     std::string window;
     std::string bits;
+    std::string fine;
+    std::string basis;
 };

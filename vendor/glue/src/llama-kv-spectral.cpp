@@ -18,20 +18,29 @@ struct llama_kv_spectral_settings {
     float    ratio;
     uint32_t window;
     float    bits;
+    uint32_t fine; // UINT32_MAX = from the context size
+
+    std::string basis; // file of a calibration, empty for none
+
+    bool operator==(const llama_kv_spectral_settings & other) const {
+        return ratio == other.ratio && window == other.window && bits == other.bits && fine == other.fine && basis == other.basis;
+    }
 };
 
 static std::mutex                              g_settings_mutex;
 static std::vector<llama_kv_spectral_settings> g_settings;
 
-uint16_t llama_kv_spectral_config(float ratio, uint32_t window, float bits) {
+uint16_t llama_kv_spectral_config(float ratio, uint32_t window, float bits, uint32_t fine, const char * basis) {
     if (ratio == 0.0f) {
         return 0;
     }
 
+    const llama_kv_spectral_settings settings = { ratio, window, bits, fine, basis ? basis : "" };
+
     std::lock_guard<std::mutex> lock(g_settings_mutex);
 
     for (size_t i = 0; i < g_settings.size(); ++i) {
-        if (g_settings[i].ratio == ratio && g_settings[i].window == window && g_settings[i].bits == bits) {
+        if (g_settings[i] == settings) {
             return i + 1;
         }
     }
@@ -41,9 +50,42 @@ uint16_t llama_kv_spectral_config(float ratio, uint32_t window, float bits) {
         return 0;
     }
 
-    g_settings.push_back({ ratio, window, bits });
+    g_settings.push_back(settings);
 
     return g_settings.size();
+}
+
+uint64_t llama_kv_spectral_model_hash(const llama_model & model) {
+    const auto & hparams = model.hparams;
+
+    // FNV-1a
+    uint64_t res = 0xcbf29ce484222325;
+
+    const auto add = [&](const void * data, size_t n) {
+        for (size_t i = 0; i < n; ++i) {
+            res = (res ^ ((const uint8_t *) data)[i])*0x100000001b3;
+        }
+    };
+    const auto add_norm = [&](const ggml_tensor * t) {
+        if (t && t->buffer && t->data && !hparams.no_alloc) {
+            std::vector<uint8_t> data(ggml_nbytes(t));
+            ggml_backend_tensor_get(t, data.data(), 0, data.size());
+            add(data.data(), data.size());
+        }
+    };
+
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        const uint32_t shape[] = { il, hparams.n_embd, hparams.n_head(il), hparams.n_head_kv(il), hparams.n_embd_head_k(il), hparams.n_embd_head_v(il) };
+        add(shape, sizeof(shape));
+
+        const auto & l = model.layers[il];
+        for (const ggml_tensor * t : { l.attn_norm, l.attn_norm_b, l.attn_post_norm, l.attn_q_norm, l.attn_k_norm }) {
+            add_norm(t);
+        }
+    }
+    add_norm(model.output_norm);
+
+    return res;
 }
 
 #ifdef LLAMA_KV_SPECTRAL
@@ -63,6 +105,48 @@ uint16_t llama_kv_spectral_config(float ratio, uint32_t window, float bits) {
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+
+using skv_calibration_ptr = std::unique_ptr<skv_calibration, void (*)(skv_calibration *)>;
+
+// null when no file was asked for; throws a sentence for the user
+static skv_calibration_ptr load_calibration(const llama_kv_spectral_settings & settings, const llama_model & model) {
+    skv_calibration_ptr res(nullptr, skv_calibration_free);
+
+    const char * path = settings.basis.c_str();
+
+    // without weights there is nothing to compare with, and nothing but sizes is asked for
+    if (settings.basis.empty() || model.hparams.no_alloc) {
+        return res;
+    }
+
+    std::vector<uint8_t> data;
+
+    std::unique_ptr<FILE, int (*)(FILE *)> file(ggml_fopen(path, "rb"), fclose);
+    for (size_t n = 1; file && n > 0;) {
+        const size_t n_old = data.size();
+        data.resize(n_old + 1024*1024);
+        n = fread(data.data() + n_old, 1, data.size() - n_old, file.get());
+        data.resize(n_old + n);
+    }
+    if (!file || ferror(file.get())) {
+        throw std::runtime_error(format("the basis file '%s' cannot be read", path));
+    }
+
+    char err[256] = "";
+    skv_calibration * handle = nullptr;
+    const skv_status status = skv_calibration_read(data.data(), data.size(), &handle, err, sizeof(err));
+    res.reset(handle);
+    if (status != SKV_STATUS_OK) {
+        throw std::runtime_error(format("the basis file '%s': %s", path, *err ? err : skv_status_str(status)));
+    }
+
+    uint64_t hash = 0;
+    if (skv_calibration_model_hash(handle, &hash) != SKV_STATUS_OK || hash != llama_kv_spectral_model_hash(model)) {
+        throw std::runtime_error(format("the basis file '%s' was calibrated on another model; make one for this model with `spectral-kv calibrate`", path));
+    }
+
+    return res;
+}
 
 static bool settings_get(uint16_t config, llama_kv_spectral_settings & res) {
     std::lock_guard<std::mutex> lock(g_settings_mutex);
@@ -178,6 +262,15 @@ bool llama_kv_spectral_check(const llama_model & model, llama_context_params & p
         why = "it replaces -ctk and -ctv; leave them at f16";
     }
 
+    // before anything is allocated; the cache reads it again
+    if (why.empty()) {
+        try {
+            load_calibration(settings, model);
+        } catch (const std::exception & e) {
+            why = e.what();
+        }
+    }
+
     if (!why.empty()) {
         LLAMA_LOG_ERROR("%s: kv_spectral: %s\n", __func__, why.c_str());
         return false;
@@ -225,6 +318,8 @@ struct llama_kv_spectral::impl {
         ggml_tensor * arena       = nullptr;
         skv_layer   * skv         = nullptr;
 
+        bool calibrated = false; // the calibration is set
+
         float scale   = 0.0f; // 0 = not seen yet
         float softcap = 0.0f;
 
@@ -256,6 +351,8 @@ struct llama_kv_spectral::impl {
     llama_kv_cache & kv;
 
     llama_kv_spectral_settings settings = {};
+
+    skv_calibration_ptr calibration { nullptr, skv_calibration_free }; // null when the bases are fitted
 
     skv_geometry  * geom   = nullptr;
     skv_size_report report = {};
@@ -314,7 +411,7 @@ struct llama_kv_spectral::impl {
 
     void log_commit(const slot_info & sinfo);
 
-    void set_model(layer & l, const ggml_tensor * k) const;
+    void set_model(layer & l, const ggml_tensor * k);
 
     bool get_projection(const layer & l, std::vector<float> & data, skv_projection & res) const;
 };
@@ -450,7 +547,7 @@ void llama_kv_spectral::impl::log_commit(const slot_info & sinfo) {
 
 // The graph is the only place that knows how a layer rotates its keys: hparams say nothing about NoPE layers, per-layer
 // scaling or what happens after the rotation. A wrong answer would cost compression, never correctness.
-void llama_kv_spectral::impl::set_model(layer & l, const ggml_tensor * k) const {
+void llama_kv_spectral::impl::set_model(layer & l, const ggml_tensor * k) {
     // without arenas there is nothing to rotate, and the weights cannot be read
     if (kv.hparams.no_alloc) {
         return;
@@ -513,6 +610,10 @@ void llama_kv_spectral::impl::set_model(layer & l, const ggml_tensor * k) const 
     skv_status status = skv_layer_set_rope(l.skv, &rope);
     if (status == SKV_STATUS_OK) {
         status = skv_layer_set_scoring(l.skv, l.scale, l.softcap);
+    }
+    if (status == SKV_STATUS_OK && calibration && !l.calibrated) {
+        status = skv_layer_set_calibration(l.skv, calibration.get(), l.il);
+        l.calibrated = status == SKV_STATUS_OK;
     }
     if (status != SKV_STATUS_OK) {
         char detail[256] = "";
@@ -745,7 +846,7 @@ static void op_append(ggml_tensor * dst, int ith, int nth, void * userdata) {
         if (ith == 0 && !has_wo) {
             int32_t wants = 0;
             l.owner.ok(skv_plan_wants_projection(plan.data, plan.size, &wants), "reading of the plan");
-            has_wo = wants != 0 && l.owner.get_projection(l, wo_data, wo);
+            has_wo = wants != 0 && !l.calibrated && l.owner.get_projection(l, wo_data, wo);
         }
 
         l.owner.ok(skv_layer_append(l.skv, l.stream(plan.strm), l.arena_bytes, plan.data, plan.size, &q, &k, &v, has_wo ? &wo : nullptr, ith, nth),
@@ -853,6 +954,8 @@ llama_kv_spectral::llama_kv_spectral(llama_kv_cache & kv, uint16_t config, uint3
     }
     const auto & settings = pimpl->settings;
 
+    pimpl->calibration = load_calibration(settings, kv.model);
+
     std::vector<skv_layer_shape> shapes;
 
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
@@ -894,6 +997,9 @@ llama_kv_spectral::llama_kv_spectral(llama_kv_cache & kv, uint16_t config, uint3
     cfg.window    = settings.window;
     cfg.ratio     = settings.ratio;
     cfg.bits      = settings.bits;
+    cfg.fine_rows = settings.fine;
+
+    cfg.calibrated = !settings.basis.empty();
 
     char err[256] = "";
     check(skv_geometry_create(&cfg, shapes.data(), shapes.size(), &pimpl->geom, err, sizeof(err)), err);
@@ -919,8 +1025,10 @@ llama_kv_spectral::llama_kv_spectral(llama_kv_cache & kv, uint16_t config, uint3
 
     // a warning, because tools do not show less than that of libllama by default
     if (report.tiles == 0) {
-        LLAMA_LOG_WARN("kv_spectral: %u cells are no more than what stays exact (window %u, at least %u rows before the first fit): all rows are f16, %.1f MiB\n",
-                kv_size, report.window, report.fit_rows, mib_held);
+        const std::string more = pimpl->calibration ? "" : format(", at least %u rows before the first fit", report.fit_rows);
+
+        LLAMA_LOG_WARN("kv_spectral: %u cells are no more than what stays exact (window %u%s): all rows are f16, %.1f MiB\n",
+                kv_size, report.window, more.c_str(), mib_held);
     } else {
         const bool missed = settings.bits == 0.0f && report.ratio < 0.98*settings.ratio;
 

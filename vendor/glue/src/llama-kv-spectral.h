@@ -20,6 +20,10 @@ struct llama_kv_spectral_info {
 // false when the cache of the context is not compressed
 LLAMA_API bool llama_kv_spectral_get_info(const llama_context * ctx, llama_kv_spectral_info & res);
 
+// Tells models apart, by their shapes and norms: these are small, F32 in every quantisation and never repacked, so all files
+// of one model have the same number, and a calibration serves them all.
+LLAMA_API uint64_t llama_kv_spectral_model_hash(const llama_model & model);
+
 //
 // llama_kv_spectral
 //

@@ -7,10 +7,10 @@
 // "bytes" says (numbers in the byte order of the machine). A command that fails is answered with {"error": "..."} and changes
 // nothing, or, where that cannot be, clears its context. Logs go to stderr. The end of stdin ends the program.
 //
-//   info                                       -> description, n_vocab, n_ctx_train, bos, layers, rope
+//   info                                       -> description, hash, n_vocab, n_ctx_train, bos, layers, rope (of the first layer)
 //   tokenize    add_special; text              -> i32 tokens
 //   detokenize  i32 tokens                     -> text
-//   open        n_ctx, n_ubatch, capture, cache: {k, v, rotate} or {ratio, bits, window}
+//   open        n_ctx, n_ubatch, capture, cache: {k, v, rotate} or {ratio, bits, window [, fine] [, basis]}
 //                                              -> id, bytes_held, code_bits, ratio
 //   close, clear  id
 //   decode      id, want: none|last|all; i32 tokens -> f32 logits, a row per token
@@ -18,6 +18,7 @@
 //   rows        id, layer, side: k|v, first, n -> f32 rows
 //   set_rows    id, layer, side, first; f32 rows
 //   captured    id, layer, tensor: queries|keys|values|attention -> f32, a row per token of the last decode
+//               id, layer, tensor: output             -> f32, the rows of the output projection
 
 #include "llama-cpp.h"
 #include "llama-ext.h"
@@ -141,6 +142,22 @@ static bool is_back_rotation(const ggml_tensor * t) {
     return t->op == GGML_OP_MUL_MAT && strstr(t->src[0]->name, "attn_inp_v_rot") && t->src[1]->view_src && is_attention(t->src[1]->view_src);
 }
 
+// the output projection, when a node is the first to work on the result of the attention over a stock cache: sets the layer
+static ggml_tensor * output_projection(const ggml_tensor * t, int & il) {
+    if (t->op != GGML_OP_MUL_MAT) {
+        return nullptr;
+    }
+    const ggml_tensor * cur = t->src[1];
+    while (cur->op == GGML_OP_RESHAPE || cur->op == GGML_OP_VIEW || cur->op == GGML_OP_CONT) {
+        cur = cur->src[0];
+    }
+    if (!is_attention(cur)) {
+        return nullptr;
+    }
+    il = layer_of(cache_of(cur->src[1]));
+    return t->src[0];
+}
+
 static json describe_rope(const ggml_tensor * rope) {
     const auto param_f32 = [&](int i) {
         float res;
@@ -170,6 +187,13 @@ static json describe_rope(const ggml_tensor * rope) {
     };
 }
 
+// a rotation as the compressed cache sees it: null where it stores keys as they are
+static json describe_cache_rope(const ggml_tensor * rope) {
+    const ggml_tensor * factors = rope ? rope->src[2] : nullptr;
+    const bool known = rope && (rope->op_params[2] == GGML_ROPE_TYPE_NORMAL || rope->op_params[2] == GGML_ROPE_TYPE_NEOX);
+    return known && (!factors || (factors->buffer && factors->data)) ? describe_rope(rope) : json();
+}
+
 // the rotation that made the keys which a node stores, or null
 static const ggml_tensor * find_rope(const ggml_tensor * k) {
     while (k && (k->op == GGML_OP_RESHAPE || k->op == GGML_OP_VIEW || k->op == GGML_OP_CONT) && ggml_nelements(k) == ggml_nelements(k->src[0])) {
@@ -194,6 +218,9 @@ struct context {
     // by layer; in a compressed cache the arenas are the keys
     std::map<int, ggml_tensor *> k;
     std::map<int, ggml_tensor *> v;
+
+    // the output projections, by layer
+    std::map<int, ggml_tensor *> output;
 
     uint32_t n_pos() const { return llama_memory_seq_pos_max(llama_get_memory(ctx.get()), 0) + 1; }
 
@@ -308,7 +335,7 @@ struct probe {
 
         json layers = json::array();
         for (int il = 0; il < llama_model_n_layer(model.get()); ++il) {
-            layers.push_back({ { "n_head", 0 }, { "n_head_kv", 0 }, { "d_k", 0 }, { "d_v", 0 } });
+            layers.push_back({ { "n_head", 0 }, { "n_head_kv", 0 }, { "d_k", 0 }, { "d_v", 0 }, { "scale", 0.0f }, { "softcap", 0.0f }, { "rope", nullptr } });
         }
 
         json rope;
@@ -319,7 +346,17 @@ struct probe {
                 const ggml_tensor * q = t->src[0];
                 const ggml_tensor * k = t->src[1];
                 const ggml_tensor * v = t->src[2];
-                layers.at(layer_of(cache_of(k))) = { { "n_head", q->ne[2] }, { "n_head_kv", k->ne[2] }, { "d_k", k->ne[0] }, { "d_v", v->ne[0] } };
+                float scale   = 0.0f;
+                float softcap = 0.0f;
+                memcpy(&scale,   t->op_params + 0, sizeof(scale));
+                memcpy(&softcap, t->op_params + 2, sizeof(softcap));
+                layers.at(layer_of(cache_of(k))).update({
+                    { "n_head", q->ne[2] }, { "n_head_kv", k->ne[2] }, { "d_k", k->ne[0] }, { "d_v", v->ne[0] },
+                    { "scale", scale }, { "softcap", softcap },
+                });
+            }
+            if (t->op == GGML_OP_SET_ROWS && cache_of(t) && is_key(cache_of(t))) {
+                layers.at(layer_of(cache_of(t)))["rope"] = describe_cache_rope(find_rope(t->src[0]));
             }
             if (rope.is_null() && t->op == GGML_OP_SET_ROWS && cache_of(t) && is_key(cache_of(t))) {
                 if (const ggml_tensor * r = find_rope(t->src[0])) {
@@ -336,6 +373,7 @@ struct probe {
 
         return {
             { "description", description },
+            { "hash",        llama_kv_spectral_model_hash(*model) },
             { "n_vocab",     llama_vocab_n_tokens(vocab()) },
             { "n_ctx_train", llama_model_n_ctx_train(model.get()) },
             { "bos",         llama_vocab_get_add_bos(vocab()) ? json(llama_vocab_bos(vocab())) : json() },
@@ -421,7 +459,9 @@ struct probe {
 
         bool rotate = true;
         if (cache.contains("ratio")) {
-            params.kv_spectral = llama_kv_spectral_config(cache.at("ratio").get<float>(), get_uint(cache, "window"), cache.at("bits").get<float>());
+            const uint32_t fine  = cache.contains("fine") ? get_uint(cache, "fine") : UINT32_MAX;
+            const auto     basis = cache.value("basis", "");
+            params.kv_spectral = llama_kv_spectral_config(cache.at("ratio").get<float>(), get_uint(cache, "window"), cache.at("bits").get<float>(), fine, basis.c_str());
             if (params.kv_spectral == 0) {
                 throw std::invalid_argument("ratio must be a number from 1 to 64");
             }
@@ -445,6 +485,10 @@ struct probe {
         for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
             if (ggml_tensor * t = cache_of(ggml_graph_node(gf, i))) {
                 (is_key(t) ? res->k : res->v)[layer_of(t)] = t;
+            }
+            int il = -1;
+            if (ggml_tensor * t = output_projection(ggml_graph_node(gf, i), il)) {
+                res->output[il] = t;
             }
         }
 
@@ -610,10 +654,43 @@ struct probe {
         ggml_backend_tensor_set(r.cache, raw.data(), r.offset, raw.size()*sizeof(raw[0]));
     }
 
+    // [n_embd][n_head*d_v]
+    static bytes get_output(const context & c, uint32_t il) {
+        const auto it = c.output.find(il);
+        if (it == c.output.end()) {
+            throw std::invalid_argument("the output projection of this layer is only seen in the graph of a stock cache");
+        }
+        const ggml_tensor * wo = it->second;
+
+        ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(wo->buffer));
+        const bool repacked = !ggml_backend_buffer_is_host(wo->buffer) && (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU);
+
+        const auto to_float = ggml_get_type_traits(wo->type)->to_float;
+        if (repacked || (!to_float && wo->type != GGML_TYPE_F32)) {
+            throw std::invalid_argument(std::string("the output projection has been repacked for this CPU and cannot be read: ") + wo->name);
+        }
+
+        std::vector<char>  raw(ggml_row_size(wo->type, wo->ne[0]));
+        std::vector<float> res(ggml_nelements(wo));
+        for (int64_t i = 0; i < wo->ne[1]; ++i) {
+            float * row = res.data() + i*wo->ne[0];
+            ggml_backend_tensor_get(wo, raw.data(), i*wo->nb[1], raw.size());
+            if (to_float) {
+                to_float(raw.data(), row, wo->ne[0]);
+            } else {
+                memcpy(row, raw.data(), raw.size());
+            }
+        }
+        return to_bytes(res);
+    }
+
     bytes get_captured(const json & args) {
         context & c = get(args);
 
-        const auto what = get_choice(args, "tensor", { "queries", "keys", "values", "attention" });
+        const auto what = get_choice(args, "tensor", { "queries", "keys", "values", "attention", "output" });
+        if (what == N_CAPTURES) {
+            return get_output(c, get_uint(args, "layer"));
+        }
         const auto it   = c.captured.find(get_uint(args, "layer"));
         if (it == c.captured.end()) {
             throw std::invalid_argument(c.capture ? "nothing of this layer is captured" : "this context was opened without capture");
