@@ -80,17 +80,7 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Config {
-            n_cells: 0,
-            n_streams: 1,
-            n_seqs: 1,
-            window: 128,
-            sinks: 4,
-            ratio: 8.0,
-            bits: 0.0,
-            fine_rows: FINE_ROWS_AUTO,
-            calibrated: false,
-        }
+        Config { n_cells: 0, n_streams: 1, n_seqs: 1, window: 128, sinks: 4, ratio: 8.0, bits: 0.0, fine_rows: FINE_ROWS_AUTO, calibrated: false }
     }
 }
 

@@ -394,7 +394,7 @@ fn every_tool_has_the_flags() {
     for tool in ["llama-cli", "llama-completion", "llama-server", "llama-perplexity", "llama-bench", "llama-batched-bench"] {
         let out = Command::new(patched().join(tool)).arg("--help").stdin(Stdio::null()).output().unwrap();
         let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
-        for flag in ["--kv-spectral", "--kv-spectral-window", "--kv-spectral-bits"] {
+        for flag in ["--kv-spectral", "--kv-spectral-window", "--kv-spectral-bits", "--kv-spectral-fine", "--kv-spectral-basis"] {
             assert!(text.contains(flag), "{tool} {flag}");
         }
     }
@@ -405,6 +405,29 @@ fn every_tool_has_the_flags() {
         .unwrap();
     let rows = String::from_utf8_lossy(&out.stdout).lines().filter(|l| l.starts_with('{')).count();
     assert!(out.status.success() && rows == 4, "llama-bench: {}", String::from_utf8_lossy(&out.stdout));
+    let out = Command::new(patched().join("llama-bench"))
+        .args([
+            "-m",
+            &model(),
+            "-t",
+            "1",
+            "-p",
+            "32",
+            "-n",
+            "0",
+            "-v",
+            "--kv-spectral",
+            "8",
+            "--kv-spectral-fine",
+            "64",
+            "--kv-spectral-basis",
+            "/nowhere",
+        ])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&out.stderr);
+    assert!(!out.status.success() && text.contains("the basis file '/nowhere' cannot be read"), "{text}");
     let out = run(patched(), "llama-batched-bench", &["-c", "2048", "-npp", "64", "-ntg", "8", "-npl", "1,4", "--kv-spectral"]);
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
 }

@@ -53,7 +53,7 @@ fn stock(kind: &str, rotate: bool) -> Cache {
 }
 
 fn spectral(window: u32) -> Cache {
-    Cache::Spectral { ratio: 8.0, bits: 0.0, window }
+    Cache::Spectral { ratio: 8.0, bits: 0.0, window, fine: None, basis: None }
 }
 
 fn spec(cache: Cache, n_ubatch: u32) -> ContextSpec {
@@ -149,10 +149,10 @@ fn bytes_are_those_of_the_cache() {
     assert_eq!(held(stock("f16", true)), (12 << 20, 1.0, None));
     let (bytes, ratio, bits) = held(stock("q8_0", true));
     assert!(bytes == 51 << 17 && (ratio - 32.0 / 17.0).abs() < 1e-9 && bits.is_none(), "{bytes} {ratio} {bits:?}");
-    let (bytes, ratio, bits) = held(Cache::Spectral { ratio: 4.0, bits: 0.0, window: 128 });
+    let (bytes, ratio, bits) = held(Cache::Spectral { ratio: 4.0, bits: 0.0, window: 128, fine: None, basis: None });
     assert!((ratio - (12 << 20) as f64 / bytes as f64).abs() < 1e-9 && ratio > 2.0 && ratio < 4.1, "{ratio}");
     assert!(bits.is_some_and(|b| b > 2.0 && b < 4.0), "{bits:?}");
-    assert_eq!(held(Cache::Spectral { ratio: 8.0, bits: 2.0, window: 128 }).2, Some(2.0));
+    assert_eq!(held(Cache::Spectral { ratio: 8.0, bits: 2.0, window: 128, fine: None, basis: None }).2, Some(2.0));
 }
 
 #[test]
@@ -283,8 +283,8 @@ fn what_cannot_be_done_is_refused_with_a_reason() {
         (probe.set_rows(&f16, 0, Side::V, 0, &[0.0; 255]), "256 elements"),
         (probe.captured(&f16, 0, Tensor::Keys).map(drop), "without capture"),
         (probe.open(&spec(stock("q3_k", true), 512)).map(drop), "k must be one of f32, f16"),
-        (probe.open(&spec(Cache::Spectral { ratio: 65.0, bits: 0.0, window: 1 }, 512)).map(drop), "1 to 64"),
-        (probe.open(&spec(Cache::Spectral { ratio: 0.0, bits: 0.0, window: 1 }, 512)).map(drop), "1 to 64"),
+        (probe.open(&spec(Cache::Spectral { ratio: 65.0, bits: 0.0, window: 1, fine: None, basis: None }, 512)).map(drop), "1 to 64"),
+        (probe.open(&spec(Cache::Spectral { ratio: 0.0, bits: 0.0, window: 1, fine: None, basis: None }, 512)).map(drop), "1 to 64"),
         (probe.open(&ContextSpec { n_ctx: 0, ..spec(spectral(1), 512) }).map(drop), "n_ctx"),
     ];
     for (res, reason) in refusals {
@@ -326,6 +326,140 @@ fn malformed_commands_are_answered() {
         assert!(answer["error"].is_string(), "{}: {answer}", String::from_utf8_lossy(command));
     }
     assert_eq!(answers[bad.len()], json!({"bytes": 0}));
+}
+
+/// A calibration of the model on its test prompt, made once.
+fn basis() -> &'static Path {
+    static FILE: OnceLock<PathBuf> = OnceLock::new();
+    FILE.get_or_init(|| {
+        bin();
+        let path = scratch("basis.skv");
+        let prompt = format!("{ROOT}/tests/data/prompt.txt");
+        let args = ["calibrate", "-m", &model(), "-f", &prompt, "--texts", "2", "--length", "900", "-t", "1", "-o", path.to_str().unwrap()];
+        let out = spectral_kv(&args);
+        let log = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(out.status.success() && log.contains("text 2 of 2") && log.contains("layer 3 of 3") && !log.contains("evenly"), "{log}");
+        path
+    })
+}
+
+fn scratch(name: &str) -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("probe");
+    std::fs::create_dir_all(&dir).unwrap();
+    dir.join(name)
+}
+
+fn calibrated(bits: f32, basis: &Path) -> Cache {
+    Cache::Spectral { ratio: 8.0, bits, window: 128, fine: None, basis: Some(basis.into()) }
+}
+
+#[test]
+fn a_calibrated_cache_codes_from_the_start_and_stays_near() {
+    let mut probe = start();
+    let text = std::fs::read_to_string(format!("{ROOT}/README.md")).unwrap();
+    let tokens: Vec<i32> = probe.tokenize(&text, true).unwrap()[..800].to_vec();
+    let mut run = |cache| {
+        let context = probe.open(&spec(cache, 64)).unwrap();
+        let logits = probe.decode(&context, &tokens, Want::All).unwrap();
+        probe.close(&context).unwrap();
+        logits.chunks(4096).map(log_softmax).collect::<Vec<_>>()
+    };
+    let exact = run(stock("f16", true));
+    // Rows before a fit are exact: what differs from them is the calibrated cache's coding.
+    let fitted = run(Cache::Spectral { ratio: 8.0, bits: 2.0, window: 128, fine: None, basis: None });
+    let coded = run(calibrated(2.0, basis()));
+    let kl = |of: &[Vec<f64>]| {
+        let one = |(p, q): (&Vec<f64>, &Vec<f64>)| p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
+        exact.iter().zip(of).map(one).sum::<f64>() / exact.len() as f64
+    };
+    println!("mean KL divergence: waiting for a fit {:.2e}, calibrated at 2 bits {:.2e}", kl(&fitted), kl(&coded));
+    assert!(kl(&fitted) < 1e-4 && kl(&coded) > 1e-5 && kl(&coded) < KL_AT_2_BITS, "{} {}", kl(&fitted), kl(&coded));
+}
+
+/// Measured: see the test's output.
+const KL_AT_2_BITS: f64 = 0.01;
+
+fn log_softmax(logits: &[f32]) -> Vec<f64> {
+    let most = logits.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
+    let sum: f64 = logits.iter().map(|x| f64::from(x - most).exp()).sum();
+    logits.iter().map(|x| f64::from(x - most) - sum.ln()).collect()
+}
+
+#[test]
+fn a_basis_of_another_model_or_rope_is_refused() {
+    let mut probe = start();
+    let good = std::fs::read(basis()).unwrap();
+    let mut refused = |name: &str, bytes: Option<&[u8]>, reason: &str| {
+        let path = scratch(name);
+        let _ = std::fs::remove_file(&path);
+        if let Some(bytes) = bytes {
+            std::fs::write(&path, bytes).unwrap();
+        }
+        let e = probe.open(&spec(calibrated(2.0, &path), 64)).expect_err(name).to_string();
+        assert!(e.contains(reason), "{name}: {e}");
+    };
+    refused("missing.skv", None, "cannot be read");
+    refused("empty.skv", Some(&[]), "not a calibration");
+    refused("half.skv", Some(&good[..good.len() / 2]), "truncated");
+    // The file itself, for a model whose last norm has another number in it.
+    let mut gguf = std::fs::read(model()).unwrap();
+    let at = norm_data(&gguf);
+    gguf[at] ^= 1;
+    let other = scratch("other.gguf");
+    std::fs::write(&other, &gguf).unwrap();
+    let mut second = Probe::start(bin(), &other, 1).unwrap();
+    assert_ne!(second.info().hash, probe.info().hash);
+    let e = second.open(&spec(calibrated(2.0, basis()), 64)).expect_err("another model").to_string();
+    assert!(e.contains("another model"), "{e}");
+    std::fs::remove_file(other).unwrap();
+    let prompt = ["-p", "x", "-n", "1", "-no-cnv", "-t", "1", "--kv-spectral", "--kv-spectral-basis", basis().to_str().unwrap()];
+    let completion = |more: &[&str]| {
+        let words = [&["llama", "completion", "-m", &model()][..], &prompt, more].concat();
+        let out = spectral_kv(&words);
+        (out.status.success(), String::from_utf8_lossy(&out.stderr).into_owned())
+    };
+    let (worked, log) = completion(&[]);
+    assert!(worked, "{log}");
+    let (worked, log) = completion(&["--rope-freq-base", "500000"]);
+    assert!(!worked && log.contains("RoPE"), "{log}");
+}
+
+/// Where the numbers of `output_norm.weight` begin in a GGUF file.
+fn norm_data(gguf: &[u8]) -> usize {
+    let word = |at: usize| u32::from_le_bytes(gguf[at..at + 4].try_into().unwrap()) as usize;
+    let long = |at: usize| u64::from_le_bytes(gguf[at..at + 8].try_into().unwrap()) as usize;
+    let mut at = 24;
+    for _ in 0..long(16) {
+        let kind_at = at + 8 + long(at);
+        at = behind_value(gguf, word(kind_at), kind_at + 4);
+    }
+    let mut norm = None;
+    for _ in 0..long(8) {
+        let name = &gguf[at + 8..at + 8 + long(at)];
+        let dims_at = at + 8 + name.len();
+        let offset_at = dims_at + 4 + 8 * word(dims_at) + 4;
+        if name == b"output_norm.weight" {
+            norm = Some(long(offset_at));
+        }
+        at = offset_at + 8;
+    }
+    at.next_multiple_of(32) + norm.unwrap()
+}
+
+/// The end of a metadata value of a GGUF file.
+fn behind_value(gguf: &[u8], kind: usize, at: usize) -> usize {
+    let long = |at: usize| u64::from_le_bytes(gguf[at..at + 8].try_into().unwrap()) as usize;
+    match kind {
+        0 | 1 | 7 => at + 1,
+        2 | 3 => at + 2,
+        4..=6 => at + 4,
+        8 => at + 8 + long(at),
+        9 => {
+            let inner = u32::from_le_bytes(gguf[at..at + 4].try_into().unwrap()) as usize;
+            (0..long(at + 4)).fold(at + 12, |at, _| behind_value(gguf, inner, at))
+        }
+        _ => at + 8,
+    }
 }
 
 fn diff(name: &str, args: &[&str]) -> (Vec<Value>, String, Vec<u8>) {

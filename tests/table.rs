@@ -7,9 +7,11 @@ use common::{Random, Stream};
 use proptest::prelude::*;
 use spectral_kv::cache::plan::Change;
 use spectral_kv::cache::{plan, Cells, Plan};
+use spectral_kv::codec::calibration::Calibration;
 use spectral_kv::config::{Config, LayerShape};
 use spectral_kv::error::Error;
 use spectral_kv::rope::{Pairing, RopeParams};
+use std::sync::OnceLock;
 
 /// At 8 bits a coded row is off by less than this.
 const NEAR: f64 = 0.05;
@@ -23,7 +25,16 @@ fn config(n_cells: u32) -> Config {
 fn stream_of(config: &Config) -> Stream {
     // Two layers of different heads: what is right in one must not be so by chance.
     let shapes = [LayerShape { n_head: 4, n_head_kv: 2, d_k: 32, d_v: 16 }, LayerShape { n_head: 2, n_head_kv: 1, d_k: 16, d_v: 32 }];
-    Stream::new(config, &shapes, |d| RopeParams::plain(Pairing::Halves, d, 10000.0))
+    let mut s = Stream::new(config, &shapes, |d| RopeParams::plain(Pairing::Halves, d, 10000.0));
+    if config.calibrated {
+        s.calibrate(calibration());
+    }
+    s
+}
+
+fn calibration() -> &'static Calibration {
+    static CALIBRATION: OnceLock<Calibration> = OnceLock::new();
+    CALIBRATION.get_or_init(|| stream().calibration())
 }
 
 fn stream() -> Stream {
@@ -203,7 +214,8 @@ fn apply(s: &mut Stream, r: &mut Random, op: &Op) {
         Op::Abort { seq, n, done } => {
             let (cells, places) = fresh_tokens(s, r, 1 << seq, n, false);
             // A fit that is replayed on a handful of rows has a test of its own.
-            if !s.table.is_fitted() && s.live().len() + cells.len() >= s.table.geometry().fit_rows {
+            let calibrated = s.table.geometry().config.calibrated;
+            if !calibrated && !s.table.is_fitted() && s.live().len() + cells.len() >= s.table.geometry().fit_rows {
                 return;
             }
             s.abort(r.next() >> 16, &cells, &places, done).unwrap();
@@ -231,7 +243,8 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 300, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_sequence_of_operations_keeps_every_row(ops in prop::collection::vec(op(), 1..40), seed in any::<u32>()) {
+    fn any_sequence_of_operations_keeps_every_row(ops in prop::collection::vec(op(), 1..40), seed in any::<u32>(), calibrated in any::<bool>()) {
+        let stream = || stream_of(&Config { calibrated, ..config(1100) });
         let (mut s, mut r) = (stream(), Random::new(u64::from(seed)));
         for (i, op) in ops.iter().enumerate() {
             apply(&mut s, &mut r, op);

@@ -486,13 +486,7 @@ impl Layer {
     }
 
     /// Bases of all heads for the rows and queries that the plan names.
-    fn fit(
-        &self,
-        waiting: &Waiting,
-        plan: &Plan,
-        input: Option<(&Rows, &Rows, &Rows)>,
-        projection: &[f32],
-    ) -> Result<Vec<(Basis, Basis)>> {
+    fn fit(&self, waiting: &Waiting, plan: &Plan, input: Option<(&Rows, &Rows, &Rows)>, projection: &[f32]) -> Result<Vec<(Basis, Basis)>> {
         let (g, slots) = (self.shape(), self.geometry.exact);
         let places = |v: Vec<(i32, i32)>| v.into_iter().map(|(pos, seq)| fit::Place { pos, seq }).collect::<Vec<_>>();
         let fit_rows: Vec<_> = plan.fit_rows().filter(|(r, ..)| input.is_some() || matches!(r.source, Source::Slot(_))).collect();

@@ -76,14 +76,14 @@ impl CalibratedLayer {
         let config = Config::default();
         let (nk, nv, nq) = (g.n_head_kv * g.d_k, g.n_head_kv * g.d_v, g.n_head * g.d_k);
         for t in texts {
-            if t.k.len() % nk != 0 || t.v.len() / nv != t.k.len() / nk || t.v.len() % nv != 0 || t.q.len() != t.q_positions.len() * nq {
+            if !t.k.len().is_multiple_of(nk) || t.v.len() != t.k.len() / nk * nv || t.q.len() != t.q_positions.len() * nq {
                 return argument("keys, values and queries of a text do not go together");
             }
             if !t.k.iter().chain(&t.v).chain(&t.q).all(|x| x.is_finite()) {
                 return Err(Error::NotFinite("a query, key or value of a text".into()));
             }
         }
-        if !model.projection.iter().all(|x| x.is_finite()) || model.projection.len() % (g.n_head * g.d_v) != 0 {
+        if !model.projection.iter().all(|x| x.is_finite()) || !model.projection.len().is_multiple_of(g.n_head * g.d_v) {
             return argument("the output projection is not finite or does not consist of whole rows");
         }
         let longest = texts.iter().map(|t| t.k.len() / nk).max().unwrap_or(0);

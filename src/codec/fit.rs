@@ -337,6 +337,42 @@ impl Spectrum {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::LayerShape;
+    use crate::rope::{Pairing, RopeParams};
+
+    #[test]
+    fn edges_that_no_band_ends_at_change_nothing() {
+        let g = LayerGeometry { code_bytes: [4096, 2048, 1024], ..LayerGeometry::heads(&LayerShape { n_head: 4, n_head_kv: 2, d_k: 16, d_v: 8 }) };
+        let rope = Rope::new(&RopeParams::plain(Pairing::Halves, 16, 10000.0), 16).unwrap();
+        let noise = |seed: usize, n: usize| -> Vec<f32> { (0..n).map(|i| ((i * 7919 + seed * 104_729 + 13) as f32).sin() * 2.0).collect() };
+        let places: Vec<Place> = (0..600).map(|pos| Place { pos, seq: 0 }).collect();
+        let ends = [128, 384, i64::MAX];
+        let stored = |edges: &[i64]| -> Vec<Vec<u8>> {
+            let heads = |seed: usize, n: usize| (0..2).map(|h| noise(seed + h, n)).collect::<Vec<_>>();
+            let sample = Sample {
+                rows: &places,
+                k: heads(1, 600 * 16),
+                k_framed: heads(3, 600 * 16),
+                v: heads(5, 600 * 8),
+                queries: &places,
+                q: heads(7, 600 * 2 * 16),
+                projection: &[],
+                scale: 0.25,
+                softcap: 0.0,
+                window: 32,
+                n_cells: 1000,
+                edges: edges.to_vec(),
+            };
+            let bases = analyse(crate::simd::kernels(), &g, &rope, &sample).unwrap().bases(&g, ends);
+            let bytes = |b: &Basis| {
+                let mut bytes = vec![0; LayerGeometry::basis_bytes_of(b.d)];
+                b.store(&mut bytes);
+                bytes
+            };
+            bases.iter().flat_map(|(k, v)| [bytes(k), bytes(v)]).collect()
+        };
+        assert!(stored(&ends) == stored(&[64, 128, 256, 384, 512, i64::MAX]));
+    }
 
     #[test]
     fn energies_between_edges_lie_between_and_edges_are_met() {

@@ -154,11 +154,7 @@ pub unsafe extern "C" fn skv_layer_set_scoring(layer: *mut skv_layer, scale: f32
 /// # Safety
 /// Pointers are valid or NULL.
 #[no_mangle]
-pub unsafe extern "C" fn skv_layer_set_calibration(
-    layer: *mut skv_layer,
-    calibration: *const skv_calibration,
-    model_layer: usize,
-) -> skv_status {
+pub unsafe extern "C" fn skv_layer_set_calibration(layer: *mut skv_layer, calibration: *const skv_calibration, model_layer: usize) -> skv_status {
     // SAFETY: the caller's contract.
     unsafe { change_layer(layer, |l| Ok(l.set_calibration(&borrow(calibration, "calibration")?.0, model_layer)?)) }
 }

@@ -38,6 +38,8 @@ pub struct Diff {
     pub bits: f32,
     /// Most recent rows that stay exact.
     pub window: u32,
+    /// A calibration to take the bases from.
+    pub basis: Option<PathBuf>,
     /// Whether attention outputs are compared as well.
     pub layers: bool,
     /// Tokens of the prompt that go through the graph at once.
@@ -138,7 +140,7 @@ impl Pair {
         let mut probe = Probe::start(bin, &diff.model, diff.threads)?;
         let mut open = |cache| probe.open(&ContextSpec { n_ctx: diff.ctx, n_ubatch: diff.step, cache, capture: diff.layers });
         let f16 = open(Cache::Stock { k: "f16".into(), v: "f16".into(), rotate: false })?;
-        let spectral = open(Cache::Spectral { ratio: diff.ratio, bits: diff.bits, window: diff.window })?;
+        let spectral = open(Cache::Spectral { ratio: diff.ratio, bits: diff.bits, window: diff.window, fine: None, basis: diff.basis.clone() })?;
         Ok(Self { probe, f16, spectral })
     }
 

@@ -1,7 +1,8 @@
-//! The parts of the command-line tool. None of them calls the library: they build it into llama.cpp
+//! The parts of the command-line tool. But for `calibrate` none of them calls the library: they build it into llama.cpp
 //! and look at what llama.cpp then does.
 
 pub mod build;
+pub mod calibrate;
 pub mod cmd;
 pub mod demo;
 pub mod diff;

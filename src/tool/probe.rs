@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread::JoinHandle;
 
@@ -31,6 +31,12 @@ pub struct LayerInfo {
     pub d_k: usize,
     /// Elements of a value.
     pub d_v: usize,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// Soft cap of the scores, 0 for none.
+    pub softcap: f32,
+    /// How the spectral cache sees the rotation of the keys; `None` where it stores them as they are.
+    pub rope: Option<RopeInfo>,
 }
 
 /// How the first rotated layer rotates its keys, as its graph says and as the spectral cache is told.
@@ -63,6 +69,8 @@ pub struct RopeInfo {
 pub struct ModelInfo {
     /// llama.cpp's words for it.
     pub description: String,
+    /// Tells it from other models; the same for every quantisation of it.
+    pub hash: u64,
     /// Tokens of the vocabulary.
     pub n_vocab: usize,
     /// The context size of the training.
@@ -95,6 +103,10 @@ pub enum Cache {
         bits: f32,
         /// Most recent rows that stay exact.
         window: u32,
+        /// Rows behind the window that are kept most finely, if not as many as the context size says.
+        fine: Option<u32>,
+        /// A file of `spectral-kv calibrate`, if bases are not to be fitted.
+        basis: Option<PathBuf>,
     },
 }
 
@@ -156,6 +168,8 @@ pub enum Tensor {
     Values,
     /// Output of the attention before the output projection, of the query heads.
     Attention,
+    /// Not of a decode: the rows of the layer's output projection, over all heads' outputs. Only of a stock cache.
+    Output,
 }
 
 /// A running `llama-kv-spectral-probe` with a model.
@@ -194,7 +208,16 @@ impl Probe {
     pub fn open(&mut self, spec: &ContextSpec) -> Result<Context> {
         let cache = match &spec.cache {
             Cache::Stock { k, v, rotate } => json!({"k": k, "v": v, "rotate": rotate}),
-            Cache::Spectral { ratio, bits, window } => json!({"ratio": ratio, "bits": bits, "window": window}),
+            Cache::Spectral { ratio, bits, window, fine, basis } => {
+                let mut cache = json!({"ratio": ratio, "bits": bits, "window": window});
+                if let Some(fine) = fine {
+                    cache["fine"] = json!(fine);
+                }
+                if let Some(basis) = basis {
+                    cache["basis"] = json!(basis);
+                }
+                cache
+            }
         };
         self.wire.ask(json!({"cmd": "open", "n_ctx": spec.n_ctx, "n_ubatch": spec.n_ubatch, "capture": spec.capture, "cache": cache}))
     }
@@ -338,6 +361,7 @@ impl Tensor {
             Tensor::Keys => "keys",
             Tensor::Values => "values",
             Tensor::Attention => "attention",
+            Tensor::Output => "output",
         }
     }
 }
@@ -373,7 +397,7 @@ mod tests {
     fn stand_in(name: &str, then: &str) -> std::path::PathBuf {
         let dir = std::env::temp_dir().join(format!("spectral-kv-probe-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
-        let info = json!({"bytes": 0, "description": "d", "n_vocab": 1, "n_ctx_train": 1, "layers": [], "bos": null, "rope": {
+        let info = json!({"bytes": 0, "description": "d", "hash": u64::MAX, "n_vocab": 1, "n_ctx_train": 1, "layers": [], "bos": null, "rope": {
             "neox": true, "n_rot": 0, "offset": 0, "freq_base": 1.0, "freq_scale": 1.0, "n_ctx_orig": 0, "ext_factor": 0.0,
             "beta_fast": 0.0, "beta_slow": 0.0, "freq_factors": []}});
         let program = dir.join(TOOL);

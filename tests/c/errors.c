@@ -162,6 +162,54 @@ static void cache(void) {
     skv_cache_free(cache);
 }
 
+/* Damaged files, and a layer that is to have a calibration and has none. */
+static void calibrations(void) {
+    uint8_t good[EMPTY_CALIBRATION_BYTES], bad[EMPTY_CALIBRATION_BYTES + 1];
+    uint64_t hash = 77;
+    char err[200] = "";
+    skv_calibration *c = NULL;
+    skv_config wanted = config();
+    skv_layer_shape s = shape();
+    skv_rope rope = neox();
+    skv_geometry *g = NULL;
+    skv_layer *layer = NULL;
+    skv_cache *cache = NULL;
+    make_empty_calibration(0x123456789abcdef0u, good);
+    for (size_t n = 0; n < sizeof good; n++)
+        STATUS(SKV_STATUS_DATA, skv_calibration_read(good, n, &c, err, sizeof err));
+    for (size_t i = 0; i < sizeof good; i++) {
+        memcpy(bad, good, sizeof good);
+        bad[i] ^= 4;
+        STATUS(SKV_STATUS_DATA, skv_calibration_read(bad, sizeof good, &c, err, sizeof err));
+        says(err, "calibration");
+    }
+    memcpy(bad, good, sizeof good);
+    bad[sizeof good] = 0;
+    STATUS(SKV_STATUS_DATA, skv_calibration_read(bad, sizeof bad, &c, err, sizeof err));
+    CHECK(c == NULL);
+    OK(skv_calibration_read(good, sizeof good, &c, err, sizeof err));
+    OK(skv_calibration_model_hash(c, &hash));
+    CHECK(hash == 0x123456789abcdef0u);
+
+    OK(skv_geometry_create(&wanted, &s, 1, &g, NULL, 0));
+    OK(skv_layer_create(g, 0, &layer));
+    STATUS(SKV_STATUS_STATE, skv_layer_set_calibration(layer, c, 0));
+    skv_layer_free(layer);
+    skv_geometry_free(g);
+    wanted.calibrated = 1;
+    OK(skv_geometry_create(&wanted, &s, 1, &g, NULL, 0));
+    OK(skv_layer_create(g, 0, &layer));
+    STATUS(SKV_STATUS_DATA, skv_layer_set_calibration(layer, c, 0));
+    skv_layer_last_error(layer, err, sizeof err);
+    says(err, "no layer 0");
+    STATUS(SKV_STATUS_DATA, skv_layer_set_calibration(layer, c, SIZE_MAX));
+    STATUS(SKV_STATUS_CONFIG, skv_cache_create(&wanted, &s, &rope, SCALE, 0.0f, NULL, &cache, err, sizeof err));
+    CHECK(cache == NULL);
+    skv_layer_free(layer);
+    skv_geometry_free(g);
+    skv_calibration_free(c);
+}
+
 static void table_arguments(struct stream *s) {
     uint32_t cell = 900, twice[2] = {900, 900};
     size_t used = 77;
@@ -414,6 +462,7 @@ int main(void) {
     static struct stream s;
     configurations();
     cache();
+    calibrations();
     open_stream(&s);
     store(&s, 0, 700, 0, 0, 2);
     table_arguments(&s);

@@ -212,6 +212,27 @@ static void state(struct stream *s) {
     free(buffer);
 }
 
+static void calibration(struct stream *s) {
+    skv_calibration *made = NULL;
+    uint8_t bytes[EMPTY_CALIBRATION_BYTES];
+    uint64_t hash = UNTOUCHED;
+    char err[64] = "";
+    make_empty_calibration(5, bytes);
+    NULL_IS(skv_calibration_read(NULL, sizeof bytes, &made, err, sizeof err));
+    CHECK(strstr(err, "bytes is NULL") != NULL);
+    NULL_IS(skv_calibration_read(bytes, sizeof bytes, NULL, err, sizeof err));
+    STATUS(SKV_STATUS_DATA, skv_calibration_read(NULL, 0, &made, NULL, 10));
+    CHECK(made == NULL);
+    OK(skv_calibration_read(bytes, sizeof bytes, &made, NULL, 0));
+    NULL_IS(skv_calibration_model_hash(NULL, &hash));
+    NULL_IS(skv_calibration_model_hash(made, NULL));
+    CHECK(hash == UNTOUCHED);
+    NULL_IS(skv_layer_set_calibration(NULL, made, 0));
+    NULL_IS(skv_layer_set_calibration(s->layers[0], NULL, 0));
+    skv_calibration_free(made);
+    skv_calibration_free(NULL);
+}
+
 static void cache(void) {
     skv_config c = config();
     skv_layer_shape s = shape();
@@ -283,6 +304,7 @@ int main(void) {
     table(&s);
     layer(&s);
     state(&s);
+    calibration(&s);
     cache();
     close_stream(&s);
     return 0;

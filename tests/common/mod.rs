@@ -6,6 +6,7 @@
 use half::f16;
 use spectral_kv::attention::Scoring;
 use spectral_kv::cache::{plan, Cells, HeadMut, Layer, Location, Mask, Plan, Rows, Table};
+use spectral_kv::codec::calibration::{CalibratedLayer, Calibration, LayerModel, Text};
 use spectral_kv::config::{Config, Geometry, LayerShape};
 use spectral_kv::error::Result;
 use spectral_kv::rope::{Pairing, RopeParams};
@@ -216,6 +217,29 @@ impl Stream {
             ropes: shapes.iter().map(|s| rope(s.d_k as usize)).collect(),
             scoring,
         }
+    }
+
+    /// What two texts with the rows of this stream's model say about its layers.
+    pub fn calibration(&self) -> Calibration {
+        let layer = |i: usize| {
+            let g = self.layers[i].shape();
+            let positions: Vec<i32> = (0..700).collect();
+            let text = |seed: u64| {
+                let x = input(seed * 31 + i as u64, &positions, g.n_head, g.n_head_kv, g.d_k, g.d_v, &self.ropes[i]);
+                let half = |x: &[f32]| x.iter().map(|x| f16::from_f32(*x)).collect::<Vec<_>>();
+                Text { k: half(&x.k), v: half(&x.v), q_positions: positions.clone(), q: half(&x.q) }
+            };
+            let [n_head, n_head_kv, d_k, d_v] = [g.n_head, g.n_head_kv, g.d_k, g.d_v].map(|x| x as u32);
+            let shape = LayerShape { n_head, n_head_kv, d_k, d_v };
+            let model = LayerModel { shape, rope: &self.ropes[i], scoring: self.scoring, projection: &[], distance: 4096 };
+            Some(CalibratedLayer::new(&model, &[text(500), text(501)]).unwrap())
+        };
+        Calibration { model_hash: 7, layers: (0..self.layers.len()).map(layer).collect() }
+    }
+
+    /// Take the bases of all layers from a calibration.
+    pub fn calibrate(&mut self, c: &Calibration) {
+        self.layers.iter_mut().enumerate().for_each(|(i, l)| l.set_calibration(c, i).unwrap());
     }
 
     pub fn arena(&self, layer: usize) -> &[u8] {
