@@ -125,6 +125,11 @@ typedef int32_t skv_status;
 typedef struct skv_cache skv_cache;
 
 /**
+ * What `spectral-kv calibrate` found out about a model. Immutable; may be used by several threads.
+ */
+typedef struct skv_calibration skv_calibration;
+
+/**
  * Sizes of a cache, computed from a configuration. Immutable; may be used by several threads.
  */
 typedef struct skv_geometry skv_geometry;
@@ -181,6 +186,11 @@ typedef struct skv_config {
    * all rows at one rate. Default `SKV_FINE_ROWS_AUTO`: a 64th of the cells, at least two tiles for each sequence.
    */
   uint32_t fine_rows;
+  /**
+   * 1: bases come from a calibration (`skv_layer_set_calibration`), and rows are coded from the first step on. Default 0: they are
+   * fitted to the first rows.
+   */
+  uint32_t calibrated;
 } skv_config;
 
 /**
@@ -506,6 +516,26 @@ skv_status skv_geometry_plan_ints(const struct skv_geometry *geometry,
 skv_status skv_geometry_report(const struct skv_geometry *geometry, struct skv_size_report *out);
 
 /**
+ * Read the contents of a calibration file. `*out` is owned by the caller; free it with `skv_calibration_free`. `err` (may be
+ * NULL) receives the reason of a failure.
+ */
+skv_status skv_calibration_read(const uint8_t *bytes,
+                                size_t n_bytes,
+                                struct skv_calibration **out,
+                                char *err,
+                                size_t err_len);
+
+/**
+ * Free a calibration; NULL is allowed.
+ */
+void skv_calibration_free(struct skv_calibration *calibration);
+
+/**
+ * The number of the model that the calibration is for, as whoever made the file computed it.
+ */
+skv_status skv_calibration_model_hash(const struct skv_calibration *calibration, uint64_t *hash);
+
+/**
  * An empty table. `*out` is owned by the caller; free it with `skv_table_free`. The geometry may be freed before.
  */
 skv_status skv_table_create(const struct skv_geometry *geometry,
@@ -589,6 +619,15 @@ skv_status skv_layer_set_rope(struct skv_layer *layer,
 skv_status skv_layer_set_scoring(struct skv_layer *layer,
                                  float scale,
                                  float softcap);
+
+/**
+ * Take the bases from layer `model_layer` (the model's number) of a calibration instead of fitting them, after the rope was set.
+ * Where `skv_config.calibrated` is 1, every layer needs this before it stores rows. `SKV_STATUS_DATA` when the calibration has
+ * another shape or rope for this layer. The calibration may be freed afterwards. Exclusive.
+ */
+skv_status skv_layer_set_calibration(struct skv_layer *layer,
+                                     const struct skv_calibration *calibration,
+                                     size_t model_layer);
 
 /**
  * Whether storing this plan wants the output projection: `*wants` becomes 0 or 1.

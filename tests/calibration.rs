@@ -104,7 +104,7 @@ fn what_is_truncated_corrupted_or_foreign_is_refused() {
     let first = l.spectrum.heads[0].k.mean[0];
     assert_eq!(good[mean..mean + 4], first.to_le_bytes());
     refused(&with(mean, &f32::NAN.to_le_bytes()), "NaN");
-    refused(&with(mean + 4 * 32, &0f32.to_le_bytes()), "variances that rise");
+    refused(&with(mean + 4 * 32, &0f64.to_le_bytes()), "variances that rise");
     refused(&with(mean - 8, &0i64.to_le_bytes()), "edges that fall");
 }
 

@@ -5,7 +5,7 @@
 //! where texts come from.
 //!
 //! Layout, little-endian: magic, version, model hash, number of layers; per layer whether it has a spectrum, its heads, its rope,
-//! the edges; per head K and V (mean, variances and row scales in f32, both matrices in f16 with rows scaled to a largest element of
+//! the edges; per head K and V (mean in f32, variances in f64, both matrices as row scales in f32 and f16 with rows scaled to a largest element of
 //! 1, which is all that a cache's own stored basis keeps of them), spread and energies in f64; CRC-32 of all that.
 
 use super::fit::{analyse, HeadSpectrum, Place, Sample, Spectrum, Transform};
@@ -171,7 +171,7 @@ impl Calibration {
             for head in &l.spectrum.heads {
                 for t in [&head.k, &head.v] {
                     t.mean.iter().for_each(|x| out.extend(x.to_le_bytes()));
-                    t.variance.iter().for_each(|x| out.extend((*x as f32).to_le_bytes()));
+                    t.variance.iter().for_each(|x| out.extend(x.to_le_bytes()));
                     put_matrix(&mut out, &t.encode, t.mean.len());
                     put_matrix(&mut out, &t.decode, t.mean.len());
                 }
@@ -250,7 +250,7 @@ impl<'a> Reader<'a> {
         if x.iter().all(|x| x.is_finite() && *x >= 0.0) {
             Ok(x)
         } else {
-            bad("an energy that is negative or not finite")
+            bad("an energy or variance that is negative or not finite")
         }
     }
     fn matrix(&mut self, d: usize) -> Result<Vec<f32>> {
@@ -266,7 +266,7 @@ impl<'a> Reader<'a> {
     }
     fn transform(&mut self, d: usize) -> Result<Transform> {
         let mean = self.f32s(d)?;
-        let variance: Vec<f64> = self.f32s(d)?.into_iter().map(f64::from).collect();
+        let variance = self.f64s(d)?;
         if variance[d - 1] <= 0.0 || variance.windows(2).any(|w| w[0] < w[1]) {
             return bad("variances that do not fall");
         }
