@@ -40,6 +40,8 @@ enum Command {
     Llama(LlamaArgs),
     /// Fetch, patch and build llama.cpp
     Build(BuildArgs),
+    /// Compare KV caches with f16 on a model and texts of your own
+    Eval(EvalArgs),
 }
 
 #[derive(Args)]
@@ -103,6 +105,14 @@ struct BuildArgs {
     from: From,
 }
 
+#[derive(Args)]
+struct EvalArgs {
+    #[command(flatten)]
+    options: tool::eval::Options,
+    #[command(flatten)]
+    from: From,
+}
+
 fn parse_ratio(s: &str) -> Result<f64, String> {
     match s.parse::<f64>() {
         Ok(r) if r > 1.0 && r <= 64.0 => Ok(r),
@@ -139,6 +149,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
+        Command::Eval(a) => tool::eval::run(&a.options, a.from.source, a.from.jobs),
     }
 }
 

@@ -1,9 +1,10 @@
-//! The parts of the command-line tool. None of them calls the library: they build it into llama.cpp
-//! and look at what llama.cpp then does.
+//! The parts of the command-line tool. They do not call the library, but build it into llama.cpp and look at
+//! what llama.cpp then does; only `eval` takes its rotary frame from it, for a baseline.
 
 pub mod build;
 pub mod cmd;
 pub mod demo;
+pub mod eval;
 pub mod fetch;
 pub mod fsutil;
 pub mod layout;
