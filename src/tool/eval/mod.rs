@@ -117,7 +117,7 @@ pub struct Options {
     /// Of names, codes, places and samples
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Threads (default: one per core)
+    /// Threads (default: one per core; small models are fastest with 1)
     #[arg(short, long, value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
     /// Where eval.json, eval.html and the finished parts go (default: eval/ in cargo's target directory)
@@ -145,8 +145,8 @@ struct Material {
 /// Compares, prints a table and writes the files.
 pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCode> {
     ensure!(o.length >= 256, "--length must be at least 256: the window alone has {} rows", o.window);
-    let longest = o.length + o.length.min(OWN_WORDS);
-    ensure!(o.ctx as usize >= longest, "-c must be at least {longest}, for texts of {} tokens and what the model adds", o.length);
+    let longest = o.length.max(o.length / 4 + o.length.min(OWN_WORDS));
+    ensure!(o.ctx as usize >= longest, "-c must be at least {longest}, for texts of {} tokens", o.length);
     let settings = with_reference(&o.settings);
     let layout = Layout::find()?;
     let dir = o.out.clone().unwrap_or_else(|| layout.target.join("eval"));
@@ -154,6 +154,15 @@ pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCod
     let threads = o.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
     let model = fsutil::sha256(&o.model)?;
     let mut probe = Probe::start(&bin, &o.model, threads)?;
+    if o.ctx as usize > probe.info().n_ctx_train {
+        // Only the code rate follows from the context size; positions stay below the length of the texts.
+        eprintln!(
+            "note: the model was trained for {} tokens; the caches are made for {}, the texts fill {}",
+            probe.info().n_ctx_train,
+            o.ctx,
+            o.length
+        );
+    }
     let parts = Parts::open(&dir.join("parts"), &common(&model, &bin, threads)?.iter().map(Vec::as_slice).collect::<Vec<_>>())?;
 
     let files = o.files.iter().map(|f| read(&mut probe, f)).collect::<Result<Vec<_>>>()?;
