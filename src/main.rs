@@ -18,6 +18,7 @@ use clap::{Args, Parser, Subcommand};
 
 use tool::build::{Request, Tree};
 use tool::demo::Demo;
+use tool::diff::{Diff, Prompt, Sampler};
 use tool::fetch::SourceKind;
 
 /// llama.cpp with an 8x smaller KV cache: build it, run it, see it work.
@@ -38,6 +39,11 @@ enum Command {
     /// "llama-" before the name. All that follows the name goes to the tool.
     #[command(subcommand_value_name = "TOOL", override_usage = "spectral-kv llama [OPTIONS] <TOOL> [ARGS]...")]
     Llama(LlamaArgs),
+    /// Run one prompt through f16 and through a spectral cache side by side, and tell how far each token is apart
+    ///
+    /// The prompt goes in first. Then f16 chooses token by token, and both caches get the same one. Probabilities, ranks and
+    /// KL divergences are those of the models, whatever the temperature.
+    Diff(DiffArgs),
     /// Fetch, patch and build llama.cpp
     Build(BuildArgs),
     /// Compare KV caches with f16 on a model and texts of your own
@@ -73,6 +79,64 @@ struct DemoArgs {
     prompt: Option<PathBuf>,
     #[command(flatten)]
     from: From,
+}
+
+#[derive(Args)]
+struct DiffArgs {
+    /// A GGUF model
+    #[arg(long, short)]
+    model: PathBuf,
+    #[command(flatten)]
+    prompt: PromptArgs,
+    /// Tokens to generate
+    #[arg(long, short = 'n', default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    tokens: u32,
+    /// Context size in tokens
+    #[arg(long, short, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
+    ctx: u32,
+    /// How many times smaller than f16 the cache shall be
+    #[arg(long, value_name = "RATIO", default_value_t = 8.0, value_parser = parse_ratio)]
+    kv_spectral: f64,
+    /// Code bits per element, instead of those that the ratio leaves
+    #[arg(long, default_value_t = 0.0, value_parser = parse_bits)]
+    bits: f32,
+    /// Most recent rows that stay exact
+    #[arg(long, default_value_t = 128)]
+    window: u32,
+    /// Compare the attention outputs of all layers and heads as well
+    #[arg(long)]
+    layers: bool,
+    /// Tokens of the prompt that go through the graph at once; 1 sends the prompt through the decode path too
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    step: u32,
+    /// Seed of the choices, for temperatures above 0
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Temperature; 0 chooses the likeliest token
+    #[arg(long, default_value_t = 0.0, value_parser = parse_temperature)]
+    temp: f64,
+    /// End at the first token that they choose differently
+    #[arg(long)]
+    stop: bool,
+    /// Threads of llama.cpp (default: one per core)
+    #[arg(long, short, value_parser = clap::value_parser!(u32).range(1..))]
+    threads: Option<u32>,
+    /// Write one JSON object per token to this file
+    #[arg(long, short, value_name = "FILE")]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    from: From,
+}
+
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+struct PromptArgs {
+    /// A text file to continue
+    #[arg(long, short)]
+    file: Option<PathBuf>,
+    /// A text to continue
+    #[arg(long, short)]
+    prompt: Option<String>,
 }
 
 #[derive(Args)]
@@ -120,6 +184,20 @@ fn parse_ratio(s: &str) -> Result<f64, String> {
     }
 }
 
+fn parse_bits(s: &str) -> Result<f32, String> {
+    match s.parse::<f32>() {
+        Ok(b) if (0.0..=8.0).contains(&b) => Ok(b),
+        _ => Err("expected a number from 0 to 8".into()),
+    }
+}
+
+fn parse_temperature(s: &str) -> Result<f64, String> {
+    match s.parse::<f64>() {
+        Ok(t) if t >= 0.0 && t.is_finite() => Ok(t),
+        _ => Err("expected a number, at least 0".into()),
+    }
+}
+
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Demo(a) => tool::demo::run(&Demo {
@@ -138,6 +216,29 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             let request = Request { tree: Tree::Patched, targets: vec![name], source: a.from.source, jobs: a.from.jobs };
             tool::cmd::hand_over(&tool::build::ensure(&request)?.join(name), args)
         }
+        Command::Diff(a) => tool::diff::run(&Diff {
+            model: a.model,
+            prompt: match (a.prompt.file, a.prompt.prompt) {
+                (Some(file), _) => Prompt::File(file),
+                (None, text) => Prompt::Text(text.unwrap_or_default()),
+            },
+            tokens: a.tokens as usize,
+            ctx: a.ctx,
+            ratio: a.kv_spectral as f32,
+            bits: a.bits,
+            window: a.window,
+            layers: a.layers,
+            step: a.step,
+            sampler: Sampler { seed: a.seed, temperature: a.temp },
+            stop: a.stop,
+            threads: match a.threads {
+                Some(n) => n as usize,
+                None => std::thread::available_parallelism().map_or(1, usize::from),
+            },
+            log: a.output,
+            source: a.from.source,
+            jobs: a.from.jobs,
+        }),
         Command::Build(a) => {
             let targets = a.targets.iter().map(|t| tool::build::tool_name(t)).collect::<anyhow::Result<_>>()?;
             let tree = if a.stock { Tree::Stock } else { Tree::Patched };

@@ -4,10 +4,12 @@
 pub mod build;
 pub mod cmd;
 pub mod demo;
+pub mod diff;
 pub mod eval;
 pub mod fetch;
 pub mod fsutil;
 pub mod layout;
+#[expect(dead_code, reason = "one client for every comparison; no single one of them needs all of it")]
 pub mod probe;
 pub mod report;
 pub mod toolchain;

@@ -5,7 +5,7 @@
 //! directions. Must not know what the calls are made for.
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::path::Path;
 use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread::JoinHandle;
@@ -286,13 +286,13 @@ impl Wire {
         }
     }
 
-    fn exchange(&mut self, command: &Value, payload: &[u8]) -> std::io::Result<(Value, Vec<u8>)> {
-        let to = self.to.as_mut().ok_or(std::io::ErrorKind::BrokenPipe)?;
+    fn exchange(&mut self, command: &Value, payload: &[u8]) -> io::Result<(Value, Vec<u8>)> {
+        let to = self.to.as_mut().ok_or(ErrorKind::BrokenPipe)?;
         to.write_all(format!("{command}\n").as_bytes())?;
         to.write_all(payload)?;
         let mut line = vec![];
         if self.from.read_until(b'\n', &mut line)? == 0 {
-            return Err(std::io::ErrorKind::UnexpectedEof.into());
+            return Err(ErrorKind::UnexpectedEof.into());
         }
         let answer: Value = serde_json::from_slice(&line)?;
         let mut bytes = vec![0; answer["bytes"].as_u64().unwrap_or(0) as usize];
@@ -301,10 +301,12 @@ impl Wire {
     }
 
     /// After a failure of the wire nothing more can be asked: ends the process and words what is known about its end.
-    fn post_mortem(&mut self, what: &str, error: &std::io::Error) -> String {
+    fn post_mortem(&mut self, what: &str, error: &io::Error) -> String {
         self.to = None;
-        // A process that ended by itself keeps its own exit status; one that does not read any more is stopped.
-        let _ = self.child.kill();
+        // A closed pipe is the sign of a process that ends by itself, with an exit status that tells more than a signal of ours.
+        if !matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe) {
+            let _ = self.child.kill();
+        }
         let status = self.child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
         let log = self.log.take().and_then(|l| l.join().ok()).unwrap_or_default();
         format!("`{}` ended at `{what}` ({status}; {error}); the end of its log:\n{}", self.name, cmd::tail(&log, 20))
@@ -341,7 +343,7 @@ impl Tensor {
 }
 
 fn numbers<T: bytemuck::Pod>(bytes: &[u8]) -> Result<Vec<T>> {
-    if bytes.len() % size_of::<T>() != 0 {
+    if !bytes.len().is_multiple_of(size_of::<T>()) {
         bail!("{TOOL} sent {} bytes for numbers of {}", bytes.len(), size_of::<T>());
     }
     // The bytes need not be aligned for the numbers.
@@ -353,11 +355,61 @@ fn numbers<T: bytemuck::Pod>(bytes: &[u8]) -> Result<Vec<T>> {
 /// Reads a log to its end, so that its writer never waits, and keeps the last lines.
 fn end_of(log: ChildStderr) -> String {
     let mut lines = VecDeque::new();
-    for line in BufReader::new(log).split(b'\n').map_while(std::io::Result::ok) {
+    for line in BufReader::new(log).split(b'\n').map_while(Result::ok) {
         if lines.len() == 40 {
             lines.pop_front();
         }
         lines.push_back(String::from_utf8_lossy(&line).into_owned());
     }
     Vec::from(lines).join("\n")
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    /// A folder with a shell script for a probe; it answers `info` and goes on as told.
+    fn stand_in(name: &str, then: &str) -> std::path::PathBuf {
+        let dir = std::env::temp_dir().join(format!("spectral-kv-probe-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let info = json!({"bytes": 0, "description": "d", "n_vocab": 1, "n_ctx_train": 1, "layers": [], "bos": null, "rope": {
+            "neox": true, "n_rot": 0, "offset": 0, "freq_base": 1.0, "freq_scale": 1.0, "n_ctx_orig": 0, "ext_factor": 0.0,
+            "beta_fast": 0.0, "beta_slow": 0.0, "freq_factors": []}});
+        let program = dir.join(TOOL);
+        std::fs::write(&program, format!("#!/bin/sh\nread line\necho '{info}'\nread line\n{then}\n")).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        dir
+    }
+
+    fn answer(name: &str, then: &str) -> Result<Vec<i32>> {
+        let dir = stand_in(name, then);
+        let res = Probe::start(&dir, Path::new("m"), 1).unwrap().tokenize("", true);
+        std::fs::remove_dir_all(dir).unwrap();
+        res
+    }
+
+    #[test]
+    fn answers_and_refusals_are_told_apart() {
+        assert_eq!(answer("answer", r#"printf '{"bytes":8}\n\001\0\0\0\377\377\377\377'"#).unwrap(), [1, -1]);
+        let e = answer("refusal", r#"echo '{"error":"too warm"}'"#).unwrap_err().to_string();
+        assert!(e.contains("refuses `tokenize`: too warm"), "{e}");
+        let e = answer("odd", r#"printf '{"bytes":3}\nabc'"#).unwrap_err().to_string();
+        assert!(e.contains("3 bytes"), "{e}");
+    }
+
+    #[test]
+    fn the_end_of_the_process_is_told_with_its_log() {
+        for (name, then, status) in [
+            ("exit", "echo why >&2; exit 3", "exit status: 3"),
+            ("kill", "echo why >&2; kill -9 $$", "signal: 9"),
+            ("short", r#"echo why >&2; printf '{"bytes":9}\nabc'; exit 3"#, "exit status: 3"),
+            ("garbage", "echo why >&2; echo garbage; exec sleep 20", "signal: 9"),
+        ] {
+            let e = answer(name, then).unwrap_err().to_string();
+            assert!(e.contains("`tokenize`") && e.contains(status) && e.contains("why") && e.contains(TOOL), "{name}: {e}");
+        }
+        let e = Probe::start(Path::new("/nowhere"), Path::new("m"), 1).err().unwrap();
+        assert!(format!("{e:#}").contains("cannot run `/nowhere/llama-kv-spectral-probe"), "{e:#}");
+    }
 }

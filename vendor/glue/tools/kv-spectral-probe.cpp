@@ -344,6 +344,13 @@ struct probe {
         };
     }
 
+    // llama.cpp aborts where it is asked for the texts of such a vocabulary
+    void check_vocab() const {
+        if (llama_vocab_type(vocab()) == LLAMA_VOCAB_TYPE_NONE) {
+            throw std::invalid_argument("this model has no vocabulary");
+        }
+    }
+
     context & get(const json & args) {
         const auto it = contexts.find(get_uint(args, "id"));
         if (it == contexts.end()) {
@@ -365,6 +372,8 @@ struct probe {
     bytes tokenize(const json & args, const bytes & text) const {
         const bool add_special = args.at("add_special").get<bool>();
 
+        check_vocab();
+
         // never more tokens than bytes, but for those around the text
         std::vector<llama_token> tokens(text.size() + 8);
         const int n = llama_tokenize(vocab(), text.data(), text.size(), tokens.data(), tokens.size(), add_special, true);
@@ -375,19 +384,20 @@ struct probe {
         return to_bytes(tokens);
     }
 
+    // piece by piece, so that texts can be put together where tokens were taken apart
     bytes detokenize(const bytes & in) const {
-        const auto tokens = get_tokens(in);
+        check_vocab();
 
-        bytes text(64);
-        int n = llama_detokenize(vocab(), tokens.data(), tokens.size(), text.data(), text.size(), false, true);
-        if (n < 0) {
-            text.resize(-n);
-            n = llama_detokenize(vocab(), tokens.data(), tokens.size(), text.data(), text.size(), false, true);
+        bytes text;
+        bytes piece(64);
+        for (const auto token : get_tokens(in)) {
+            int n = llama_token_to_piece(vocab(), token, piece.data(), piece.size(), 0, true);
+            if (n < 0) {
+                piece.resize(-n);
+                n = llama_token_to_piece(vocab(), token, piece.data(), piece.size(), 0, true);
+            }
+            text.insert(text.end(), piece.begin(), piece.begin() + n);
         }
-        if (n < 0) {
-            throw failure("the tokens have no text");
-        }
-        text.resize(n);
         return text;
     }
 

@@ -1,0 +1,383 @@
+//! The remote control of the patched llama.cpp, through its client, and the `diff` command that is made with it.
+//!
+//! Builds llama.cpp with the `spectral-kv` command (minutes on the first run, seconds after it).
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+
+use serde_json::{json, Value};
+
+#[path = "../src/tool"]
+mod tool {
+    #[expect(dead_code, reason = "only the wording of failures is used")]
+    pub mod cmd;
+    pub mod probe;
+}
+
+use tool::probe::{Cache, Context, ContextSpec, Probe, Side, Tensor, Want, TOOL};
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+fn bin() -> &'static Path {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    DIR.get_or_init(|| {
+        let out = spectral_kv(&["build", "--targets", TOOL, "--print-bin-dir"]);
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        PathBuf::from(String::from_utf8(out.stdout).unwrap().trim())
+    })
+}
+
+fn spectral_kv(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_spectral-kv")).args(args).stdin(Stdio::null()).output().unwrap()
+}
+
+fn model() -> String {
+    format!("{ROOT}/tests/models/bench-a-f16.gguf")
+}
+
+fn start() -> Probe {
+    Probe::start(bin(), Path::new(&model()), 1).unwrap()
+}
+
+fn prompt(probe: &mut Probe, n: usize) -> Vec<i32> {
+    let text = std::fs::read_to_string(format!("{ROOT}/tests/data/prompt.txt")).unwrap();
+    let mut tokens = probe.tokenize(&text, true).unwrap();
+    tokens.truncate(n);
+    tokens
+}
+
+fn stock(kind: &str, rotate: bool) -> Cache {
+    Cache::Stock { k: kind.into(), v: kind.into(), rotate }
+}
+
+fn spectral(window: u32) -> Cache {
+    Cache::Spectral { ratio: 8.0, bits: 0.0, window }
+}
+
+fn spec(cache: Cache, n_ubatch: u32) -> ContextSpec {
+    ContextSpec { n_ctx: 2048, n_ubatch, cache, capture: false }
+}
+
+fn largest(x: &[f32], y: &[f32]) -> f32 {
+    assert_eq!(x.len(), y.len());
+    x.iter().zip(y).fold(0.0, |m, (a, b)| m.max((a - b).abs()))
+}
+
+fn relative(exact: &[f32], got: &[f32]) -> f64 {
+    assert_eq!(exact.len(), got.len());
+    let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+    norm(&mut exact.iter().zip(got).map(|(a, b)| a - b)) / norm(&mut exact.iter().copied())
+}
+
+#[test]
+fn the_model_is_described() {
+    let mut probe = start();
+    let info = probe.info().clone();
+    assert_eq!((info.n_vocab, info.n_ctx_train, info.bos, info.layers.len()), (4096, 4096, Some(0), 3));
+    assert!(info.description.contains("F16") && info.layers.iter().all(|l| (l.n_head, l.n_head_kv, l.d_k, l.d_v) == (4, 2, 128, 128)));
+
+    let text = "Zum Beispiel: naïve café, 1 < 2.\n";
+    let tokens = probe.tokenize(text, false).unwrap();
+    assert_eq!(probe.detokenize(&tokens).unwrap(), text);
+    assert_eq!(probe.tokenize(text, true).unwrap(), [vec![0], tokens].concat());
+    assert_eq!(probe.detokenize(&[]).unwrap(), "");
+}
+
+#[test]
+fn keys_are_rotated_as_described() {
+    let mut probe = start();
+    let rope = probe.info().rope.clone();
+    let context = probe.open(&ContextSpec { capture: true, ..spec(stock("f16", true), 64) }).unwrap();
+    probe.decode(&context, &[200; 64], Want::None).unwrap();
+    let keys = probe.captured(&context, 0, Tensor::Keys).unwrap();
+    let (d, row) = (128, 256);
+    assert_eq!((rope.n_rot, rope.offset, rope.freq_factors.len()), (d, 0, 0));
+    assert_eq!((rope.n_ctx_orig, rope.ext_factor, rope.beta_fast, rope.beta_slow), (4096, 0.0, 32.0, 1.0));
+    // In the first layer all keys of a token are the same but for the rotation.
+    for p in 0..64 {
+        let mut back = keys[p * row..(p + 1) * row].to_vec();
+        for pair in 0..row / 2 {
+            let (head, i) = (pair / (d / 2) * d, pair % (d / 2));
+            let (a, b) = if rope.neox { (head + i, head + i + d / 2) } else { (head + 2 * i, head + 2 * i + 1) };
+            let angle = p as f32 * rope.freq_scale * rope.freq_base.powf(-(2.0 * i as f32) / d as f32);
+            let (x, y) = (back[a], back[b]);
+            back[a] = x * angle.cos() + y * angle.sin();
+            back[b] = y * angle.cos() - x * angle.sin();
+        }
+        assert!(largest(&back, &keys[..row]) < 1e-3, "position {p}");
+    }
+}
+
+#[test]
+fn contexts_do_not_know_each_other() {
+    let mut probe = start();
+    let tokens = prompt(&mut probe, 700);
+    let alone = |probe: &mut Probe, cache| {
+        let context = probe.open(&spec(cache, 512)).unwrap();
+        let logits = probe.decode(&context, &tokens, Want::Last).unwrap();
+        let next = probe.decode(&context, &tokens[..3], Want::All).unwrap();
+        probe.close(&context).unwrap();
+        [logits, next].concat()
+    };
+    let caches = [stock("f16", true), spectral(128), stock("q4_0", true), stock("q4_0", false)];
+    let want: Vec<_> = caches.iter().map(|c| alone(&mut probe, c.clone())).collect();
+    assert_eq!(want[0].len(), 4 * 4096);
+    assert!(largest(&want[2], &want[3]) > 0.0, "the rotation changes what q4_0 loses");
+
+    let open: Vec<_> = caches.iter().map(|c| probe.open(&spec(c.clone(), 512)).unwrap()).collect();
+    let first: Vec<_> = open.iter().map(|c| probe.decode(c, &tokens, Want::Last).unwrap()).collect();
+    for (i, context) in open.iter().enumerate() {
+        let next = probe.decode(context, &tokens[..3], Want::All).unwrap();
+        assert!([first[i].clone(), next].concat() == want[i], "context {i}");
+    }
+    // A cleared context is a new one.
+    for (i, context) in open.iter().enumerate() {
+        probe.clear(context).unwrap();
+        assert!(probe.decode(context, &tokens, Want::Last).unwrap() == first[i], "context {i}");
+    }
+}
+
+#[test]
+fn bytes_are_those_of_the_cache() {
+    let mut probe = start();
+    let mut held = |cache| {
+        let c = probe.open(&ContextSpec { n_ctx: 4096, ..spec(cache, 512) }).unwrap();
+        (c.bytes_held, c.ratio, c.code_bits)
+    };
+    assert_eq!(held(stock("f16", true)), (12 << 20, 1.0, None));
+    let (bytes, ratio, bits) = held(stock("q8_0", true));
+    assert!(bytes == 51 << 17 && (ratio - 32.0 / 17.0).abs() < 1e-9 && bits.is_none(), "{bytes} {ratio} {bits:?}");
+    let (bytes, ratio, bits) = held(Cache::Spectral { ratio: 4.0, bits: 0.0, window: 128 });
+    assert!((ratio - (12 << 20) as f64 / bytes as f64).abs() < 1e-9 && ratio > 2.0 && ratio < 4.1, "{ratio}");
+    assert!(bits.is_some_and(|b| b > 2.0 && b < 4.0), "{bits:?}");
+    assert_eq!(held(Cache::Spectral { ratio: 8.0, bits: 2.0, window: 128 }).2, Some(2.0));
+}
+
+#[test]
+fn rows_can_be_read_and_replaced() {
+    let mut probe = start();
+    let tokens = prompt(&mut probe, 300);
+    let context = probe.open(&spec(stock("f16", true), 128)).unwrap();
+    probe.decode(&context, &tokens[..299], Want::None).unwrap();
+    let last = |probe: &mut Probe| {
+        let logits = probe.decode(&context, &tokens[299..], Want::Last).unwrap();
+        probe.truncate(&context, 299).unwrap();
+        logits
+    };
+    let want = last(&mut probe);
+    assert!(last(&mut probe) == want, "going back and forth changes nothing");
+
+    for layer in 0..3 {
+        for side in [Side::K, Side::V] {
+            let rows = probe.rows(&context, layer, side, 0, 299).unwrap();
+            assert_eq!(rows.len(), 299 * 256);
+            probe.set_rows(&context, layer, side, 0, &rows).unwrap();
+            assert_eq!(probe.rows(&context, layer, side, 100, 2).unwrap(), rows[100 * 256..102 * 256]);
+        }
+    }
+    assert!(last(&mut probe) == want, "the same rows give the same logits");
+
+    for side in [Side::K, Side::V] {
+        let row = probe.rows(&context, 1, side, 298, 1).unwrap();
+        probe.set_rows(&context, 1, side, 298, &row.iter().map(|x| -x).collect::<Vec<_>>()).unwrap();
+        assert!(largest(&last(&mut probe), &want) > 1e-3, "another row gives other logits");
+        probe.set_rows(&context, 1, side, 298, &row).unwrap();
+    }
+    assert!(last(&mut probe) == want);
+}
+
+#[test]
+fn captured_tensors_are_those_of_the_attention() {
+    let mut probe = start();
+    let tokens = prompt(&mut probe, 201);
+    let mut reference = vec![];
+    for (cache, n_ubatch, tolerance) in [
+        (stock("f16", true), 64, 0.0),
+        (spectral(2048), 64, 0.01),
+        (spectral(2048), 128, 0.01),
+        (stock("q8_0", true), 64, 0.03),
+        (stock("q8_0", false), 64, 0.03),
+    ] {
+        let context = probe.open(&ContextSpec { capture: true, ..spec(cache.clone(), n_ubatch) }).unwrap();
+        probe.decode(&context, &tokens[..200], Want::None).unwrap();
+        let long: Vec<_> = (0..3).map(|l| capture(&mut probe, &context, l)).collect();
+        probe.decode(&context, &tokens[200..], Want::None).unwrap();
+        let short: Vec<_> = (0..3).map(|l| capture(&mut probe, &context, l)).collect();
+        for (layer, (long, short)) in long.iter().zip(&short).enumerate() {
+            assert_eq!(long.each_ref().map(Vec::len), [512, 256, 256, 512].map(|n| 200 * n));
+            assert_eq!(short.each_ref().map(Vec::len), [512, 256, 256, 512]);
+            let [q, _, _, attention] = short;
+            if reference.len() < 3 {
+                let sides = [(Side::K, 1), (Side::V, 2)].map(|(side, i)| {
+                    let rows = probe.rows(&context, layer, side, 0, 201).unwrap();
+                    assert!(relative(&rows, &[&long[i][..], &short[i]].concat()) < 1e-3, "the rows are the captured ones, in f16");
+                    rows
+                });
+                assert!(relative(&attend(q, &sides[0], &sides[1]), attention) < 0.005, "layer {layer}");
+                reference.push([long[3].clone(), attention.clone()]);
+            } else {
+                for (exact, got) in reference[layer].iter().zip([&long[3], attention]) {
+                    let e = relative(exact, got);
+                    assert!(e <= tolerance, "{cache:?}, -ub {n_ubatch}, layer {layer}: {e}");
+                }
+            }
+        }
+    }
+}
+
+fn capture(probe: &mut Probe, context: &Context, layer: usize) -> [Vec<f32>; 4] {
+    [Tensor::Queries, Tensor::Keys, Tensor::Values, Tensor::Attention].map(|t| probe.captured(context, layer, t).unwrap())
+}
+
+/// Attention of one token, 4 query heads over 2 KV heads of 128.
+fn attend(q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
+    let d = 128;
+    let head = |h: usize| {
+        let part = |x: &[f32], t: usize| x[t * 2 * d + h / 2 * d..][..d].to_vec();
+        let score = |t| q[h * d..][..d].iter().zip(part(k, t)).map(|(a, b)| f64::from(a * b)).sum::<f64>() / (d as f64).sqrt();
+        let weights: Vec<f64> = (0..k.len() / (2 * d)).map(|t| score(t).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        let element = |i: usize| weights.iter().enumerate().map(|(t, w)| w / sum * f64::from(part(v, t)[i])).sum::<f64>() as f32;
+        (0..d).map(element).collect::<Vec<_>>()
+    };
+    (0..4).flat_map(head).collect()
+}
+
+#[test]
+fn a_window_as_long_as_the_context_is_f16() {
+    let mut probe = start();
+    let tokens = prompt(&mut probe, 1500);
+    let mut run = |cache| {
+        let context = probe.open(&spec(cache, 512)).unwrap();
+        probe.decode(&context, &tokens[..1450], Want::None).unwrap();
+        tokens[1450..].iter().flat_map(|t| probe.decode(&context, &[*t], Want::Last).unwrap()).collect::<Vec<_>>()
+    };
+    let (f16, exact, coded) = (run(stock("f16", true)), run(spectral(2048)), run(spectral(128)));
+    let (near, far) = (relative(&f16, &exact), relative(&f16, &coded));
+    assert!(near < 0.003 && far > 2.0 * near && far < 0.1, "{near} {far}");
+}
+
+#[test]
+fn what_cannot_be_done_is_refused_with_a_reason() {
+    let mut probe = start();
+    let f16 = probe.open(&spec(stock("f16", true), 512)).unwrap();
+    let coded = probe.open(&spec(spectral(128), 512)).unwrap();
+    let closed = probe.open(&spec(stock("q8_0", true), 512)).unwrap();
+    probe.close(&closed).unwrap();
+    probe.decode(&f16, &[1, 2, 3], Want::None).unwrap();
+    probe.decode(&coded, &[1, 2, 3], Want::None).unwrap();
+
+    let refusals = [
+        (probe.decode(&f16, &[4096], Want::Last).map(drop), "token 4096"),
+        (probe.decode(&f16, &[-1], Want::Last).map(drop), "token -1"),
+        (probe.decode(&f16, &[], Want::Last).map(drop), "0 tokens"),
+        (probe.decode(&f16, &[1; 2046], Want::Last).map(drop), "2046 tokens at position 3 of 2048"),
+        (probe.decode(&closed, &[1], Want::Last).map(drop), "no context"),
+        (probe.truncate(&f16, 4), "only 3 positions"),
+        (probe.rows(&f16, 0, Side::K, 2, 2).map(drop), "only 3 positions"),
+        (probe.rows(&f16, 3, Side::K, 0, 1).map(drop), "f16"),
+        (probe.rows(&coded, 0, Side::K, 0, 1).map(drop), "stock f16 cache"),
+        (probe.set_rows(&coded, 0, Side::V, 0, &[0.0; 256]), "stock f16 cache"),
+        (probe.set_rows(&f16, 0, Side::V, 0, &[0.0; 255]), "256 elements"),
+        (probe.captured(&f16, 0, Tensor::Keys).map(drop), "without capture"),
+        (probe.open(&spec(stock("q3_k", true), 512)).map(drop), "k must be one of f32, f16"),
+        (probe.open(&spec(Cache::Spectral { ratio: 65.0, bits: 0.0, window: 1 }, 512)).map(drop), "1 to 64"),
+        (probe.open(&spec(Cache::Spectral { ratio: 0.0, bits: 0.0, window: 1 }, 512)).map(drop), "1 to 64"),
+        (probe.open(&ContextSpec { n_ctx: 0, ..spec(spectral(1), 512) }).map(drop), "n_ctx"),
+    ];
+    for (res, reason) in refusals {
+        let e = format!("{:#}", res.expect_err(reason));
+        assert!(e.contains(reason), "{reason}: {e}");
+    }
+    assert_eq!(probe.decode(&f16, &[4], Want::All).unwrap().len(), 4096, "it goes on");
+    let e = Probe::start(bin(), Path::new("/nowhere.gguf"), 1).err().unwrap().to_string();
+    assert!(e.contains("exit status: 1") && e.contains("/nowhere.gguf"), "{e}");
+}
+
+#[test]
+fn malformed_commands_are_answered() {
+    let mut child =
+        Command::new(bin().join(TOOL)).args(["-m", &model()]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let bad: [&[u8]; 12] = [
+        b"nonsense\n",
+        b"\n",
+        b"[1]\n",
+        b"\xff\xfe\n",
+        b"{}\n",
+        b"{\"cmd\":7}\n",
+        b"{\"cmd\":\"fly\",\"bytes\":3}\nabc",
+        b"{\"cmd\":\"info\",\"bytes\":-3}\n",
+        b"{\"cmd\":\"open\",\"n_ctx\":512,\"n_ubatch\":-1,\"capture\":false,\"cache\":{\"ratio\":8,\"bits\":0,\"window\":1}}\n",
+        b"{\"cmd\":\"open\",\"n_ctx\":512,\"n_ubatch\":9,\"capture\":false,\"cache\":{\"ratio\":\"8\",\"bits\":0,\"window\":1}}\n",
+        b"{\"cmd\":\"decode\",\"id\":0,\"want\":\"last\",\"bytes\":3}\nabc",
+        b"{\"cmd\":\"detokenize\",\"bytes\":3}\nabc",
+    ];
+    let mut to = child.stdin.take().unwrap();
+    to.write_all(&bad.concat()).unwrap();
+    to.write_all(b"{\"cmd\":\"tokenize\",\"add_special\":false,\"bytes\":0}\n").unwrap();
+    drop(to);
+    let out = child.wait_with_output().unwrap();
+    assert!(out.status.success(), "{}", out.status);
+    let answers: Vec<Value> = String::from_utf8(out.stdout).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(answers.len(), bad.len() + 1);
+    for (answer, command) in answers.iter().zip(bad) {
+        assert!(answer["error"].is_string(), "{}: {answer}", String::from_utf8_lossy(command));
+    }
+    assert_eq!(answers[bad.len()], json!({"bytes": 0}));
+}
+
+fn diff(name: &str, args: &[&str]) -> (Vec<Value>, String, Vec<u8>) {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("probe");
+    std::fs::create_dir_all(&dir).unwrap();
+    let path = dir.join(name);
+    let prompt = format!("{ROOT}/tests/data/prompt.txt");
+    let out = spectral_kv(&[&["diff", "-m", &model(), "-f", &prompt, "-t", "1", "-o", path.to_str().unwrap()], args].concat());
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let bytes = std::fs::read(path).unwrap();
+    let lines = String::from_utf8(bytes.clone()).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    (lines, String::from_utf8(out.stdout).unwrap(), bytes)
+}
+
+#[test]
+fn the_same_seed_gives_the_same_log() {
+    let args = ["-n", "12", "--temp", "1", "--layers", "--kv-spectral", "8"];
+    let (lines, text, first) = diff("first.jsonl", &[&args[..], &["--seed", "7"]].concat());
+    assert!(first == diff("second.jsonl", &[&args[..], &["--seed", "7"]].concat()).2);
+    assert_ne!(lines[5], diff("third.jsonl", &[&args[..], &["--seed", "8"]].concat()).0[5]);
+    assert_eq!(lines.len(), 14);
+    assert_eq!((&lines[0]["seed"], &lines[0]["prompt_tokens"], &lines[1]["position"]), (&json!(7), &json!(1859), &json!(1859)));
+    for line in &lines[1..13] {
+        let errors = line["attention_error"].as_array().unwrap();
+        assert!(errors.len() == 3 && errors.iter().flat_map(|l| l.as_array().unwrap()).all(|e| e.as_f64().unwrap() < 1.0), "{line}");
+        assert!(line["kl"].as_f64().unwrap() > 0.0 && line["f16"]["p"].as_f64().unwrap() > 0.0, "{line}");
+    }
+    assert!(text.contains("12 tokens: KL divergence") && text.contains("relative error of the attention output, mean of 12 steps"), "{text}");
+}
+
+#[test]
+fn diff_is_zero_with_a_window_as_long_as_the_context() {
+    let (lines, text, _) = diff("window.jsonl", &["-n", "24", "-c", "2048", "--window", "2048"]);
+    let summary = lines.last().unwrap();
+    assert!(summary["max_kl"].as_f64().unwrap() < 1e-4 && summary["agreement"] == 1.0 && summary["first_divergence"].is_null(), "{summary}");
+    assert!(text.contains("first divergence none"), "{text}");
+}
+
+#[test]
+fn diff_stops_at_the_first_divergence() {
+    // Few bits, an empty window and high temperature: the choices differ soon.
+    let args = ["-n", "100", "--temp", "1.5", "--kv-spectral", "64", "--bits", "0.3", "--window", "0", "--layers", "--stop"];
+    let (lines, text, _) = diff("stop.jsonl", &args);
+    let (last, summary) = (&lines[lines.len() - 2], &lines[lines.len() - 1]);
+    assert!(lines.len() < 102 && last["same"] == false && summary["first_divergence"] == last["position"], "{summary}");
+    assert!(lines[1..lines.len() - 2].iter().all(|l| l["same"] == true && l["first_divergence"].is_null()));
+    for side in ["f16", "spectral"] {
+        let top = last["first_divergence"][side].as_array().unwrap();
+        assert!(top.len() == 5 && top.windows(2).all(|w| w[0]["p"].as_f64() >= w[1]["p"].as_f64()), "{last}");
+    }
+    assert!(text.contains("first divergence, the likeliest tokens:") && text.contains("layer     mean    worst  head"), "{text}");
+
+    let too_long = spectral_kv(&["diff", "-m", &model(), "-p", "x", "-n", "600", "-c", "512"]);
+    assert!(!too_long.status.success() && String::from_utf8_lossy(&too_long.stderr).contains("raise -c"));
+}
