@@ -17,6 +17,11 @@ use super::settings::Setting;
 /// Logits of one portion, as numbers; bounds the memory for large vocabularies.
 const PORTION: usize = 1 << 25;
 
+/// Takes a position and its logits.
+pub type TakeLogits<'a> = dyn FnMut(usize, &[f32]) -> Result<()> + 'a;
+/// Takes a position, a layer and the outputs of its heads.
+pub type TakeOutput<'a> = dyn FnMut(usize, usize, &[f32]) -> Result<()> + 'a;
+
 /// How a context is fed.
 #[derive(Clone, Copy, Debug)]
 pub struct Feed {
@@ -95,7 +100,7 @@ impl<'a> Session<'a> {
     }
 
     /// Appends tokens and hands over the logits of those from position `from` on.
-    pub fn push(&mut self, tokens: &[i32], from: usize, each: &mut dyn FnMut(usize, &[f32]) -> Result<()>) -> Result<()> {
+    pub fn push(&mut self, tokens: &[i32], from: usize, each: &mut TakeLogits) -> Result<()> {
         let vocabulary = self.probe.info().n_vocab;
         let mut rest = tokens;
         while !rest.is_empty() {
@@ -115,7 +120,7 @@ impl<'a> Session<'a> {
     }
 
     /// Appends tokens and hands over the attention outputs of each layer at some positions, given in ascending order.
-    pub fn push_captured(&mut self, tokens: &[i32], positions: &[usize], each: &mut dyn FnMut(usize, usize, &[f32]) -> Result<()>) -> Result<()> {
+    pub fn push_captured(&mut self, tokens: &[i32], positions: &[usize], each: &mut TakeOutput) -> Result<()> {
         let layers = self.probe.info().layers.clone();
         for portion in tokens.chunks(self.ubatch) {
             let first = self.n;
