@@ -144,7 +144,7 @@ struct Material {
 
 /// Compares, prints a table and writes the files.
 pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCode> {
-    ensure!(o.length >= 256, "--length must be at least 256: the window alone has {} rows", o.window);
+    ensure!(o.length >= 256, "--length must be at least 256");
     let longest = o.length.max(o.length / 4 + o.length.min(OWN_WORDS));
     ensure!(o.ctx as usize >= longest, "-c must be at least {longest}, for texts of {} tokens", o.length);
     let settings = with_reference(&o.settings);

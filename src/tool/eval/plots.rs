@@ -41,6 +41,20 @@ fn wide(values: impl Iterator<Item = f64>) -> (f64, f64) {
     (low / 1.6, high * 1.6)
 }
 
+/// How far each label must go down to keep off those before it. Places are shares of the plot's width and height.
+fn apart(places: &[(f64, f64)]) -> Vec<i32> {
+    let mut taken: Vec<(f64, f64)> = vec![];
+    let down = places.iter().map(|(x, y)| {
+        let (x, y, mut down) = (x * 770.0, y * 410.0, 0);
+        while taken.iter().any(|(a, b)| (a - x).abs() < 120.0 && (b - y - f64::from(down)).abs() < 13.0) {
+            down += 13;
+        }
+        taken.push((x, y + f64::from(down)));
+        down
+    });
+    down.collect()
+}
+
 /// Points on two logarithmic axes; marks at 0 cannot be shown and are left out.
 pub fn scatter(marks: &[Mark], x: &str, y: &str) -> Result<String> {
     let shown: Vec<&Mark> = marks.iter().filter(|m| m.x > 0.0 && m.y > 0.0).collect();
@@ -64,10 +78,11 @@ pub fn scatter(marks: &[Mark], x: &str, y: &str) -> Result<String> {
             .axis_style(FAINT)
             .label_style((FONT, 12).into_font().color(&INK))
             .draw()?;
-        chart.draw_series(shown.iter().map(|m| {
+        let labels = apart(&shown.iter().map(|m| ((m.x / x0).ln() / (x1 * 1.5 / x0).ln(), (y1 / m.y).ln() / (y1 / y0).ln())).collect::<Vec<_>>());
+        chart.draw_series(shown.iter().zip(labels).map(|(m, down)| {
             EmptyElement::at((m.x, m.y))
                 + Circle::new((0, 0), 4, colour(m.origin).filled())
-                + Text::new(m.name.to_string(), (7, -5), (FONT, 12).into_font().color(&colour(m.origin)))
+                + Text::new(m.name.to_string(), (7, down - 5), (FONT, 12).into_font().color(&colour(m.origin)))
         }))?;
         root.present()?;
     }
@@ -177,6 +192,11 @@ mod tests {
         assert!(bars(&marks).unwrap().contains("f16"));
         let map = heat_map(&[("layer 0".into(), vec![Some(0.5), None])], &["a".into(), "b".into()], Scale::Error).unwrap();
         assert!(map.contains("0.500") && map.contains("layer 0"), "{map}");
+    }
+
+    #[test]
+    fn labels_keep_off_each_other() {
+        assert_eq!(apart(&[(0.1, 0.5), (0.12, 0.5), (0.9, 0.5), (0.1, 0.51), (0.1, 0.9)]), [0, 13, 0, 26, 0]);
     }
 
     #[test]
