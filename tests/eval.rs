@@ -13,28 +13,9 @@ const SETTINGS: &str = "f16,q8_0,q4_0,q4_0+window,turbo2+window,spectral-2b";
 
 fn eval(out: &Path, texts: &[PathBuf]) -> Vec<u8> {
     let mut eval = Command::new(env!("CARGO_BIN_EXE_spectral-kv"));
-    eval.args([
-        "eval",
-        "-m",
-        &format!("{ROOT}/tests/models/bench-a-f16.gguf"),
-        "-t",
-        "1",
-        "--length",
-        "512",
-        "-c",
-        "2048",
-        "--texts",
-        "2",
-        "--needles",
-        "1",
-    ]);
-    eval.args(["--settings", SETTINGS, "--paths", "decode,prefill", "--step", "8"])
-        .arg("--switch")
-        .arg(&texts[1])
-        .arg("-o")
-        .arg(out)
-        .arg("-f")
-        .arg(&texts[0]);
+    eval.args("eval -t 1 -c 1024 --length 640 --texts 1 --needles 1 --paths decode,prefill --step 8".split(' '));
+    eval.args(["--settings", SETTINGS, "-m", &format!("{ROOT}/tests/models/bench-a-f16.gguf")]);
+    eval.arg("-f").arg(&texts[0]).arg("--switch").arg(&texts[1]).arg("-o").arg(out);
     let result = eval.stdin(Stdio::null()).output().unwrap();
     assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
     std::fs::read(out.join("eval.json")).unwrap()
