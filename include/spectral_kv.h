@@ -25,7 +25,7 @@
 /**
  * Changes whenever a caller compiled against an older header could misbehave.
  */
-#define SKV_ABI_VERSION 1
+#define SKV_ABI_VERSION 2
 
 /**
  * Most query tokens of one attention call.
@@ -36,6 +36,11 @@
  * Rows of a tile.
  */
 #define SKV_TILE_ROWS 64
+
+/**
+ * `skv_config.fine_rows`: from the number of cells.
+ */
+#define SKV_FINE_ROWS_AUTO UINT32_MAX
 
 /**
  * `skv_rope.pairing`: keys are stored as they are.
@@ -168,9 +173,14 @@ typedef struct skv_config {
    */
   float ratio;
   /**
-   * Code bits per element, up to 8, or 0 to derive them from `ratio`. Default 0.
+   * Code bits per element, mean over all tiles, up to 8, or 0 to derive them from `ratio`. Default 0.
    */
   float bits;
+  /**
+   * Rows behind the window that are coded most finely; twice as many behind them are coded more finely than the rest. 0 codes
+   * all rows at one rate. Default `SKV_FINE_ROWS_AUTO`: a 64th of the cells, at least two tiles for each sequence.
+   */
+  uint32_t fine_rows;
 } skv_config;
 
 /**
@@ -417,6 +427,10 @@ typedef struct skv_stats {
    * Coded rows moved by compaction.
    */
   uint64_t moved;
+  /**
+   * Rows coded again in a coarser band.
+   */
+  uint64_t recoded;
   /**
    * Nanoseconds of the first thread in storing.
    */

@@ -6,11 +6,11 @@
 //! (2018); partial results of different rows merge exactly. Semantics are those of `ggml_flash_attn_ext`. Must not know about
 //! cells, arenas or plans.
 
-use crate::codec::Basis;
+use crate::codec::{split_tile, Basis, TilePlace};
 use crate::config::TILE;
 use crate::error::{argument, Result};
 use crate::rope::{Rope, Turn};
-use crate::simd::{quant, Kernels};
+use crate::simd::{quant, Kernels, Widths};
 
 /// How a raw product becomes a score.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -130,7 +130,7 @@ impl Accumulator {
         }
     }
 
-    /// A tile of codes. `turns[row]` rotates a stored key to where it is now; rows hidden for every token are not looked at.
+    /// A tile of codes, where `place` says how wide they are. `turns[row]` rotates a stored key to where it is now; rows hidden for every token are not looked at.
     #[expect(clippy::too_many_arguments, reason = "one tile is two coded matrices and what places them")]
     pub fn tile_block(
         &mut self,
@@ -138,12 +138,13 @@ impl Accumulator {
         scoring: Scoring,
         rope: &Rope,
         bases: (&Basis, &Basis),
-        k: (&[u8], &[u8]),
-        v: (&[u8], &[u8]),
+        place: &TilePlace,
+        tile: &[u8],
         turns: &[i32; TILE],
         mask: BlockMask,
     ) {
         let table = quant::gains();
+        let [k, v] = split_tile(tile, place.k);
         let mut left: u64 = 0;
         for row in 0..TILE {
             let visible = mask.chunks_exact(TILE).any(|m| m[row] != f32::NEG_INFINITY);
@@ -157,8 +158,8 @@ impl Accumulator {
             let rows = (0..TILE).filter(|r| left >> r & 1 == 1 && turns[*r] == wanted).fold(0u64, |m, r| m | 1 << r);
             left &= !rows;
             rope.turn(-i64::from(wanted), &mut turn);
-            self.project(kernels, rope, &turn, bases.0, k.1);
-            let offsets = &self.projected[self.max.len() * bases.0.widths.rank()..];
+            self.project(kernels, rope, &turn, bases.0, place.k, k.1);
+            let offsets = &self.projected[self.max.len() * place.k.rank()..];
             for (i, (s, offset)) in self.scores.chunks_exact_mut(TILE).zip(offsets).enumerate() {
                 for row in (0..TILE).filter(|r| rows >> r & 1 == 1) {
                     s[row] = offset + table[k.0[row] as usize] * self.tile_scores[i * TILE + row];
@@ -172,14 +173,14 @@ impl Accumulator {
                 *p *= table[*g as usize];
             }
         }
-        if bases.1.widths.rank() > 0 {
-            (kernels.tile_values)(bases.1.widths, v.1, &self.scores, &mut self.latent);
+        if place.v.rank() > 0 {
+            (kernels.tile_values)(place.v, v.1, &self.scores, &mut self.latent, bases.1.rank());
         }
     }
 
     /// Rotate the queries, project them into the key basis and sum over codes. `projected` ends with one offset per query.
-    fn project(&mut self, kernels: &Kernels, rope: &Rope, turn: &Turn, basis: &Basis, codes: &[u8]) {
-        let (n, rank) = (self.len(), basis.widths.rank());
+    fn project(&mut self, kernels: &Kernels, rope: &Rope, turn: &Turn, basis: &Basis, widths: Widths, codes: &[u8]) {
+        let (n, rank) = (self.len(), widths.rank());
         self.projected.resize(n * rank + n, 0.0);
         self.tile_scores.clear();
         self.tile_scores.resize(n * TILE, 0.0);
@@ -188,11 +189,11 @@ impl Accumulator {
             self.rotated.clear();
             self.rotated.extend_from_slice(q);
             rope.rotate(turn, &mut self.rotated);
-            (kernels.matvec)(&basis.decode, &self.rotated, &mut projected[i * rank..][..rank]);
+            (kernels.matvec)(&basis.decode[..rank * self.d_k], &self.rotated, &mut projected[i * rank..][..rank]);
             (kernels.matvec)(&basis.mean, &self.rotated, &mut offsets[i..i + 1]);
         }
         if rank > 0 {
-            (kernels.tile_scores)(basis.widths, codes, projected, &mut self.tile_scores);
+            (kernels.tile_scores)(widths, codes, projected, &mut self.tile_scores);
         }
     }
 

@@ -3,15 +3,14 @@
 //! An arena of zeros is valid and empty, so that a caller may allocate it as it likes. It holds no pointers; a copy of its
 //! bytes is a copy of its contents. Must not know about threads: it hands out slices.
 
-use crate::codec::{f16s, f16s_mut, head_tile_bytes, Basis};
-use crate::config::{LayerGeometry, HEAD_RECORD_BYTES};
+use crate::codec::{f16s, f16s_mut, TileMap};
+use crate::config::{LayerGeometry, BANDS, HEAD_RECORD_BYTES};
 use crate::error::{Error, Result};
-use crate::simd::Widths;
 use half::f16;
 use std::ops::Range;
 
 const MAGIC: u32 = 0x534b_5641;
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Which bytes of an arena belong to one KV head.
 #[derive(Debug, Clone)]
@@ -36,20 +35,9 @@ pub fn write_header(arena: &mut [u8]) {
     arena[4..8].copy_from_slice(&VERSION.to_le_bytes());
 }
 
-/// Widths of the bases `(K, V)` of a head.
-pub fn widths(arena: &[u8], g: &LayerGeometry, head: usize) -> (Widths, Widths) {
-    read_widths(&|r| &arena[r], g, head)
-}
-
-fn read_widths<'a>(read: &impl Fn(Range<usize>) -> &'a [u8], g: &LayerGeometry, head: usize) -> (Widths, Widths) {
-    let k = g.body_offset() + head * g.basis_bytes();
-    let v = k + LayerGeometry::basis_bytes_of(g.d_k);
-    (Basis::widths_of(read(k..k + 16)), Basis::widths_of(read(v..v + 16)))
-}
-
 /// Byte ranges of every head. `fitted` says whether tiles exist; then the header and the widths are checked.
-pub fn ranges(arena: &[u8], g: &LayerGeometry, tiles: usize, fitted: bool) -> Result<Vec<HeadRanges>> {
-    read_ranges(|r| &arena[r], arena.len(), g, tiles, fitted)
+pub fn ranges(arena: &[u8], g: &LayerGeometry, band_tiles: &[usize; BANDS], fitted: bool) -> Result<Vec<HeadRanges>> {
+    read_ranges(|r| &arena[r], arena.len(), g, band_tiles, fitted)
 }
 
 /// [`ranges`] of an arena of `len` bytes of which only the header and the widths of the bases may be looked at: other threads
@@ -58,7 +46,7 @@ pub fn read_ranges<'a>(
     read: impl Fn(Range<usize>) -> &'a [u8],
     len: usize,
     g: &LayerGeometry,
-    tiles: usize,
+    band_tiles: &[usize; BANDS],
     fitted: bool,
 ) -> Result<Vec<HeadRanges>> {
     if len < g.arena_bytes {
@@ -79,12 +67,12 @@ pub fn read_ranges<'a>(
             tiles: 0..0,
         };
         if fitted {
-            let (k, v) = read_widths(&read, g, head);
-            if k.rank() > g.d_k || v.rank() > g.d_v {
+            r.bases = body + head * g.basis_bytes()..body + (head + 1) * g.basis_bytes();
+            let map = TileMap::of(*band_tiles, g, read(r.bases.clone()));
+            if !map.is_possible(g) {
                 return Err(Error::Data(format!("head {head} has more coefficients than elements")));
             }
-            r.bases = body + head * g.basis_bytes()..body + (head + 1) * g.basis_bytes();
-            r.tiles = tiles_at..tiles_at + tiles * head_tile_bytes(k, v);
+            r.tiles = tiles_at..tiles_at + map.bytes();
             tiles_at = r.tiles.end;
         }
         out.push(r);

@@ -5,10 +5,10 @@
 //! nor about threads.
 
 use super::arena::{self, ExactRows};
-use super::plan::{self, Plan, SealRow, Source};
+use super::plan::{self, Change, Plan, SealRow, Source};
 use crate::attention::{merge, partial_floats, Accumulator, Scoring};
-use crate::codec::{self, fit, Basis};
-use crate::config::{Geometry, LayerGeometry, CHUNKS, MAX_QUERIES, TILE};
+use crate::codec::{self, fit, Basis, TileMap};
+use crate::config::{Geometry, LayerGeometry, BANDS, CHUNKS, MAX_QUERIES, TILE};
 use crate::error::{argument, Error, Result};
 use crate::rope::{Rope, RopeParams, Turn};
 use crate::simd::{self, Kernels};
@@ -131,6 +131,8 @@ counters! {
     fits,
     /// Coded rows moved by compaction.
     moved,
+    /// Rows coded again in a coarser band.
+    recoded,
     /// Nanoseconds of the first thread in storing.
     ns_encode,
     /// Nanoseconds of the first thread in attention.
@@ -248,7 +250,7 @@ impl Layer {
 
     /// Byte ranges of the heads in an arena, for a plan.
     pub fn ranges(&self, arena: &[u8], plan: &Plan) -> Result<Vec<arena::HeadRanges>> {
-        arena::ranges(arena, self.shape(), self.geometry.tiles, plan.fitted)
+        arena::ranges(arena, self.shape(), &self.geometry.band_tiles, plan.fitted)
     }
 
     /// Store one KV head's part of a step that does not fit. `q` is only looked at before the fit.
@@ -270,11 +272,12 @@ impl Layer {
         self.mark_used();
         let c = &self.counters;
         let tokens = plan.tokens().len() as u64;
-        let sealed = (plan.seals().len() * TILE) as u64;
+        let sealed = (plan.n_seals() * TILE) as u64;
         let prefill = tokens > MAX_QUERIES as u64;
         if prefill { &c.appended_prefill } else { &c.appended_decode }.fetch_add(tokens, Relaxed);
         if prefill { &c.sealed_prefill } else { &c.sealed_decode }.fetch_add(sealed, Relaxed);
-        c.moved.fetch_add(plan.moves().len() as u64, Relaxed);
+        c.moved.fetch_add(plan.changes().filter(|c| matches!(c, Change::Move { .. })).count() as u64, Relaxed);
+        c.recoded.fetch_add((plan.changes().filter(|c| matches!(c, Change::Recode { .. })).count() * TILE) as u64, Relaxed);
         c.fits.fetch_add(u64::from(plan.fit), Relaxed);
     }
 
@@ -282,16 +285,11 @@ impl Layer {
     fn store_head(&self, head: usize, m: HeadMut, plan: &Plan, input: Option<(&Rows, &Rows, &Rows)>) -> Result<()> {
         let (g, slots, kernels) = (self.shape(), self.geometry.exact, simd::kernels());
         if plan.fitted {
-            let w = (Basis::widths_of(m.bases), Basis::widths_of(&m.bases[LayerGeometry::basis_bytes_of(g.d_k)..]));
-            for (from, to) in plan.moves() {
-                let codes = codec::take_row(w.0, w.1, m.tiles, from);
-                codec::put_row(w.0, w.1, m.tiles, to, &codes);
-            }
-            if plan.seals().len() > 0 {
+            if plan.changes().next().is_some() {
                 let rows = ExactRows::new(g, slots, m.exact, m.raw)?;
                 let stored = input.map(|(_, k, v)| (k, v));
                 let source = |s: Source, k: &mut [f32], v: &mut [f32]| self.fetch(head, s, &rows, stored, k, v);
-                self.seal_head(kernels, m.bases, m.tiles, plan, source)?;
+                self.change_tiles(kernels, m.bases, m.tiles, plan, source)?;
             }
         } else if let (Some((q, _, _)), false) = (input, m.raw.is_empty()) {
             let kept = arena::queries_mut(g, m.raw)?;
@@ -347,7 +345,8 @@ impl Layer {
         }
     }
 
-    fn seal_head(
+    /// Carry out the plan's changes to one head's tiles.
+    fn change_tiles(
         &self,
         kernels: &Kernels,
         bases: &[u8],
@@ -357,22 +356,34 @@ impl Layer {
     ) -> Result<()> {
         let g = self.shape();
         let (bk, bv) = bases.split_at(LayerGeometry::basis_bytes_of(g.d_k));
+        let map = TileMap::of(self.geometry.band_tiles, g, bases);
         SCRATCH.with_borrow_mut(|s| {
             s.bases.0.load(bk, g.d_k, true)?;
             s.bases.1.load(bv, g.d_v, true)?;
-            let (wk, wv) = (s.bases.0.widths, s.bases.1.widths);
-            let size = codec::head_tile_bytes(wk, wv);
             let mut turn = Turn::default();
             s.rows_k.resize(g.head_elements(), 0.0);
-            for (tile, rows) in plan.seals() {
-                let [(gk, ck), (gv, cv)] = codec::split_tile_mut(&mut tiles[tile * size..(tile + 1) * size], wk);
+            for change in plan.changes() {
+                let (tile, rows) = match change {
+                    Change::Move { from, to } => {
+                        let codes = codec::take_row(&map, tiles, from);
+                        codec::put_row(&map, tiles, to, &codes);
+                        continue;
+                    }
+                    Change::Recode { from, to } => {
+                        codec::recode_tile((&s.bases.0, &s.bases.1), &map, tiles, from, to);
+                        continue;
+                    }
+                    Change::Seal { tile, rows } => (tile, rows),
+                };
+                let place = map.place(tile);
+                let [(gk, ck), (gv, cv)] = codec::split_tile_mut(&mut tiles[place.bytes], place.k);
                 for (row, SealRow { source: from, turn: t }) in rows.enumerate() {
                     let (k, v) = s.rows_k.split_at_mut(g.d_k);
                     source(from, k, v);
                     self.rope.turn(i64::from(t), &mut turn);
                     self.rope.rotate(&turn, k);
-                    codec::encode_row(kernels, &s.bases.0, k, row, gk, ck, &mut s.work);
-                    codec::encode_row(kernels, &s.bases.1, v, row, gv, cv, &mut s.work);
+                    codec::encode_row(kernels, &s.bases.0, place.band, k, row, gk, ck, &mut s.work);
+                    codec::encode_row(kernels, &s.bases.1, place.band, v, row, gv, cv, &mut s.work);
                 }
             }
             Ok(())
@@ -395,7 +406,7 @@ impl Layer {
 
     fn fit_and_store(&self, arena: &mut [u8], plan: &Plan, input: Option<(&Rows, &Rows, &Rows)>, projection: &[f32]) -> Result<()> {
         let (g, slots, kernels) = (self.shape(), self.geometry.exact, simd::kernels());
-        let before = arena::ranges(arena, g, self.geometry.tiles, false)?;
+        let before = arena::ranges(arena, g, &self.geometry.band_tiles, false)?;
         // Bases and tiles are about to take the place of the waiting rows: work from copies.
         let waiting: Vec<(Vec<u8>, Vec<u8>)> = before.iter().map(|r| (arena[r.exact.clone()].to_vec(), arena[r.raw.clone()].to_vec())).collect();
         let places = |v: Vec<(i32, i32)>| v.into_iter().map(|(pos, seq)| fit::Place { pos, seq }).collect::<Vec<_>>();
@@ -416,6 +427,7 @@ impl Layer {
             softcap: self.scoring.softcap,
             window: self.geometry.config.window as i32,
             n_cells: i64::from(self.geometry.config.n_cells),
+            band_ends: std::array::from_fn(|b| if b + 1 < BANDS { (self.geometry.band(b).end * TILE) as i64 } else { i64::MAX }),
         };
         let stored = input.map(|(_, k, v)| (k, v));
         let mut row = vec![0.0f32; g.head_elements()];
@@ -452,12 +464,12 @@ impl Layer {
             v.store(bv);
         }
         arena::write_header(arena);
-        let after = arena::ranges(arena, g, self.geometry.tiles, true)?;
+        let after = arena::ranges(arena, g, &self.geometry.band_tiles, true)?;
         for (head, (exact, raw)) in waiting.iter().enumerate() {
             let source = ExactRows::new(g, slots, exact, raw)?;
             let (bases, tiles) = arena.split_at_mut(after[head].tiles.start);
             let tiles = &mut tiles[..after[head].tiles.len()];
-            self.seal_head(kernels, &bases[after[head].bases.clone()], tiles, plan, |s, k, v| self.fetch(head, s, &source, stored, k, v))?;
+            self.change_tiles(kernels, &bases[after[head].bases.clone()], tiles, plan, |s, k, v| self.fetch(head, s, &source, stored, k, v))?;
             let record = &mut arena[after[head].exact.clone()];
             for (from, to) in plan.relocations() {
                 arena::exact_row_mut(g, slots, record, &mut [], to)?.copy_from_slice(source.row(from));
@@ -482,7 +494,7 @@ impl Layer {
             return if has_run || lost { Ok(()) } else { self.fit_and_store(arena, plan, None, &[]) };
         }
         for (head, r) in heads.into_iter().enumerate() {
-            if arena::epoch(&arena[r.exact.clone()]) == plan.epoch || (!plan.fitted && plan.seals().len() == 0) {
+            if arena::epoch(&arena[r.exact.clone()]) == plan.epoch || (!plan.fitted && plan.n_seals() == 0) {
                 continue;
             }
             let bases = arena[r.bases.clone()].to_vec();
@@ -547,7 +559,7 @@ impl Layer {
                 let (bk, bv) = arena[r.bases.clone()].split_at(LayerGeometry::basis_bytes_of(g.d_k));
                 s.bases.0.load(bk, g.d_k, false)?;
                 s.bases.1.load(bv, g.d_v, false)?;
-                let size = codec::head_tile_bytes(s.bases.0.widths, s.bases.1.widths);
+                let map = TileMap::of(self.geometry.band_tiles, g, &arena[r.bases.clone()]);
                 s.rows_k.resize(TILE * g.d_k, 0.0);
                 s.rows_v.resize(TILE * g.d_v, 0.0);
                 for t in plan.tiles() {
@@ -555,10 +567,10 @@ impl Layer {
                     if wanted == 0 {
                         continue;
                     }
-                    let tile = &arena[r.tiles.clone()][t.tile * size..(t.tile + 1) * size];
-                    let [(gk, ck), (gv, cv)] = codec::split_tile(tile, s.bases.0.widths);
-                    codec::decode_rows(kernels, &s.bases.0, gk, ck, wanted, &mut s.rows_k, &mut s.work);
-                    codec::decode_rows(kernels, &s.bases.1, gv, cv, wanted, &mut s.rows_v, &mut s.work);
+                    let place = map.place(t.tile);
+                    let [(gk, ck), (gv, cv)] = codec::split_tile(&arena[r.tiles.clone()][place.bytes], place.k);
+                    codec::decode_rows(kernels, &s.bases.0, place.band, gk, ck, wanted, &mut s.rows_k, &mut s.work);
+                    codec::decode_rows(kernels, &s.bases.1, place.band, gv, cv, wanted, &mut s.rows_v, &mut s.work);
                     let mut last = None;
                     for row in (0..TILE).filter(|row| wanted >> row & 1 == 1) {
                         let i = index(t.cell(row).expect("invariant: wanted rows have cells")).expect("invariant: wanted rows are in range");
@@ -636,12 +648,13 @@ impl Layer {
         let (first, last) = (chunk * count / CHUNKS, (chunk + 1) * count / CHUNKS);
         let rows = ExactRows::new(g, self.geometry.exact, &arena[r.exact.clone()], if plan.fitted { &[] } else { &arena[r.raw.clone()] })?;
         SCRATCH.with_borrow_mut(|s| {
-            let mut value_rank = 0;
+            let (mut value_rank, mut map) = (0, None);
             if plan.fitted && plan.tiles().len() > 0 {
                 let (bk, bv) = arena[r.bases.clone()].split_at(LayerGeometry::basis_bytes_of(g.d_k));
                 s.bases.0.load(bk, g.d_k, false)?;
                 s.bases.1.load(bv, g.d_v, false)?;
-                value_rank = s.bases.1.widths.rank();
+                value_rank = s.bases.1.rank();
+                map = Some(TileMap::of(self.geometry.band_tiles, g, &arena[r.bases.clone()]));
             }
             let queries = (0..n).flat_map(|t| (0..g.group()).flat_map(move |a| q.head(t, head * g.group() + a, g.d_k).iter().copied()));
             s.accumulator.begin(g.d_k, g.d_v, g.group(), value_rank, queries);
@@ -669,11 +682,10 @@ impl Layer {
                 if visible == 0 {
                     continue;
                 }
-                if let Block::Tile(t) = &block {
-                    let size = codec::head_tile_bytes(s.bases.0.widths, s.bases.1.widths);
-                    let tile = &arena[r.tiles.clone()][t.tile * size..(t.tile + 1) * size];
-                    let [k, v] = codec::split_tile(tile, s.bases.0.widths);
-                    s.accumulator.tile_block(kernels, scoring, &self.rope, (&s.bases.0, &s.bases.1), k, v, &turns, &s.mask);
+                if let (Block::Tile(t), Some(map)) = (&block, &map) {
+                    let place = map.place(t.tile);
+                    let tile = &arena[r.tiles.clone()][place.bytes.clone()];
+                    s.accumulator.tile_block(kernels, scoring, &self.rope, (&s.bases.0, &s.bases.1), &place, tile, &turns, &s.mask);
                     coded_seen += visible;
                     coded = true;
                     continue;

@@ -3,14 +3,18 @@
 //! A plan is what the table tells the layers. It can be copied, sent to a device and replayed; it holds no pointers.
 //! Sections follow the header in the order of the fields of [`Plan`]. Must not know what a row contains.
 
-use crate::config::{Geometry, FIT_ROWS_MIN, QUERY_SLOTS, TILE};
+use crate::config::{Geometry, BANDS, FIT_ROWS_MIN, QUERY_SLOTS, TILE};
 use crate::error::{Error, Result};
 
 const MAGIC: i32 = 0x534b_5650;
-const VERSION: i32 = 1;
+const VERSION: i32 = 2;
 const HEADER: usize = 16;
 const TILE_INTS: usize = 1 + 2 * TILE;
-const SEAL_INTS: usize = 1 + 2 * TILE;
+const MOVE: i32 = 0;
+const RECODE: i32 = 1;
+const SEAL: i32 = 2;
+const MOVE_INTS: usize = 3;
+const SEAL_INTS: usize = 2 + 2 * TILE;
 /// Most rows a fit looks at.
 pub const FIT_ROWS_MAX: usize = 2 * crate::config::FIT_ROWS;
 const FIT_ROW_INTS: usize = 4;
@@ -50,6 +54,32 @@ pub struct SealRow {
     pub turn: i32,
 }
 
+/// A change to the tiles. Changes happen in their order: a tile may be emptied and filled again in one step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change<Rows> {
+    /// A coded row moves within its band, as `tile * 64 + row`.
+    Move {
+        /// Row to move.
+        from: usize,
+        /// Where it goes.
+        to: usize,
+    },
+    /// A tile is coded again in a later band, and then free.
+    Recode {
+        /// Tile that ages.
+        from: usize,
+        /// Tile it becomes.
+        to: usize,
+    },
+    /// A tile is filled.
+    Seal {
+        /// The tile.
+        tile: usize,
+        /// Its rows.
+        rows: Rows,
+    },
+}
+
 /// Owned contents of a plan, as the table makes it.
 #[derive(Debug, Clone, Default)]
 pub struct PlanData {
@@ -63,10 +93,8 @@ pub struct PlanData {
     pub tokens: Vec<(u32, i32)>,
     /// Live exact rows before this step: `(slot, cell, turn)`.
     pub exact: Vec<(u32, u32, i32)>,
-    /// Tiles to fill, each with its rows.
-    pub seals: Vec<(u32, [SealRow; TILE])>,
-    /// Coded rows to move, as `tile * 64 + row`: `(from, to)`. Done before the seals.
-    pub moves: Vec<(u32, u32)>,
+    /// What happens to the tiles, in order.
+    pub changes: Vec<Change<[SealRow; TILE]>>,
     /// Exact rows to move when the fit takes the slots behind the permanent ones: `(from, to)`.
     pub relocations: Vec<(u32, u32)>,
     /// Queries to keep for the fit: `(token, query slot)`.
@@ -85,10 +113,12 @@ pub fn replay_is_lost(sources: impl Iterator<Item = Source>) -> bool {
 /// Ints of the longest plan for `n_tokens` new tokens.
 pub fn capacity(g: &Geometry, n_tokens: usize) -> usize {
     let before_fit = if g.tiles > 0 { g.raw } else { 0 };
-    let seals = ((before_fit + n_tokens) / TILE + 1).min(g.tiles);
+    let seals = if g.tiles > 0 { (before_fit + n_tokens) / TILE + 1 } else { 0 };
+    // Room for a seal may take a recode for each band, or the moves of a tile.
+    let changes = seals * (SEAL_INTS + MOVE_INTS * (BANDS + TILE));
     let records = if g.tiles > 0 { n_tokens } else { 0 };
     let fit = if g.tiles > 0 { FIT_ROWS_MAX.min(before_fit + n_tokens) * FIT_ROW_INTS + QUERY_SLOTS * FIT_QUERY_INTS + 2 * g.exact } else { 0 };
-    HEADER + 2 * n_tokens + 3 * g.raw + g.tiles * TILE_INTS + seals * (SEAL_INTS + 2 * TILE) + 2 * records + fit
+    HEADER + 2 * n_tokens + 3 * g.raw + g.tiles * TILE_INTS + changes + 2 * records + fit
 }
 
 impl PlanData {
@@ -106,17 +136,21 @@ impl PlanData {
             }
             counts[2] += 1;
         }
-        for (tile, rows) in &self.seals {
-            w.put(*tile as i32)?;
-            for r in rows {
-                w.put(r.source.to_int())?;
-                w.put(r.turn)?;
+        let changes_at = w.at;
+        for change in &self.changes {
+            match change {
+                Change::Move { from, to } => w.puts([MOVE, *from as i32, *to as i32])?,
+                Change::Recode { from, to } => w.puts([RECODE, *from as i32, *to as i32])?,
+                Change::Seal { tile, rows } => {
+                    w.puts([SEAL, *tile as i32])?;
+                    rows.iter().try_for_each(|r| w.puts([r.source.to_int(), r.turn]))?;
+                }
             }
-            counts[3] += 1;
         }
-        counts[4] = w.items(self.moves.iter().map(|m| [m.0 as i32, m.1 as i32]))?;
-        counts[5] = w.items(self.relocations.iter().map(|m| [m.0 as i32, m.1 as i32]))?;
-        let n_records = w.items(self.records.iter().map(|r| [r.0 as i32, r.1 as i32]))?;
+        // Changes differ in length: the header has their ints.
+        counts[3] = (w.at - changes_at) as i32;
+        counts[4] = w.items(self.relocations.iter().map(|m| [m.0 as i32, m.1 as i32]))?;
+        counts[5] = w.items(self.records.iter().map(|r| [r.0 as i32, r.1 as i32]))?;
         counts[6] = w.items(self.fit_rows.iter().map(|(r, pos, seq)| [r.source.to_int(), r.turn, *pos, *seq]))?;
         counts[7] = w.items(self.fit_queries.iter().map(|q| [q.0 as i32, q.1, q.2]))?;
         let used = w.at;
@@ -131,10 +165,10 @@ impl PlanData {
             counts[3],
             counts[4],
             counts[5],
-            n_records,
             counts[6],
             counts[7],
             used as i32,
+            0,
             0,
             0,
         ]);
@@ -154,12 +188,13 @@ impl Writer<'_> {
         self.at += 1;
         Ok(())
     }
+    fn puts<const N: usize>(&mut self, ints: [i32; N]) -> Result<()> {
+        ints.into_iter().try_for_each(|x| self.put(x))
+    }
     fn items<const N: usize>(&mut self, items: impl Iterator<Item = [i32; N]>) -> Result<i32> {
         let mut n = 0;
         for item in items {
-            for x in item {
-                self.put(x)?;
-            }
+            self.puts(item)?;
             n += 1;
         }
         Ok(n)
@@ -178,8 +213,7 @@ pub struct Plan<'a> {
     tokens: &'a [i32],
     exact: &'a [i32],
     tiles: &'a [i32],
-    seals: &'a [i32],
-    moves: &'a [i32],
+    changes: &'a [i32],
     relocations: &'a [i32],
     records: &'a [i32],
     fit_rows: &'a [i32],
@@ -205,6 +239,15 @@ impl TileView<'_> {
     }
 }
 
+/// Ints of the first change, or `None` when there is none that is known.
+fn change_ints(changes: &[i32]) -> Option<usize> {
+    match *changes.first()? {
+        MOVE | RECODE => Some(MOVE_INTS),
+        SEAL => Some(SEAL_INTS),
+        _ => None,
+    }
+}
+
 impl<'a> Plan<'a> {
     /// Check the header and cut the sections. Indices are checked by [`Plan::check`].
     pub fn parse(ints: &'a [i32]) -> Result<Self> {
@@ -215,9 +258,9 @@ impl<'a> Plan<'a> {
         if ints[1] != VERSION {
             return bad("of another version");
         }
-        let sizes = [2, 3, TILE_INTS, SEAL_INTS, 2, 2, 2, FIT_ROW_INTS, FIT_QUERY_INTS];
+        let sizes = [2, 3, TILE_INTS, 1, 2, 2, FIT_ROW_INTS, FIT_QUERY_INTS];
         let mut rest = &ints[HEADER..];
-        let mut parts: [&[i32]; 9] = [&[]; 9];
+        let mut parts: [&[i32]; 8] = [&[]; 8];
         for (i, size) in sizes.into_iter().enumerate() {
             let n = usize::try_from(ints[4 + i]).ok().and_then(|n| n.checked_mul(size));
             match n.and_then(|n| rest.split_at_checked(n)) {
@@ -225,7 +268,7 @@ impl<'a> Plan<'a> {
                 None => return bad("a section is longer than the plan"),
             }
         }
-        let [tokens, exact, tiles, seals, moves, relocations, records, fit_rows, fit_queries] = parts;
+        let [tokens, exact, tiles, changes, relocations, records, fit_rows, fit_queries] = parts;
         Ok(Plan {
             epoch: ints[2],
             fit: ints[3] & 1 != 0,
@@ -233,8 +276,7 @@ impl<'a> Plan<'a> {
             tokens,
             exact,
             tiles,
-            seals,
-            moves,
+            changes,
             relocations,
             records,
             fit_rows,
@@ -258,8 +300,13 @@ impl<'a> Plan<'a> {
             && self.tokens.chunks_exact(2).all(|t| t[0] >= 0 && t[1] >= -1 && t[1] < stored as i32)
             && self.exact().all(|(slot, ..)| slot < slots)
             && self.tiles().all(|t| self.fitted && t.tile < g.tiles)
-            && self.seals().all(|(tile, mut rows)| (self.fitted || self.fit) && tile < g.tiles && rows.all(|r| source(r.source)))
-            && self.moves().all(|(from, to)| self.fitted && from < rows && to < rows)
+            && self.changes_are_whole()
+            && (self.changes.is_empty() || self.fitted || self.fit)
+            && self.changes().all(|change| match change {
+                Change::Move { from, to } => from < rows && to < rows && g.band_of(from / TILE) == g.band_of(to / TILE),
+                Change::Recode { from, to } => from < g.tiles && to < g.tiles && from != to,
+                Change::Seal { tile, mut rows } => tile < g.tiles && rows.all(|r| source(r.source)),
+            })
             && self.relocations().all(|(from, to)| self.fit && from < g.raw && to < g.exact)
             && self.records().all(|(token, slot)| token < tokens && slot < QUERY_SLOTS)
             && self.fit_rows().all(|(r, ..)| source(r.source))
@@ -282,16 +329,34 @@ impl<'a> Plan<'a> {
     pub fn tiles(&self) -> impl ExactSizeIterator<Item = TileView<'a>> + 'a {
         self.tiles.chunks_exact(TILE_INTS).map(|t| TileView { tile: t[0] as usize, rows: &t[1..] })
     }
-    /// Tiles to fill.
-    pub fn seals(&self) -> impl ExactSizeIterator<Item = (usize, impl ExactSizeIterator<Item = SealRow> + 'a)> + 'a {
-        self.seals.chunks_exact(SEAL_INTS).map(|s| {
-            let rows = s[1..].chunks_exact(2).map(|r| SealRow { source: Source::from_int(r[0]), turn: r[1] });
-            (s[0] as usize, rows)
+    /// What happens to the tiles, in order.
+    pub fn changes(&self) -> impl Iterator<Item = Change<impl ExactSizeIterator<Item = SealRow> + 'a>> + 'a {
+        let mut rest = self.changes;
+        std::iter::from_fn(move || {
+            let n = change_ints(rest)?;
+            let (change, tail) = rest.split_at_checked(n)?;
+            rest = tail;
+            let (from, to) = (change[1] as usize, *change.get(2)? as usize);
+            Some(match change[0] {
+                MOVE => Change::Move { from, to },
+                RECODE => Change::Recode { from, to },
+                _ => {
+                    let rows = change[2..].chunks_exact(2).map(|r| SealRow { source: Source::from_int(r[0]), turn: r[1] });
+                    Change::Seal { tile: from, rows }
+                }
+            })
         })
     }
-    /// Coded rows to move.
-    pub fn moves(&self) -> impl ExactSizeIterator<Item = (usize, usize)> + 'a {
-        self.moves.chunks_exact(2).map(|m| (m[0] as usize, m[1] as usize))
+    fn changes_are_whole(&self) -> bool {
+        let mut rest = self.changes;
+        while let Some(tail) = change_ints(rest).and_then(|n| rest.get(n..)) {
+            rest = tail;
+        }
+        rest.is_empty()
+    }
+    /// Tiles filled in this step.
+    pub fn n_seals(&self) -> usize {
+        self.changes().filter(|c| matches!(c, Change::Seal { .. })).count()
     }
     /// Exact rows to move at the fit.
     pub fn relocations(&self) -> impl ExactSizeIterator<Item = (usize, usize)> + 'a {

@@ -3,14 +3,15 @@
 //! A cell is llama.cpp's: an index with a position and sequences. The table learns what happened to cells (removed, shifted,
 //! reused) by comparing, never by being told, so every sequence operation is exact without a hook of its own. New rows enter
 //! exact slots or, when a ubatch is longer than the window, tiles directly. Rows that leave their sequence's window are sealed
-//! 64 at a time. A freed row is a hole; when tiles run out, rows of sparse tiles move, bit for bit, into holes of others.
+//! 64 at a time into a tile of the finest band. A freed row is a hole; when a band runs out of tiles, rows of its sparse tiles
+//! move, bit for bit, into holes of others; without enough holes its oldest tile is coded again in the next band.
 //! A table whose cells are all gone forgets its basis: what comes next gets the output it would get alone.
 //!
 //! A plan is pending until `commit`. Freeing the rows of vanished cells is a fact and is not rolled back; everything else is
 //! applied by `commit`. Must not know what rows contain, nor how many layers there are.
 
-use super::plan::{self, PlanData, SealRow, Source, FIT_ROWS_MAX};
-use crate::config::{Geometry, QUERY_SLOTS, TILE};
+use super::plan::{self, Change, PlanData, SealRow, Source, FIT_ROWS_MAX};
+use crate::config::{Geometry, BANDS, QUERY_SLOTS, TILE};
 use crate::error::{argument, Error, Result};
 use std::sync::Arc;
 
@@ -44,6 +45,9 @@ pub struct Table {
     /// `turn - position` of a coded row: constant under shifts.
     row_turn: Vec<i32>,
     live: Vec<u64>,
+    /// When the rows of a tile were sealed: counts tiles.
+    sealed_at: Vec<u64>,
+    sealed: u64,
     slot_cell: Vec<u32>,
     slot_pos: Vec<i32>,
     fitted: bool,
@@ -59,7 +63,7 @@ struct Pending {
     /// Position and sequence of every new token.
     token_places: Vec<(i32, i32)>,
     /// Cell of every sealed row and its `turn - position`, in the order of the seals.
-    sealed: Vec<[(u32, i32); TILE]>,
+    sealed_rows: Vec<[(u32, i32); TILE]>,
 }
 
 /// Where the rows of a saved state go; per-cell vectors are in the order of the cells given.
@@ -75,7 +79,7 @@ pub struct Restore {
     pub relocations: Vec<(u32, u32)>,
     /// Exact slot of each cell, or `None` when it is coded.
     pub slots: Vec<Option<u32>>,
-    /// Tile row of each coded cell.
+    /// Tile row of each coded cell, in the saved band where that has room.
     pub rows: Vec<u32>,
     /// Turn into its tile's frame of each exact row that has to be coded.
     pub turns: Vec<i32>,
@@ -108,6 +112,8 @@ impl Table {
             row_cell: vec![NOWHERE; g.tiles * TILE],
             row_turn: vec![0; g.tiles * TILE],
             live: vec![0; g.tiles],
+            sealed_at: vec![0; g.tiles],
+            sealed: 0,
             slot_cell: vec![NOWHERE; g.raw],
             slot_pos: vec![0; g.raw],
             fitted: false,
@@ -271,15 +277,15 @@ impl Table {
             }
         }
 
-        let mut sealed = Vec::new();
+        let mut sealed_rows = Vec::new();
         let mut leaving = vec![false; new.len()];
         if self.fitted || data.fit {
-            let (window, mut free) = (g.config.window as usize, FreeTiles::new(self));
+            let (window, mut tiles) = (g.config.window as usize, Tiles::new(self));
             for s in &sequences {
                 let rest = &s[sinks(s)..];
                 let n = rest.len().saturating_sub(window) / TILE;
                 for group in rest.chunks_exact(TILE).take(n) {
-                    let tile = free.take(&mut data.moves)?;
+                    let tile = tiles.take(0)?;
                     let anchors = anchors(group);
                     let rows: [SealRow; TILE] = std::array::from_fn(|i| {
                         if let Source::Token(t) = group[i].source {
@@ -287,21 +293,23 @@ impl Table {
                         }
                         SealRow { source: group[i].source, turn: group[i].stored_turn.wrapping_sub(anchors[i]) }
                     });
-                    data.seals.push((tile, rows));
-                    sealed.push(std::array::from_fn(|i| (group[i].cell, anchors[i].wrapping_sub(group[i].pos))));
+                    tiles.seal(tile, rows);
+                    sealed_rows.push(std::array::from_fn(|i| (group[i].cell, anchors[i].wrapping_sub(group[i].pos))));
                 }
             }
+            data.changes = tiles.changes;
         }
         self.slots(&mut data, new, &leaving)?;
         let token_places = new.iter().map(|c| (cells.pos[*c as usize], cells.seq[*c as usize])).collect();
-        Ok(Pending { data, token_places, sealed })
+        Ok(Pending { data, token_places, sealed_rows })
     }
 
     /// Give slots to the tokens that stay exact and, at the fit, to the rows that must leave the temporary ones.
     fn slots(&self, data: &mut PlanData, new: &[u32], leaving: &[bool]) -> Result<()> {
         let g = &self.geometry;
         let mut taken: Vec<bool> = self.slot_cell.iter().map(|c| *c != NOWHERE).collect();
-        for (_, rows) in &data.seals {
+        for change in &data.changes {
+            let Change::Seal { rows, .. } = change else { continue };
             for r in rows {
                 if let Source::Slot(s) = r.source {
                     taken[s] = false;
@@ -386,20 +394,27 @@ impl Table {
         };
         self.epoch = p.data.epoch;
         self.fitted |= p.data.fit;
-        for (from, to) in &p.data.moves {
-            let (from, to) = (*from as usize, *to as usize);
-            let cell = std::mem::replace(&mut self.row_cell[from], NOWHERE);
-            self.live[from / TILE] &= !(1 << (from % TILE));
-            self.put_coded(cell, to, self.row_turn[from]);
-        }
-        for ((tile, rows), sealed) in p.data.seals.iter().zip(&p.sealed) {
-            for (row, (r, (cell, turn))) in rows.iter().zip(sealed).enumerate() {
-                match r.source {
-                    Source::Slot(s) => self.slot_cell[s] = NOWHERE,
-                    Source::Token(_) if !with_tokens => continue,
-                    Source::Token(_) => {}
+        let mut sealed_rows = p.sealed_rows.iter();
+        for change in &p.data.changes {
+            match change {
+                Change::Move { from, to } => self.move_coded(*from, *to),
+                Change::Recode { from, to } => {
+                    (0..TILE).for_each(|row| self.move_coded(from * TILE + row, to * TILE + row));
+                    self.sealed_at[*to] = self.sealed_at[*from];
                 }
-                self.put_coded(*cell, *tile as usize * TILE + row, *turn);
+                Change::Seal { tile, rows } => {
+                    self.sealed += 1;
+                    self.sealed_at[*tile] = self.sealed;
+                    let places = sealed_rows.next().expect("invariant: a place for every sealed row");
+                    for (row, (r, (cell, turn))) in rows.iter().zip(places).enumerate() {
+                        match r.source {
+                            Source::Slot(s) => self.slot_cell[s] = NOWHERE,
+                            Source::Token(_) if !with_tokens => continue,
+                            Source::Token(_) => {}
+                        }
+                        self.put_coded(*cell, *tile * TILE + row, *turn);
+                    }
+                }
             }
         }
         for (from, to) in &p.data.relocations {
@@ -426,6 +441,15 @@ impl Table {
         Ok(())
     }
 
+    /// Dead rows stay where they are.
+    fn move_coded(&mut self, from: usize, to: usize) {
+        let cell = std::mem::replace(&mut self.row_cell[from], NOWHERE);
+        if cell != NOWHERE {
+            self.live[from / TILE] &= !(1 << (from % TILE));
+            self.put_coded(cell, to, self.row_turn[from]);
+        }
+    }
+
     fn put_coded(&mut self, cell: u32, row: usize, turn: i32) {
         self.row_cell[row] = cell;
         self.row_turn[row] = turn;
@@ -439,8 +463,8 @@ impl Table {
         self.location[cell as usize] = slot as u32;
     }
 
-    /// Where the rows of a saved state go. `coded` and `turns` (less position) are the state's; see [`crate::state`].
-    pub fn plan_restore(&mut self, cells: Cells, new: &[u32], coded: &[bool], turns: &[i32], saved_fitted: bool) -> Result<Restore> {
+    /// Where the rows of a saved state go. `coded` (the band, `None` when exact) and `turns` (less position) are the state's; see [`crate::state`].
+    pub fn plan_restore(&mut self, cells: Cells, new: &[u32], coded: &[Option<usize>], turns: &[i32], saved_fitted: bool) -> Result<Restore> {
         self.check_new(&cells, new)?;
         self.pending = None;
         self.reconcile(&cells, new);
@@ -467,7 +491,7 @@ impl Table {
             }
         }
         // Sinks and the newest rows first: what finds no slot is coded.
-        let mut exact: Vec<usize> = (0..new.len()).filter(|i| !coded[*i]).collect();
+        let mut exact: Vec<usize> = (0..new.len()).filter(|i| coded[*i].is_none()).collect();
         exact.sort_by_key(|i| (r.places[*i].0 >= g.config.sinks as i32, std::cmp::Reverse(r.places[*i].0)));
         for i in exact {
             r.slots[i] = free.pop();
@@ -482,11 +506,18 @@ impl Table {
             r.turns[i] = turns[i].wrapping_add(pos).wrapping_sub(anchor);
             r.row_turns[i] = anchor.wrapping_sub(pos);
         }
-        let whole = (0..g.tiles).filter(|t| self.live[*t] == 0);
-        let partial = (0..g.tiles).filter(|t| self.live[*t] != 0);
-        let mut holes = whole.chain(partial).flat_map(|t| (0..TILE).map(move |row| (t, row))).filter(|(t, row)| self.live[*t] >> row & 1 == 0);
+        let mut holes: [_; BANDS] = std::array::from_fn(|band| {
+            let (whole, partial): (Vec<usize>, Vec<usize>) = g.band(band).partition(|t| self.live[*t] == 0);
+            let live = &self.live;
+            whole.into_iter().chain(partial).flat_map(|t| (0..TILE).map(move |row| (t, row))).filter(|(t, row)| live[*t] >> row & 1 == 0)
+        });
         for i in (0..new.len()).filter(|i| r.slots[*i].is_none()) {
-            let (tile, row) = holes.next().ok_or_else(|| Error::Full("no tile row is free for the saved rows".into()))?;
+            // Exact rows that found no slot are young. What a band has no room for is coded again, coarser if possible.
+            let band = coded[i].unwrap_or(0);
+            let (tile, row) = (band..BANDS)
+                .chain((0..band).rev())
+                .find_map(|b| holes[b].next())
+                .ok_or_else(|| Error::Full("no tile row is free for the saved rows".into()))?;
             r.rows[i] = (tile * TILE + row) as u32;
         }
         Ok(r)
@@ -502,7 +533,14 @@ impl Table {
         for (i, cell) in new.iter().enumerate() {
             match r.slots[i] {
                 Some(slot) => self.put_exact(*cell, slot as usize, r.row_turns[i].wrapping_neg()),
-                None => self.put_coded(*cell, r.rows[i] as usize, r.row_turns[i]),
+                None => {
+                    let tile = r.rows[i] as usize / TILE;
+                    if self.live[tile] == 0 {
+                        self.sealed += 1;
+                        self.sealed_at[tile] = self.sealed;
+                    }
+                    self.put_coded(*cell, r.rows[i] as usize, r.row_turns[i]);
+                }
             }
         }
     }
@@ -528,53 +566,65 @@ impl Table {
     }
 }
 
-/// Tiles without live rows, and compaction when there are none left.
-struct FreeTiles {
+/// The tiles as they will be: makes room in bands, and notes what that takes.
+struct Tiles<'a> {
+    geometry: &'a Geometry,
     live: Vec<u64>,
-    given: Vec<bool>,
-    next: usize,
+    sealed_at: Vec<u64>,
+    sealed: u64,
+    changes: Vec<Change<[SealRow; TILE]>>,
 }
 
-impl FreeTiles {
-    fn new(table: &Table) -> Self {
-        FreeTiles { live: table.live.clone(), given: vec![false; table.live.len()], next: 0 }
+impl<'a> Tiles<'a> {
+    fn new(table: &'a Table) -> Self {
+        let (live, sealed_at) = (table.live.clone(), table.sealed_at.clone());
+        Tiles { geometry: &table.geometry, live, sealed_at, sealed: table.sealed, changes: Vec::new() }
     }
 
-    fn take(&mut self, moves: &mut Vec<(u32, u32)>) -> Result<u32> {
-        while self.next < self.live.len() {
-            let tile = self.next;
-            self.next += 1;
-            if self.live[tile] == 0 && !self.given[tile] {
-                self.given[tile] = true;
-                return Ok(tile as u32);
-            }
-        }
-        self.compact(moves)
+    fn seal(&mut self, tile: usize, rows: [SealRow; TILE]) {
+        self.sealed += 1;
+        (self.live[tile], self.sealed_at[tile]) = (u64::MAX, self.sealed);
+        self.changes.push(Change::Seal { tile, rows });
     }
 
-    /// Empty the sparsest tile into holes of others.
-    fn compact(&mut self, moves: &mut Vec<(u32, u32)>) -> Result<u32> {
-        let open = |s: &Self, t: usize| !s.given[t];
-        let victim = (0..self.live.len()).filter(|t| open(self, *t)).min_by_key(|t| self.live[*t].count_ones());
-        let n = self.live.len();
-        let full = || Error::Full(format!("no hole is left in {n} tiles"));
-        let victim = victim.ok_or_else(full)?;
-        let holes: usize = (0..self.live.len()).filter(|t| *t != victim && open(self, *t)).map(|t| self.live[t].count_zeros() as usize).sum();
-        if holes < self.live[victim].count_ones() as usize {
-            return Err(full());
+    /// A free tile of a band, or of a later one when this band has none at all. Where holes make up a tile, its rows move together;
+    /// else the oldest tile ages. So younger bands never have a tile of holes when a later one overflows.
+    fn take(&mut self, band: usize) -> Result<usize> {
+        let mut tiles = self.geometry.band(band);
+        if let Some(free) = tiles.clone().find(|t| self.live[*t] == 0) {
+            return Ok(free);
         }
-        let mut target = 0;
-        let rows = self.live[victim];
+        let holes: usize = tiles.clone().map(|t| self.live[t].count_zeros() as usize).sum();
+        if holes >= TILE {
+            return Ok(self.compact(band));
+        }
+        if band + 1 == BANDS {
+            return Err(Error::Full(format!("no hole is left in {} tiles", self.live.len())));
+        }
+        let Some(oldest) = tiles.by_ref().min_by_key(|t| self.sealed_at[*t]) else {
+            return self.take(band + 1);
+        };
+        let to = self.take(band + 1)?;
+        self.changes.push(Change::Recode { from: oldest, to });
+        self.sealed_at[to] = self.sealed_at[oldest];
+        self.live[to] = std::mem::take(&mut self.live[oldest]);
+        Ok(oldest)
+    }
+
+    /// Empty the sparsest tile of a band into holes of its others.
+    fn compact(&mut self, band: usize) -> usize {
+        let tiles = self.geometry.band(band);
+        let victim = tiles.clone().min_by_key(|t| self.live[*t].count_ones()).expect("invariant: a band with holes has tiles");
+        let mut target = tiles.start;
+        let rows = std::mem::take(&mut self.live[victim]);
         for row in (0..TILE).filter(|r| rows >> r & 1 == 1) {
-            while target == victim || !open(self, target) || self.live[target] == u64::MAX {
+            while target == victim || self.live[target] == u64::MAX {
                 target += 1;
             }
             let hole = self.live[target].trailing_ones() as usize;
             self.live[target] |= 1 << hole;
-            moves.push(((victim * TILE + row) as u32, (target * TILE + hole) as u32));
+            self.changes.push(Change::Move { from: victim * TILE + row, to: target * TILE + hole });
         }
-        self.live[victim] = 0;
-        self.given[victim] = true;
-        Ok(victim as u32)
+        victim
     }
 }

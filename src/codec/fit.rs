@@ -7,15 +7,16 @@
 
 use super::bits::allocate;
 use super::Basis;
-use crate::config::{LayerGeometry, TILE};
+use crate::config::{LayerGeometry, BANDS, TILE};
 use crate::error::{Error, Result};
 use crate::rope::{Rope, Turn};
 use crate::simd::{Kernels, Widths};
 use faer::{Mat, Side};
 
 /// Energy every head gets on top of its own, as a share of the layer's mean: insurance for heads that wake up later. Simulated
-/// at 2 bits on the small model, mean KL divergence at a floor of 1 %, 3 %, 10 %, 30 %: 0.00062, 0.00072, 0.00096, 0.00133.
-const ENERGY_FLOOR: f64 = 0.02;
+/// at 2 bits on the small model, mean KL divergence at a floor of 1 %, 3 %, 10 %, 30 %: 0.00062, 0.00072, 0.00096, 0.00133. The younger
+/// bands take more: their rows become neighbours again when a long answer is taken back.
+const ENERGY_FLOOR: [f64; BANDS] = [0.1, 0.1, 0.02];
 /// Own energy, as a share of the layer's mean, at which half of that floor is granted: a head whose attention never leaves the
 /// window (scores far apart) would not wake up, and its wide scores would take the bits of the others.
 const DORMANT: f64 = 1e-5;
@@ -57,6 +58,8 @@ pub struct Sample<'a> {
     pub window: i32,
     /// Longest distance there can be.
     pub n_cells: i64,
+    /// Rows behind the window at which each band ends.
+    pub band_ends: [i64; BANDS],
 }
 
 struct Moments {
@@ -132,26 +135,22 @@ fn transform(covariance: &Mat<f64>, weight: &Mat<f64>) -> Result<Transform> {
     Ok(Transform { variance, encode, decode })
 }
 
-fn build_basis(d: usize, mean: Vec<f32>, t: &Transform, widths: &[u32]) -> Basis {
-    let mut order: Vec<usize> = (0..d).filter(|j| widths[*j] > 0).collect();
-    order.sort_by_key(|j| std::cmp::Reverse(widths[*j]));
-    let count = |w: u32| order.iter().filter(|j| widths[**j] == w).count();
-    let rows = |m: &Mat<f64>| order.iter().flat_map(|j| (0..d).map(|i| m[(*j, i)] as f32)).collect();
-    let largest = order.iter().map(|j| t.variance[*j]).fold(1e-300, f64::max);
-    Basis {
-        d,
-        widths: Widths { counts: Widths::BITS.map(count) },
-        mean,
-        encode: rows(&t.encode),
-        decode: rows(&t.decode),
-        weight: order.iter().map(|j| (t.variance[*j] / largest) as f32).collect(),
-    }
+/// The basis with what each band codes; `widths` holds a width per coefficient, which falls with the coefficient's variance.
+fn build_basis(d: usize, mean: Vec<f32>, t: &Transform, widths: [&[u32]; BANDS]) -> Basis {
+    let widths = widths.map(|band| Widths { counts: Widths::BITS.map(|bits| band.iter().filter(|w| **w == bits).count()) });
+    let mut basis = Basis { d, widths, mean, ..Basis::default() };
+    let rank = basis.rank();
+    let rows = |m: &Mat<f64>| (0..rank).flat_map(|j| (0..d).map(move |i| (j, i))).map(|at| m[at] as f32).collect();
+    (basis.encode, basis.decode) = (rows(&t.encode), rows(&t.decode));
+    basis.weight = t.variance[..rank].iter().map(|v| (v / t.variance[0]) as f32).collect();
+    basis
 }
 
-/// Attention energy of each query head of a group on rows that will be coded: `E[sum of p^2 over rows outside the window]`.
-fn energies(kernels: &Kernels, s: &Sample, g: &LayerGeometry, head: usize) -> Vec<f64> {
+/// Attention energy of each query head of a group on rows that will be coded: `E[sum of p^2 over rows outside the window]`, for
+/// each band those up to its end. A fit sees few rows as old as those of the last bands, so these count all the younger ones, too.
+fn energies(kernels: &Kernels, s: &Sample, g: &LayerGeometry, head: usize) -> Vec<[f64; BANDS]> {
     let (group, d) = (g.group(), g.d_k);
-    let mut energy = vec![0.0; group];
+    let mut energy = vec![[0.0; BANDS]; group];
     let mut scores = vec![0.0f32; s.rows.len()];
     for (i, place) in s.queries.iter().enumerate() {
         for (a, energy) in energy.iter_mut().enumerate() {
@@ -172,9 +171,16 @@ fn energies(kernels: &Kernels, s: &Sample, g: &LayerGeometry, head: usize) -> Ve
                 continue;
             }
             let sum = f64::from((kernels.exp_sum)(&mut scores, largest));
-            let far = |row: &Place| i64::from(place.pos) - i64::from(row.pos) >= i64::from(s.window);
-            let squares: f64 = scores.iter().zip(s.rows).filter(|(_, r)| far(r)).map(|(p, _)| f64::from(*p) * f64::from(*p)).sum();
-            *energy += squares / (sum * sum) / s.queries.len() as f64;
+            let mut squares = [0.0; BANDS];
+            for (p, row) in scores.iter().zip(s.rows) {
+                let behind = i64::from(place.pos) - i64::from(row.pos) - i64::from(s.window);
+                for (sum, end) in squares.iter_mut().zip(s.band_ends) {
+                    if (0..end).contains(&behind) {
+                        *sum += f64::from(*p) * f64::from(*p);
+                    }
+                }
+            }
+            energy.iter_mut().zip(squares).for_each(|(e, x)| *e += x / (sum * sum) / s.queries.len() as f64);
         }
     }
     energy
@@ -228,40 +234,55 @@ fn projection_gram(kernels: &Kernels, s: &Sample, g: &LayerGeometry, head: usize
     to_matrix(d, &sum, total)
 }
 
-/// Fit all heads of a layer: `(K, V)` bases within `g.code_bytes` per tile.
-pub fn fit(kernels: &Kernels, g: &LayerGeometry, rope: &Rope, s: &Sample) -> Result<Vec<(Basis, Basis)>> {
-    let heads = g.n_head_kv;
-    let mut energy: Vec<Vec<f64>> = (0..heads).map(|h| energies(kernels, s, g, h)).collect();
-    let mean = energy.iter().flatten().sum::<f64>() / heads as f64;
-    for e in &mut energy {
+/// Raise the energies of a layer's heads `[head][query head of its group]` by the floor.
+fn with_floor(energy: &mut [Vec<f64>], floor: f64) {
+    let mean = energy.iter().flatten().sum::<f64>() / energy.len() as f64;
+    for e in energy {
         let own: f64 = e.iter().sum();
         let n = e.len() as f64;
         for x in e.iter_mut() {
             // The floor is spread like the energy itself. Without any energy (no query reaches behind the window) all heads are alike.
-            *x = if mean > 0.0 { *x * (1.0 + ENERGY_FLOOR * mean / (own + DORMANT * mean)) } else { 1.0 / n };
+            *x = if mean > 0.0 { *x * (1.0 + floor * mean / (own + DORMANT * mean)) } else { 1.0 / n };
         }
     }
-    let mut parts = Vec::with_capacity(2 * heads);
-    let mut variances = Vec::with_capacity(heads * g.head_elements());
-    for (h, energy) in energy.iter().enumerate() {
+}
+
+/// Fit all heads of a layer: `(K, V)` bases within `g.code_bytes` per tile.
+pub fn fit(kernels: &Kernels, g: &LayerGeometry, rope: &Rope, s: &Sample) -> Result<Vec<(Basis, Basis)>> {
+    let heads = g.n_head_kv;
+    let by_band: Vec<Vec<[f64; BANDS]>> = (0..heads).map(|h| energies(kernels, s, g, h)).collect();
+    let energy: [Vec<Vec<f64>>; BANDS] = std::array::from_fn(|band| {
+        let mut e: Vec<Vec<f64>> = by_band.iter().map(|head| head.iter().map(|x| x[band]).collect()).collect();
+        with_floor(&mut e, ENERGY_FLOOR[band]);
+        e
+    });
+    let mut parts = Vec::with_capacity(heads);
+    let mut variances: [Vec<f64>; BANDS] = Default::default();
+    for h in 0..heads {
         let k = moments(kernels, &s.k_framed[h], g.d_k);
         let v = moments(kernels, &s.v[h], g.d_v);
-        let gram = projection_gram(kernels, s, g, h, energy);
+        let tk = transform(&k.covariance, &query_moment(kernels, s, g, rope, h))?;
+        // One basis serves all bands; how much each query head counts in it is taken from the last, which has most rows.
+        let gram = projection_gram(kernels, s, g, h, &energy[BANDS - 1][h]);
+        let tv = transform(&v.covariance, &gram)?;
+        let whole: f64 = energy[BANDS - 1][h].iter().sum();
         // How much the values seen spread in the output: what a wrong score stirs up.
         let spread: f64 = (0..g.d_v).map(|i| (0..g.d_v).map(|j| gram[(i, j)] * v.covariance[(j, i)]).sum::<f64>()).sum();
-        let tk = transform(&k.covariance, &query_moment(kernels, s, g, rope, h))?;
-        let tv = transform(&v.covariance, &gram)?;
-        variances.extend(tk.variance.iter().map(|x| x * spread));
-        variances.extend(tv.variance.iter().copied());
+        for (variances, energy) in variances.iter_mut().zip(&energy) {
+            let share = energy[h].iter().sum::<f64>() / whole.max(1e-300);
+            variances.extend(tk.variance.iter().map(|x| x * spread * share));
+            variances.extend(tv.variance.iter().map(|x| x * share));
+        }
         parts.push((k.mean, tk, v.mean, tv));
     }
-    let widths = allocate(&variances, g.code_bytes * 8 / TILE);
+    let widths: [Vec<u32>; BANDS] = std::array::from_fn(|band| allocate(&variances[band], g.row_bits(band)));
     Ok(parts
         .into_iter()
         .enumerate()
         .map(|(h, (mk, tk, mv, tv))| {
-            let w = &widths[h * g.head_elements()..][..g.head_elements()];
-            (build_basis(g.d_k, mk, &tk, &w[..g.d_k]), build_basis(g.d_v, mv, &tv, &w[g.d_k..]))
+            let at = h * g.head_elements();
+            let part = |from: usize, n: usize| std::array::from_fn(|band| &widths[band][at + from..at + from + n]);
+            (build_basis(g.d_k, mk, &tk, part(0, g.d_k)), build_basis(g.d_v, mv, &tv, part(g.d_k, g.d_v)))
         })
         .collect())
 }

@@ -211,7 +211,7 @@ pub unsafe extern "C" fn skv_layer_append(
                 }
                 // SAFETY: header and widths, which no storing thread writes outside of a fit.
                 let read = |r: Range<usize>| std::slice::from_raw_parts(arena.add(r.start), r.len());
-                let heads = layout::read_ranges(read, arena_bytes, g, l.geometry().tiles, plan.fitted)?;
+                let heads = layout::read_ranges(read, arena_bytes, g, &l.geometry().band_tiles, plan.fitted)?;
                 // SAFETY: the ranges of different heads are disjoint, bases are only read, and a head has one thread.
                 let part = |r: Range<usize>| std::slice::from_raw_parts_mut(arena.add(r.start), r.len());
                 for (head, r) in heads.into_iter().enumerate().filter(|(h, _)| h % nth as usize == ith as usize) {

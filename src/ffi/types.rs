@@ -53,11 +53,13 @@ impl skv_status {
 }
 
 /// Changes whenever a caller compiled against an older header could misbehave.
-pub const SKV_ABI_VERSION: u32 = 1;
+pub const SKV_ABI_VERSION: u32 = 2;
 /// Most query tokens of one attention call.
 pub const SKV_MAX_QUERIES: usize = 64;
 /// Rows of a tile.
 pub const SKV_TILE_ROWS: usize = 64;
+/// `skv_config.fine_rows`: from the number of cells.
+pub const SKV_FINE_ROWS_AUTO: u32 = u32::MAX;
 /// `skv_rope.pairing`: keys are stored as they are.
 pub const SKV_PAIRING_NONE: i32 = 0;
 /// `skv_rope.pairing`: elements 2i and 2i+1 (ggml NORM).
@@ -66,6 +68,7 @@ pub const SKV_PAIRING_ADJACENT: i32 = 1;
 pub const SKV_PAIRING_HALVES: i32 = 2;
 
 const _: () = assert!(SKV_MAX_QUERIES == crate::config::MAX_QUERIES && SKV_TILE_ROWS == crate::config::TILE);
+const _: () = assert!(SKV_FINE_ROWS_AUTO == crate::config::FINE_ROWS_AUTO);
 
 /// A short name for a status; static text, never NULL. Any integer may be passed.
 #[no_mangle]
@@ -118,8 +121,11 @@ pub struct skv_config {
     pub sinks: u32,
     /// f16 bytes / bytes held that is asked for, 1 to 64. Default 8. Ignored when `bits` is positive.
     pub ratio: f32,
-    /// Code bits per element, up to 8, or 0 to derive them from `ratio`. Default 0.
+    /// Code bits per element, mean over all tiles, up to 8, or 0 to derive them from `ratio`. Default 0.
     pub bits: f32,
+    /// Rows behind the window that are coded most finely; twice as many behind them are coded more finely than the rest. 0 codes
+    /// all rows at one rate. Default `SKV_FINE_ROWS_AUTO`: a 64th of the cells, at least two tiles for each sequence.
+    pub fine_rows: u32,
 }
 
 impl skv_config {
@@ -134,6 +140,7 @@ impl skv_config {
             sinks: d.sinks,
             ratio: d.ratio,
             bits: d.bits,
+            fine_rows: d.fine_rows,
         }
     }
     pub(crate) fn to_config(self) -> Config {
@@ -145,6 +152,7 @@ impl skv_config {
             sinks: self.sinks,
             ratio: self.ratio,
             bits: self.bits,
+            fine_rows: self.fine_rows,
         }
     }
 }
@@ -370,6 +378,8 @@ pub struct skv_stats {
     pub fits: u64,
     /// Coded rows moved by compaction.
     pub moved: u64,
+    /// Rows coded again in a coarser band.
+    pub recoded: u64,
     /// Nanoseconds of the first thread in storing.
     pub ns_encode: u64,
     /// Nanoseconds of the first thread in attention.
@@ -391,6 +401,7 @@ impl skv_stats {
             reconstructed: s.reconstructed,
             fits: s.fits,
             moved: s.moved,
+            recoded: s.recoded,
             ns_encode: s.ns_encode,
             ns_attend: s.ns_attend,
             ns_reconstruct: s.ns_reconstruct,

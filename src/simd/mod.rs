@@ -63,8 +63,8 @@ pub struct Kernels {
     pub accumulate: fn(matrix: &[f32], coefficients: &[f32], out: &mut [f32]),
     /// For each of the vectors `z` (rank elements each): `out[i] += sum_j z[j] * value(code[j][i])` for the 64 rows of a tile.
     pub tile_scores: fn(widths: Widths, codes: &[u8], z: &[f32], out: &mut [f32]),
-    /// For each of the weight vectors `p` (64 each): `acc[j] += sum_i p[i] * value(code[j][i])`.
-    pub tile_values: fn(widths: Widths, codes: &[u8], p: &[f32], acc: &mut [f32]),
+    /// For each of the weight vectors `p` (64 each): `acc[j] += sum_i p[i] * value(code[j][i])`, vectors of `acc` being `stride` apart.
+    pub tile_values: fn(widths: Widths, codes: &[u8], p: &[f32], acc: &mut [f32], stride: usize),
     /// `x[i] = exp(x[i] - shift)`; returns the sum.
     pub exp_sum: fn(x: &mut [f32], shift: f32) -> f32,
 }
@@ -134,13 +134,13 @@ fn tile_scores_body<const FMA: bool>(widths: Widths, codes: &[u8], z: &[f32], ou
 }
 
 #[inline(always)]
-fn tile_values_body<const FMA: bool>(widths: Widths, codes: &[u8], p: &[f32], acc: &mut [f32]) {
+fn tile_values_body<const FMA: bool>(widths: Widths, codes: &[u8], p: &[f32], acc: &mut [f32], stride: usize) {
     let rank = widths.rank();
     let mut values = [0.0f32; TILE];
     for j in 0..rank {
         let (width, at) = widths.place(j);
         quant::unpack(width, &codes[at..], &mut values);
-        for (p, acc) in p.chunks_exact(TILE).zip(acc.chunks_exact_mut(rank)) {
+        for (p, acc) in p.chunks_exact(TILE).zip(acc.chunks_exact_mut(stride)) {
             acc[j] += dot::<FMA>(p, &values);
         }
     }
@@ -201,8 +201,8 @@ macro_rules! level {
                 tile_scores_body::<true>(widths, codes, z, out)
             }
             #[target_feature(enable = $features)]
-            fn tile_values_wide(widths: Widths, codes: &[u8], p: &[f32], acc: &mut [f32]) {
-                tile_values_body::<true>(widths, codes, p, acc)
+            fn tile_values_wide(widths: Widths, codes: &[u8], p: &[f32], acc: &mut [f32], stride: usize) {
+                tile_values_body::<true>(widths, codes, p, acc, stride)
             }
             #[target_feature(enable = $features)]
             fn exp_sum_wide(x: &mut [f32], shift: f32) -> f32 {
@@ -217,7 +217,7 @@ macro_rules! level {
                 // SAFETY: only `at` hands out this table, after asking the CPU for these features.
                 tile_scores: |w, c, z, o| unsafe { tile_scores_wide(w, c, z, o) },
                 // SAFETY: only `at` hands out this table, after asking the CPU for these features.
-                tile_values: |w, c, p, a| unsafe { tile_values_wide(w, c, p, a) },
+                tile_values: |w, c, p, a, s| unsafe { tile_values_wide(w, c, p, a, s) },
                 // SAFETY: only `at` hands out this table, after asking the CPU for these features.
                 exp_sum: |x, s| unsafe { exp_sum_wide(x, s) },
             };
@@ -312,10 +312,11 @@ mod tests {
                     assert!((f64::from(*s) - want).abs() < 1e-4);
                 }
             }
-            let mut acc = vec![0.0f32; 2 * widths.rank()];
-            (k.tile_values)(widths, &codes, &scores, &mut acc);
-            for (q, a) in acc.chunks(widths.rank()).enumerate() {
-                for (j, a) in a.iter().enumerate() {
+            let stride = widths.rank() + 3;
+            let mut acc = vec![0.0f32; 2 * stride];
+            (k.tile_values)(widths, &codes, &scores, &mut acc, stride);
+            for (q, a) in acc.chunks(stride).enumerate() {
+                for (j, a) in a.iter().enumerate().take(widths.rank()) {
                     let want: f64 = (0..TILE).map(|i| f64::from(scores[q * TILE + i]) * value(j, i)).sum();
                     assert!((f64::from(*a) - want).abs() < 2e-3);
                 }

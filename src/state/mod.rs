@@ -9,16 +9,17 @@
 
 use crate::cache::arena::{self, ExactRows};
 use crate::cache::{Cells, Layer, Location, Restore, Table};
-use crate::codec::{self, Basis};
-use crate::config::{LayerGeometry, TILE};
+use crate::codec::{self, Basis, TileMap};
+use crate::config::{LayerGeometry, BANDS, TILE};
 use crate::error::{argument, Error, Result};
 use crate::rope::Turn;
-use crate::simd::{self, Widths};
+use crate::simd;
 use half::f16;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"SKVSTATE");
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const EXACT: u8 = 1;
+/// Plus the band.
 const CODED: u8 = 2;
 
 fn shape_hash(layers: &[&Layer]) -> u32 {
@@ -50,7 +51,10 @@ pub fn write(table: &Table, layers: &[&Layer], arenas: &[&[u8]], cells: &[u32]) 
         let Some((at, turn)) = table.locate(*cell as usize) else {
             return argument(format!("cell {cell} holds no row"));
         };
-        out.push(if matches!(at, Location::Slot(_)) { EXACT } else { CODED });
+        out.push(match at {
+            Location::Slot(_) => EXACT,
+            Location::Coded(tile, _) => CODED + table.geometry().band_of(tile) as u8,
+        });
         out.extend(turn.to_le_bytes());
         located.push(at);
     }
@@ -58,7 +62,7 @@ pub fn write(table: &Table, layers: &[&Layer], arenas: &[&[u8]], cells: &[u32]) 
     out.extend(u32::from(with_queries).to_le_bytes());
     for (l, a) in layers.iter().zip(arenas) {
         let g = l.shape();
-        for (head, r) in arena::ranges(a, g, table.geometry().tiles, fitted)?.into_iter().enumerate() {
+        for r in arena::ranges(a, g, &table.geometry().band_tiles, fitted)? {
             let (exact, bases, tiles) = (&a[r.exact], &a[r.bases], &a[r.tiles]);
             out.extend(bases);
             let rows = ExactRows::new(g, table.geometry().exact, exact, if fitted { &[] } else { &a[r.raw.clone()] })?;
@@ -66,8 +70,8 @@ pub fn write(table: &Table, layers: &[&Layer], arenas: &[&[u8]], cells: &[u32]) 
                 match at {
                     Location::Slot(slot) => out.extend(rows.row(*slot).iter().flat_map(|x| x.to_le_bytes())),
                     Location::Coded(tile, row) => {
-                        let (k, v) = arena::widths(a, g, head);
-                        out.extend(codec::take_row(k, v, tiles, tile * TILE + row));
+                        let map = TileMap::of(table.geometry().band_tiles, g, bases);
+                        out.extend(codec::take_row(&map, tiles, tile * TILE + row));
                     }
                 }
             }
@@ -114,13 +118,10 @@ struct SavedHead<'a> {
     queries: &'a [u8],
 }
 
-fn widths_of(bases: &[u8], g: &LayerGeometry) -> (Widths, Widths) {
-    (Basis::widths_of(bases), Basis::widths_of(&bases[LayerGeometry::basis_bytes_of(g.d_k)..]))
-}
-
 struct Saved<'a> {
     fitted: bool,
-    coded: Vec<bool>,
+    /// Band of each coded row.
+    coded: Vec<Option<usize>>,
     bases: Vec<i32>,
     layers: Vec<Vec<SavedHead<'a>>>,
     queries: &'a [u8],
@@ -153,10 +154,14 @@ fn parse<'a>(table: &Table, layers: &[&Layer], n: usize, bytes: &'a [u8]) -> Res
     }
     let (mut coded, mut bases) = (Vec::with_capacity(n), Vec::with_capacity(n));
     for _ in 0..n {
-        coded.push(r.take(1)?[0] == CODED);
+        coded.push(match r.take(1)?[0] {
+            EXACT => None,
+            kind if (CODED..CODED + BANDS as u8).contains(&kind) => Some(usize::from(kind - CODED)),
+            _ => return bad("a row of an unknown kind"),
+        });
         bases.push(r.u32()? as i32);
     }
-    if !fitted && coded.contains(&true) {
+    if !fitted && coded.iter().any(Option::is_some) {
         return bad("coded rows without bases");
     }
     let mut heads = Vec::with_capacity(layers.len());
@@ -166,16 +171,15 @@ fn parse<'a>(table: &Table, layers: &[&Layer], n: usize, bytes: &'a [u8]) -> Res
         let mut layer = Vec::with_capacity(g.n_head_kv);
         for _ in 0..g.n_head_kv {
             let bases = r.take(if fitted { g.basis_bytes() } else { 0 })?;
-            let code_bytes = if fitted {
-                let (k, v) = widths_of(bases, g);
-                if k.rank() > g.d_k || v.rank() > g.d_v {
-                    return bad("more coefficients than elements");
-                }
-                2 + k.rank() + v.rank()
-            } else {
-                0
+            let map = fitted.then(|| TileMap::of(table.geometry().band_tiles, g, bases));
+            if map.as_ref().is_some_and(|m| !m.is_possible(g)) {
+                return bad("more coefficients than elements");
+            }
+            let bytes_of = |band: &Option<usize>| match (band, &map) {
+                (Some(band), Some(map)) => map.taken_bytes(*band),
+                _ => g.row_bytes(),
             };
-            let rows = coded.iter().map(|c| r.take(if *c { code_bytes } else { g.row_bytes() })).collect::<Result<_>>()?;
+            let rows = coded.iter().map(|c| r.take(bytes_of(c))).collect::<Result<_>>()?;
             layer.push(SavedHead { bases, rows, queries: r.take(if with_queries { g.query_bytes() } else { 0 })? });
         }
         heads.push(layer);
@@ -201,8 +205,8 @@ pub fn read(table: &mut Table, layers: &[&Layer], arenas: &mut [&mut [u8]], all:
     if place.adopt {
         for (l, heads) in layers.iter().zip(&saved.layers) {
             let g = l.shape();
-            let tiles: usize = heads.iter().map(|h| widths_of(h.bases, g)).map(|(k, v)| codec::head_tile_bytes(k, v)).sum();
-            if tiles * table.geometry().tiles + g.n_head_kv * g.basis_bytes() > g.body_bytes {
+            let tiles: usize = heads.iter().map(|h| TileMap::of(table.geometry().band_tiles, g, h.bases).bytes()).sum();
+            if tiles + g.n_head_kv * g.basis_bytes() > g.body_bytes {
                 return Err(Error::Data("state: saved at a higher code rate than this cache has".into()));
             }
         }
@@ -222,9 +226,9 @@ pub fn read(table: &mut Table, layers: &[&Layer], arenas: &mut [&mut [u8]], all:
 
 fn restore_layer(l: &Layer, arena: &mut [u8], table: &Table, saved: &Saved, heads: &[SavedHead], place: &Restore) -> Result<()> {
     l.mark_used();
-    let (g, slots, tiles) = (l.shape(), table.geometry().exact, table.geometry().tiles);
+    let (g, slots, band_tiles) = (l.shape(), table.geometry().exact, table.geometry().band_tiles);
     let was_fitted = place.fitted && !place.adopt;
-    let before = arena::ranges(arena, g, tiles, was_fitted)?;
+    let before = arena::ranges(arena, g, &band_tiles, was_fitted)?;
     if place.adopt {
         let waiting = arena.to_vec();
         for (head, (saved, r)) in heads.iter().zip(&before).enumerate() {
@@ -237,7 +241,7 @@ fn restore_layer(l: &Layer, arena: &mut [u8], table: &Table, saved: &Saved, head
         }
         arena::write_header(arena);
     }
-    let now = arena::ranges(arena, g, tiles, place.fitted)?;
+    let now = arena::ranges(arena, g, &band_tiles, place.fitted)?;
     let kernels = simd::kernels();
     let (mut turn, mut row, mut work) = (Turn::default(), vec![0.0f32; g.head_elements()], Vec::new());
     for (head, r) in heads.iter().zip(now) {
@@ -252,6 +256,7 @@ fn restore_layer(l: &Layer, arena: &mut [u8], table: &Table, saved: &Saved, head
                 basis.1.load(&bytes[split..], g.d_v, true)?;
             }
         }
+        let map = place.fitted.then(|| TileMap::of(band_tiles, g, &own_bytes));
         for (i, bytes) in head.rows.iter().enumerate() {
             if let Some(slot) = place.slots[i] {
                 let (exact, rest) = arena.split_at_mut(r.exact.end);
@@ -262,15 +267,16 @@ fn restore_layer(l: &Layer, arena: &mut [u8], table: &Table, saved: &Saved, head
                 }
                 continue;
             }
-            let target = place.rows[i] as usize;
+            let (target, map) = (place.rows[i] as usize, map.as_ref().expect("invariant: coded rows need bases"));
             let tiles = &mut arena[r.tiles.clone()];
-            let (wk, wv) = (own.0.widths, own.1.widths);
-            if saved.coded[i] && same {
-                codec::put_row(wk, wv, tiles, target, bytes);
+            let to = map.place(target / TILE);
+            if same && saved.coded[i] == Some(to.band) {
+                codec::put_row(map, tiles, target, bytes);
                 continue;
             }
-            if saved.coded[i] {
-                codec::decode_taken(kernels, &theirs.0, &theirs.1, bytes, &mut row);
+            if let Some(band) = saved.coded[i] {
+                let (k, v) = if same { (&own.0, &own.1) } else { (&theirs.0, &theirs.1) };
+                codec::decode_taken(kernels, k, v, band, bytes, &mut row);
             } else {
                 for (out, x) in row.iter_mut().zip(bytes.chunks_exact(2)) {
                     *out = f16::from_le_bytes([x[0], x[1]]).to_f32();
@@ -278,11 +284,9 @@ fn restore_layer(l: &Layer, arena: &mut [u8], table: &Table, saved: &Saved, head
                 l.rope().turn(i64::from(place.turns[i]), &mut turn);
                 l.rope().rotate(&turn, &mut row[..g.d_k]);
             }
-            let size = codec::head_tile_bytes(wk, wv);
-            let at = target / TILE * size;
-            let [(gk, ck), (gv, cv)] = codec::split_tile_mut(&mut tiles[at..at + size], wk);
-            codec::encode_row(kernels, &own.0, &row[..g.d_k], target % TILE, gk, ck, &mut work);
-            codec::encode_row(kernels, &own.1, &row[g.d_k..], target % TILE, gv, cv, &mut work);
+            let [(gk, ck), (gv, cv)] = codec::split_tile_mut(&mut tiles[to.bytes], to.k);
+            codec::encode_row(kernels, &own.0, to.band, &row[..g.d_k], target % TILE, gk, ck, &mut work);
+            codec::encode_row(kernels, &own.1, to.band, &row[g.d_k..], target % TILE, gv, cv, &mut work);
         }
         if place.was_empty && !place.fitted && !head.queries.is_empty() {
             for (out, x) in arena::queries_mut(g, &mut arena[r.raw])?.iter_mut().zip(head.queries.chunks_exact(2)) {

@@ -53,6 +53,8 @@ static inline void open_stream(struct stream *s) {
     skv_layer_shape shapes[N_LAYERS];
     skv_rope rope = neox();
     c.n_seqs = 2;
+    /* One rate: codes stay what they are. */
+    c.fine_rows = 0;
     for (int i = 0; i < N_LAYERS; i++)
         shapes[i] = shape();
     memset(s, 0, sizeof *s);

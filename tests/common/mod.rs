@@ -5,7 +5,7 @@
 
 use half::f16;
 use spectral_kv::attention::Scoring;
-use spectral_kv::cache::{plan, Cells, HeadMut, Layer, Mask, Plan, Rows, Table};
+use spectral_kv::cache::{plan, Cells, HeadMut, Layer, Location, Mask, Plan, Rows, Table};
 use spectral_kv::config::{Config, Geometry, LayerShape};
 use spectral_kv::error::Result;
 use spectral_kv::rope::{Pairing, RopeParams};
@@ -415,6 +415,28 @@ impl Stream {
             }
         }
         out
+    }
+
+    /// Band of a coded row.
+    pub fn band(&self, at: Location) -> Option<usize> {
+        match at {
+            Location::Coded(tile, _) => Some(self.table.geometry().band_of(tile)),
+            Location::Slot(_) => None,
+        }
+    }
+
+    /// Relative error of the values of some cells, over all layers.
+    pub fn error_of(&self, cells: &[u32]) -> f64 {
+        let (mut got, mut want) = (Vec::new(), Vec::new());
+        for layer in 0..self.layers.len() {
+            let (_, v) = self.rebuild(layer);
+            let nv = v.len() / self.rows.len();
+            for c in cells {
+                got.extend(widen(&v[*c as usize * nv..(*c as usize + 1) * nv]));
+                want.extend(self.rows[*c as usize].as_ref().unwrap().layers[layer].1.iter().map(|x| f64::from(*x)));
+            }
+        }
+        rel_rms(got, want)
     }
 
     /// Attention of `n` random queries at `pos` of `seq` over its rows, and the f64 reference over the rebuilt rows.

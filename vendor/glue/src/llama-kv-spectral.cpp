@@ -414,6 +414,7 @@ skv_stats llama_kv_spectral::impl::stats() const {
         res.reconstructed    += cur.reconstructed;
         res.fits             += cur.fits;
         res.moved            += cur.moved;
+        res.recoded          += cur.recoded;
         res.ns_encode        += cur.ns_encode;
         res.ns_attend        += cur.ns_attend;
         res.ns_reconstruct   += cur.ns_reconstruct;
