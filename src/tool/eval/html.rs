@@ -74,7 +74,9 @@ pub fn page(s: &Summary) -> Result<String> {
             <b>simulated</b>: an f16 cache whose rows are replaced by their round trip through a codec once they are behind the window; sizes are nominal, \
             the codec at its best. <b>spectral</b>: the cache itself, all bytes counted.</li>\
             <li>A spectral cache keeps all rows exact until its first fit, after 1024 rows (less in a context of less than 2048), and the prototype codes \
-            512 rows at once: the column <i>2nd half</i> has only the second half of the judged positions.</li></ul>\n";
+            512 rows at once: the column <i>2nd half</i> has only the second half of the judged positions.</li>\
+            <li>A spectral cache gives young rows more bits than old ones, by the size of its context: texts that are much shorter than the context \
+            hardly have old rows, and are nearer to f16 than a full context is.</li></ul>\n";
     out += &grid(
         &["file", "tokens", "SHA-256"].map(String::from),
         [vec![s.model.file.clone(), "-".into(), s.model.sha256.clone()]]
