@@ -28,7 +28,7 @@ pub const HEAD_RECORD_BYTES: usize = 64;
 /// Recent query tokens kept for the fit.
 pub const QUERY_SLOTS: usize = 256;
 /// Bytes of the widths in front of a stored basis.
-pub const BASIS_HEADER_BYTES: usize = 32;
+pub const BASIS_HEADER_BYTES: usize = 48;
 /// Rows a basis is fitted on. 1024 rows measured better than 512, and with 256 no query looks behind the window yet.
 pub const FIT_ROWS: usize = 1024;
 /// The fewest rows a basis is fitted on, in small contexts.

@@ -53,6 +53,8 @@ enum Command {
     Calibrate(CalibrateArgs),
     /// Fetch, patch and build llama.cpp
     Build(BuildArgs),
+    /// Compare KV caches with f16 on a model and texts of your own
+    Eval(EvalArgs),
 }
 
 #[derive(Args)]
@@ -204,6 +206,14 @@ struct BuildArgs {
     from: From,
 }
 
+#[derive(Args)]
+struct EvalArgs {
+    #[command(flatten)]
+    options: tool::eval::Options,
+    #[command(flatten)]
+    from: From,
+}
+
 fn parse_ratio(s: &str) -> Result<f64, String> {
     match s.parse::<f64>() {
         Ok(r) if r > 1.0 && r <= 64.0 => Ok(r),
@@ -290,6 +300,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
+        Command::Eval(a) => tool::eval::run(&a.options, a.from.source, a.from.jobs),
     }
 }
 

@@ -295,7 +295,7 @@ fn rows_lose_precision_as_they_age_and_only_then() {
     let recoded = s.layers[0].counters.read().recoded;
     assert!(recoded > 0);
     // A removed tail makes room: the next rows find it, and nothing ages.
-    let tail = cells[1300..].to_vec();
+    let tail = cells[1200..].to_vec();
     s.remove(0, &tail);
     let before = s.bits(&cells[..1000]);
     s.append(2, 0, 100, 10).unwrap();

@@ -24,13 +24,13 @@ pub enum Level {
 /// How many coefficients of a tile have each width, widest first, in the order in which they are stored.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Widths {
-    /// Coefficients of 8, 6, 5, 4 and 2 bits.
+    /// Coefficients of 8, 6, 5, 4, 3, 2 and 1 bits.
     pub counts: [usize; Widths::BITS.len()],
 }
 
 impl Widths {
     /// The widths that are stored, in their order.
-    pub const BITS: [u32; 5] = [8, 6, 5, 4, 2];
+    pub const BITS: [u32; 7] = [8, 6, 5, 4, 3, 2, 1];
 
     /// Coefficients in all.
     pub fn rank(&self) -> usize {
@@ -297,7 +297,7 @@ mod tests {
                     assert!((f64::from(*y) - want).abs() < 1e-4);
                 }
             }
-            let widths = Widths { counts: [3, 2, 4, 5, 9] };
+            let widths = Widths { counts: [3, 2, 4, 5, 3, 6, 7] };
             let codes: Vec<u8> = noise(widths.bytes(), 3).iter().map(|x| (x * 127.0) as i8 as u8).collect();
             let z = noise(2 * widths.rank(), 4);
             let mut scores = vec![0.25f32; 2 * TILE];

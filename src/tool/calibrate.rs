@@ -11,11 +11,12 @@ use half::f16;
 use spectral_kv::attention::Scoring;
 use spectral_kv::codec::calibration::{CalibratedLayer, Calibration, LayerModel, Text};
 use spectral_kv::config::{LayerShape, QUERY_SLOTS};
-use spectral_kv::rope::{Pairing, RopeParams};
+use spectral_kv::rope::RopeParams;
 
 use super::build::{self, Request, Tree};
 use super::fetch::SourceKind;
-use super::probe::{self, Cache, Context, ContextSpec, LayerInfo, Probe, RopeInfo, Tensor, Want};
+use super::probe::{self, Cache, Context, ContextSpec, LayerInfo, Probe, Tensor, Want};
+use super::rope;
 
 /// Tokens that go through the graph at once.
 const STEP: usize = 512;
@@ -76,7 +77,7 @@ pub fn run(c: &Calibrate) -> Result<ExitCode> {
         });
         let model = LayerModel {
             shape: LayerShape { n_head: layer.n_head as u32, n_head_kv: layer.n_head_kv as u32, d_k: layer.d_k as u32, d_v: layer.d_v as u32 },
-            rope: &layer.rope.as_ref().map_or_else(RopeParams::none, rope),
+            rope: &layer.rope.as_ref().map_or_else(RopeParams::none, rope::params),
             scoring: Scoring { scale: layer.scale, softcap: layer.softcap },
             projection: &projection,
             distance: c.ctx.unwrap_or(info.n_ctx_train as u32),
@@ -140,19 +141,4 @@ fn collect(probe: &mut Probe, context: &Context, layers: &[LayerInfo], tokens: &
 
 fn to_f16(x: &[f32]) -> impl Iterator<Item = f16> + '_ {
     x.iter().map(|x| f16::from_f32(*x))
-}
-
-fn rope(r: &RopeInfo) -> RopeParams {
-    RopeParams {
-        pairing: if r.neox { Pairing::Halves } else { Pairing::Adjacent },
-        n_dims: r.n_rot,
-        offset: r.offset,
-        n_ctx_orig: r.n_ctx_orig as u32,
-        freq_base: r.freq_base,
-        freq_scale: r.freq_scale,
-        ext_factor: r.ext_factor,
-        beta_fast: r.beta_fast,
-        beta_slow: r.beta_slow,
-        freq_factors: r.freq_factors.clone(),
-    }
 }

@@ -1,0 +1,342 @@
+//! The evaluation: every setting of the KV cache against f16, with the same tokens, the same ubatches and the same judge.
+//!
+//! Owns the options and the order of the work. Must not know how a measure is computed or shown.
+
+mod codec;
+mod corpus;
+mod html;
+mod judge;
+mod parts;
+mod plots;
+mod random;
+mod scenario;
+mod session;
+mod settings;
+mod summary;
+mod table;
+
+use std::fs;
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{bail, ensure, Context, Result};
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::build::{self, Request, Tree};
+use super::fetch::SourceKind;
+use super::fsutil;
+use super::layout::Layout;
+use super::probe::{self, Probe};
+
+use corpus::Haystack;
+use parts::Parts;
+use random::Random;
+use scenario::Bench;
+use session::Feed;
+use settings::{Setting, DEFAULT};
+use summary::{Divergence, Entry, Greedy, Model, PathResults, Recall, Row, Source, Summary, Switch, Used};
+
+/// Tokens of greedy generation, at most; shorter texts have a quarter of their length.
+const GREEDY: usize = 128;
+/// Tokens of the model's own words, at most.
+const OWN_WORDS: usize = 2048;
+
+/// What decides over the numbers: kept parts are of no use when one of these files has changed.
+const SOURCES: [&str; 9] = [
+    include_str!("codec/mod.rs"),
+    include_str!("codec/blocks.rs"),
+    include_str!("codec/hadamard.rs"),
+    include_str!("codec/truncated.rs"),
+    include_str!("codec/turbo.rs"),
+    include_str!("judge.rs"),
+    include_str!("random.rs"),
+    include_str!("scenario.rs"),
+    include_str!("session.rs"),
+];
+
+/// How attention reads the cache.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Way {
+    /// Few tokens at once: codes are attended to.
+    Decode,
+    /// 512 tokens at once: rows are rebuilt first.
+    Prefill,
+}
+
+impl Way {
+    fn name(self) -> &'static str {
+        match self {
+            Way::Decode => "decode",
+            Way::Prefill => "prefill",
+        }
+    }
+}
+
+/// What to compare, and how.
+#[derive(Args)]
+pub struct Options {
+    /// A GGUF model
+    #[arg(short, long)]
+    model: PathBuf,
+    /// A text file, or several
+    #[arg(short, long = "file", required = true, num_args = 1..)]
+    files: Vec<PathBuf>,
+    /// Context size that the caches are made for; the spectral one derives its code rate from it
+    #[arg(short, long, default_value_t = 32768)]
+    ctx: u32,
+    /// Tokens of a text
+    #[arg(long, default_value_t = 2048)]
+    length: usize,
+    /// Texts, taken from the files in turn
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    texts: u16,
+    /// Settings to compare, comma-separated: stock types (q4_0, q4_0-norot), simulated ones behind an exact window
+    /// (q4_0+window, turbo3+window, prototype+window), spectral-RATIO, spectral-BITSb
+    #[arg(long, value_delimiter = ',', default_value = DEFAULT, hide_default_value = true)]
+    settings: Vec<Setting>,
+    /// Which paths of attention
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "decode,prefill")]
+    paths: Vec<Way>,
+    /// Tokens at once on the decode path; larger models need more than 1 to be done in time
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    step: u32,
+    /// Texts with planted facts, up to 12 in each
+    #[arg(long, default_value_t = 4)]
+    needles: u16,
+    /// Recent rows that stay exact: of spectral settings, and of simulated ones
+    #[arg(long, default_value_t = 128)]
+    window: u16,
+    /// First rows that stay exact in simulated settings; spectral ones have 4
+    #[arg(long, default_value_t = 4)]
+    sinks: u16,
+    /// Another topic for the middle of a text: its second half is judged after the first text and after its own first half
+    #[arg(long)]
+    switch: Option<PathBuf>,
+    /// Of names, codes, places and samples
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Threads (default: one per core; small models are fastest with 1)
+    #[arg(short, long, value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+    /// Where eval.json, eval.html and the finished parts go (default: eval/ in cargo's target directory)
+    #[arg(short, long)]
+    out: Option<PathBuf>,
+}
+
+/// A text file and its tokens.
+struct Text {
+    source: Source,
+    text: String,
+    tokens: Vec<i32>,
+}
+
+/// All token sequences.
+struct Material {
+    prose: Vec<Vec<i32>>,
+    haystacks: Vec<Haystack>,
+    greedy: (Vec<i32>, usize),
+    own_words: (Vec<i32>, usize),
+    /// After its own beginning, and after another one; judged is the second half.
+    switch: Option<(Vec<i32>, Vec<i32>)>,
+}
+
+/// Compares, prints a table and writes the files.
+pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCode> {
+    ensure!(o.length >= 256, "--length must be at least 256");
+    let longest = o.length.max(o.length / 4 + o.length.min(OWN_WORDS));
+    ensure!(o.ctx as usize >= longest, "-c must be at least {longest}, for texts of {} tokens", o.length);
+    let settings = with_reference(&o.settings);
+    let layout = Layout::find()?;
+    let dir = o.out.clone().unwrap_or_else(|| layout.target.join("eval"));
+    let bin = build::ensure(&Request { tree: Tree::Patched, targets: vec![probe::TOOL], source, jobs })?;
+    let threads = o.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
+    let model = fsutil::sha256(&o.model)?;
+    let mut probe = Probe::start(&bin, &o.model, threads)?;
+    if o.ctx as usize > probe.info().n_ctx_train {
+        // Only the code rate follows from the context size; positions stay below the length of the texts.
+        eprintln!(
+            "note: the model was trained for {} tokens; the caches are made for {}, the texts fill {}",
+            probe.info().n_ctx_train,
+            o.ctx,
+            o.length
+        );
+    }
+    let parts = Parts::open(&dir.join("parts"), &common(&model, &bin, threads)?.iter().map(Vec::as_slice).collect::<Vec<_>>())?;
+
+    let files = o.files.iter().map(|f| read(&mut probe, f)).collect::<Result<Vec<_>>>()?;
+    let other = o.switch.as_ref().map(|f| read(&mut probe, f)).transpose()?;
+    let material = prepare(o, &mut probe, &files, other.as_ref())?;
+    let bar = progress(o, &settings, &material);
+
+    let feed = |way: Way| Feed { ctx: o.ctx, ubatch: if way == Way::Decode { o.step } else { 512 }, window: o.window.into(), sinks: o.sinks.into() };
+    let holdings = Bench { probe: &mut probe, parts: &parts, settings: &settings, feed: feed(Way::Prefill), bar: &bar }.holdings()?;
+    let entries = settings.iter().zip(&holdings).map(|(s, h)| Entry {
+        name: s.name.clone(),
+        origin: s.origin(),
+        bytes: h.bytes,
+        ratio: holdings[0].bytes / h.bytes,
+        code_bits: h.code_bits,
+    });
+    let entries = entries.collect();
+    let mut paths = vec![];
+    for way in &o.paths {
+        let bench = Bench { probe: &mut probe, parts: &parts, settings: &settings, feed: feed(*way), bar: &bar };
+        paths.push(PathResults { path: way.name().into(), rows: measure(o, bench, *way, &material)? });
+    }
+    bar.finish_and_clear();
+
+    let description = probe.info().description.clone();
+    let summary = Summary {
+        version: env!("CARGO_PKG_VERSION"),
+        model: Model { file: file_name(&o.model), description, sha256: model },
+        texts: files.into_iter().chain(other).map(|t| t.source).collect(),
+        options: Used {
+            ctx: o.ctx,
+            length: o.length,
+            texts: o.texts.into(),
+            needles: o.needles.into(),
+            window: o.window.into(),
+            sinks: o.sinks.into(),
+            seed: o.seed,
+            step: o.step,
+            threads,
+        },
+        settings: entries,
+        paths,
+    };
+    print!("{}", table::all(&summary));
+    for (name, text) in [("eval.json", serde_json::to_string_pretty(&summary)? + "\n"), ("eval.html", html::page(&summary)?)] {
+        let path = dir.join(name);
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        println!("{}", path.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// f16 first, then each setting once.
+fn with_reference(asked: &[Setting]) -> Vec<Setting> {
+    let mut settings = vec![Setting::reference()];
+    for s in asked {
+        if !settings.contains(s) {
+            settings.push(s.clone());
+        }
+    }
+    settings
+}
+
+/// What all parts depend on: this program, the built llama.cpp, the model, and the threads, which can change the order of sums.
+fn common(model: &str, bin: &Path, threads: usize) -> Result<Vec<Vec<u8>>> {
+    let mut parts: Vec<Vec<u8>> = SOURCES.iter().map(|s| s.as_bytes().to_vec()).collect();
+    parts.extend([env!("CARGO_PKG_VERSION").into(), model.into(), threads.to_string().into()]);
+    for name in fsutil::files(bin, &|_| false)? {
+        let shown = name.to_string_lossy();
+        if shown == probe::TOOL || shown.starts_with("lib") {
+            parts.push(fsutil::sha256(&bin.join(&name))?.into());
+        }
+    }
+    Ok(parts)
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}
+
+fn read(probe: &mut Probe, path: &Path) -> Result<Text> {
+    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8", path.display()))?;
+    let tokens = probe.tokenize(&text, false)?;
+    Ok(Text { source: Source { file: file_name(path), sha256: fsutil::sha256(path)?, tokens: tokens.len() }, text, tokens })
+}
+
+fn prepare(o: &Options, probe: &mut Probe, files: &[Text], other: Option<&Text>) -> Result<Material> {
+    let start: Vec<i32> = probe.info().bos.into_iter().collect();
+    let tokens: Vec<Vec<i32>> = files.iter().map(|f| f.tokens.clone()).collect();
+    let prose = corpus::pieces(&tokens, o.texts.into(), o.length, &start)?;
+    let all = files.iter().map(|f| f.text.as_str()).collect::<Vec<_>>().join("\n");
+    let words = corpus::words(&all);
+    let haystack = |i: u16| {
+        let base = &tokens[usize::from(i) % tokens.len()];
+        corpus::haystack(probe, base, &words, &start, &mut Random::new(o.seed, u64::from(i) + 1), o.length)
+    };
+    let haystacks = (0..o.needles).map(haystack).collect::<Result<_>>()?;
+    let half = o.length / 2;
+    let switch = match other {
+        None => None,
+        Some(t) if t.tokens.len() < o.length => bail!("{} has {} tokens; --switch needs {}", t.source.file, t.tokens.len(), o.length),
+        Some(t) => {
+            let after = corpus::pieces(std::slice::from_ref(&t.tokens), 1, o.length, &start)?.remove(0);
+            Some((after.clone(), [&prose[0][..half], &after[half..]].concat()))
+        }
+    };
+    Ok(Material {
+        haystacks,
+        greedy: (prose[0][..half].to_vec(), GREEDY.min(o.length / 4)),
+        own_words: (prose[0][..o.length / 4].to_vec(), OWN_WORDS.min(o.length)),
+        switch,
+        prose,
+    })
+}
+
+/// A bar over all tokens that go through the model, hidden where there is no terminal.
+fn progress(o: &Options, settings: &[Setting], m: &Material) -> ProgressBar {
+    let own_words = m.own_words.0.len() + m.own_words.1;
+    let sequences = [m.prose.len() + m.haystacks.len() + 1, if m.switch.is_some() { 2 } else { 0 }];
+    let tokens = sequences.iter().sum::<usize>() * o.length + m.greedy.0.len() + m.greedy.1 + own_words;
+    let bar = ProgressBar::new((tokens * (settings.len() + 1) * o.paths.len()) as u64);
+    let style = ProgressStyle::with_template("{bar:30} {percent:>3} % {elapsed}, about {eta} left  {wide_msg}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    if !std::io::stderr().is_terminal() {
+        bar.set_draw_target(ProgressDrawTarget::hidden());
+    }
+    bar
+}
+
+/// All scenarios on one path.
+fn measure(o: &Options, mut bench: Bench, way: Way, m: &Material) -> Result<Vec<Row>> {
+    let (path, n) = (way.name(), bench.settings.len());
+    let quarter = o.length / 4;
+    let mut prose = vec![vec![]; n];
+    for (i, text) in m.prose.iter().enumerate() {
+        let judged = bench.judged(&format!("{path}-text{}", i + 1), text, quarter)?;
+        prose.iter_mut().zip(judged).for_each(|(all, new)| all.push(new));
+    }
+    let mut found = vec![];
+    for (i, haystack) in m.haystacks.iter().enumerate() {
+        found.push(bench.needles(&format!("{path}-needles{}", i + 1), haystack)?);
+    }
+    let greedy = bench.greedy(&format!("{path}-greedy"), &m.greedy.0, m.greedy.1)?;
+    let (prompt, said) = &m.own_words;
+    // Drawn on the first path and used on all.
+    let feed = bench.feed;
+    bench.feed = Feed { ubatch: 512, ..feed };
+    let words = bench.own_words("own-words", prompt, *said, o.seed)?;
+    bench.feed = feed;
+    let own = bench.judged(&format!("{path}-own-words"), &words, prompt.len())?;
+    let switch = match &m.switch {
+        None => None,
+        Some((same, other)) => {
+            let half = o.length / 2;
+            Some((bench.judged(&format!("{path}-same-topic"), same, half)?, bench.judged(&format!("{path}-switched"), other, half)?))
+        }
+    };
+    let heads = bench.heads(&format!("{path}-heads"), &m.prose[0], quarter)?;
+
+    let (mut own, mut heads) = (own.into_iter(), heads.into_iter());
+    let mut switch = switch.map(|(same, other)| same.into_iter().zip(other));
+    let mut rows = vec![];
+    for (s, (setting, prose)) in bench.settings.iter().zip(prose).enumerate() {
+        let needles: Vec<_> = m.haystacks.iter().zip(&found).map(|(h, f)| (&h.needles[..], &f[s][..], &f[0][..])).collect();
+        rows.push(Row {
+            setting: setting.name.clone(),
+            text: Divergence::of(&prose),
+            needles: (!needles.is_empty()).then(|| Recall::of(&needles)),
+            greedy: Greedy::of(&greedy[0], &greedy[s]),
+            continuation: Divergence::of(own.by_ref().take(1).collect::<Vec<_>>().as_slice()),
+            switch: switch.as_mut().and_then(Iterator::next).map(|(same, other)| Switch::of(same, other)),
+            heads: heads.next().unwrap_or_default(),
+        });
+    }
+    Ok(rows)
+}

@@ -1,0 +1,181 @@
+//! The settings that are compared: their names, the caches behind them, and what they hold.
+//!
+//! Must not know what is measured on them.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::tool::probe::{Cache, LayerInfo, Side};
+
+use super::codec::Codec;
+
+/// All settings that are compared unless a list is given.
+pub const DEFAULT: &str = "f16,q8_0,q4_0,q4_0-norot,q8_0+window,q4_0+window,q4_0-norot+window,turbo4+window,turbo3+window,turbo2+window,\
+                           prototype+window,spectral-4,spectral-8,spectral-12.8,spectral-4b,spectral-3b,spectral-2b";
+
+/// Types that llama.cpp stores a KV cache in and that differ from f16.
+const STOCK_TYPES: [&str; 6] = ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"];
+
+/// What holds the rows.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Kind {
+    /// llama.cpp as it ships.
+    Stock {
+        /// Type of K and V.
+        ggml_type: String,
+        /// Hadamard rotation, llama.cpp's default for quantised types.
+        rotate: bool,
+    },
+    /// A stock f16 cache whose rows behind the exact window are replaced.
+    Simulated(Codec),
+    /// The spectral cache.
+    Spectral {
+        /// f16 bytes over bytes held.
+        ratio: f32,
+        /// Code bits per element; 0 where the ratio decides.
+        bits: f32,
+    },
+}
+
+/// A named setting.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Setting {
+    /// As on the command line.
+    pub name: String,
+    /// What it means.
+    pub kind: Kind,
+}
+
+impl FromStr for Setting {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let kind = if let Some(codec) = name.strip_suffix("+window") {
+            let codec = Codec::named(codec).ok_or_else(|| format!("`{codec}` cannot be simulated behind a window"))?;
+            Kind::Simulated(codec)
+        } else if let Some(rate) = name.strip_prefix("spectral-") {
+            let (rate, is_bits) = rate.strip_suffix('b').map_or((rate, false), |r| (r, true));
+            match (rate.parse::<f32>(), is_bits) {
+                // The ratio stays at its default, which the bits overrule.
+                (Ok(bits), true) if bits > 0.0 && bits <= 8.0 => Kind::Spectral { ratio: 8.0, bits },
+                (Ok(ratio), false) if ratio > 1.0 && ratio <= 64.0 => Kind::Spectral { ratio, bits: 0.0 },
+                _ => return Err(format!("`{name}`: expected spectral-RATIO (above 1, at most 64) or spectral-BITSb (at most 8)")),
+            }
+        } else {
+            let (ggml_type, rotate) = name.strip_suffix("-norot").map_or((name, true), |t| (t, false));
+            if !(name == "f16" || STOCK_TYPES.contains(&ggml_type)) {
+                return Err(format!("there is no setting `{name}`; the default list is {DEFAULT}"));
+            }
+            Kind::Stock { ggml_type: ggml_type.into(), rotate }
+        };
+        Ok(Self { name: name.into(), kind })
+    }
+}
+
+impl fmt::Display for Setting {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(&self.name)
+    }
+}
+
+impl Setting {
+    /// The setting that all others are compared with.
+    pub fn reference() -> Self {
+        Self { name: "f16".into(), kind: Kind::Stock { ggml_type: "f16".into(), rotate: true } }
+    }
+
+    /// The cache that llama.cpp opens for it.
+    pub fn cache(&self, window: usize) -> Cache {
+        match &self.kind {
+            Kind::Stock { ggml_type, rotate } => Cache::Stock { k: ggml_type.clone(), v: ggml_type.clone(), rotate: *rotate },
+            Kind::Simulated(_) => Setting::reference().cache(window),
+            Kind::Spectral { ratio, bits } => Cache::Spectral { ratio: *ratio, bits: *bits, window: window as u32, fine: None, basis: None },
+        }
+    }
+
+    /// The codec that is simulated, if one is.
+    pub fn codec(&self) -> Option<Codec> {
+        match self.kind {
+            Kind::Simulated(codec) => Some(codec),
+            _ => None,
+        }
+    }
+
+    /// Code bits of an element of a stock cache, without the steps of its blocks.
+    pub fn stock_code_bits(&self) -> f64 {
+        match &self.kind {
+            Kind::Stock { ggml_type, .. } if ggml_type != "f16" => ggml_type.chars().find_map(|c| c.to_digit(10)).map_or(16.0, f64::from),
+            _ => 16.0,
+        }
+    }
+
+    /// One word for where the numbers come from.
+    pub fn origin(&self) -> &'static str {
+        match self.kind {
+            Kind::Stock { .. } => "stock",
+            Kind::Simulated(_) => "simulated",
+            Kind::Spectral { .. } => "spectral",
+        }
+    }
+}
+
+/// What a cache holds for a context.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Holding {
+    /// All bytes.
+    pub bytes: f64,
+    /// Code bits per element.
+    pub code_bits: f64,
+}
+
+/// What a simulated codec would hold at its best: rows of the sinks, the window and the block being filled in f16,
+/// all others coded.
+pub fn nominal(codec: Codec, layers: &[LayerInfo], ctx: usize, window: usize, sinks: usize) -> Holding {
+    let exact = ctx.min(window + sinks + codec.rows()) as f64;
+    let (mut bits, mut code_bits, mut elements) = (0.0, 0.0, 0.0);
+    for layer in layers {
+        for (side, d) in [(Side::K, layer.d_k), (Side::V, layer.d_v)] {
+            let heads = layer.n_head_kv as f64;
+            bits += heads * (exact * 16.0 * d as f64 + (ctx as f64 - exact) * codec.all_bits(side, d));
+            code_bits += heads * codec.code_bits(side, d);
+            elements += heads * d as f64;
+        }
+    }
+    Holding { bytes: bits / 8.0, code_bits: code_bits / elements }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read() {
+        let kind = |name: &str| name.parse::<Setting>().map(|s| s.kind);
+        assert_eq!(kind("q4_0-norot"), Ok(Kind::Stock { ggml_type: "q4_0".into(), rotate: false }));
+        assert_eq!(kind("q4_0-norot+window"), Ok(Kind::Simulated(Codec::Q4 { rotate: false })));
+        assert_eq!(kind("turbo3+window"), Ok(Kind::Simulated(Codec::Turbo { bits: 3 })));
+        assert_eq!(kind("spectral-12.8"), Ok(Kind::Spectral { ratio: 12.8, bits: 0.0 }));
+        assert_eq!(kind("spectral-2b"), Ok(Kind::Spectral { ratio: 8.0, bits: 2.0 }));
+        for wrong in ["", "f16+window", "f16-norot", "turbo3", "q9_0", "spectral-1", "spectral-x", "spectral-9b", "spectral-nan"] {
+            assert!(kind(wrong).is_err(), "{wrong}");
+        }
+        for name in DEFAULT.split(',') {
+            assert_eq!(name.parse::<Setting>().unwrap().name, name);
+        }
+    }
+
+    #[test]
+    fn nominal_sizes_are_those_of_the_formats() {
+        let layers = [LayerInfo { n_head: 4, n_head_kv: 2, d_k: 128, d_v: 128, scale: 0.0, softcap: 0.0, rope: None }];
+        // Without exact rows a q4_0 row of 128 elements has 4 blocks of 18 bytes.
+        let q4 = nominal(Codec::Q4 { rotate: true }, &layers, 1000, 0, 0);
+        assert_eq!(q4.bytes, (64 * 2 * 2 * 256 + 936 * 2 * 2 * 4 * 18) as f64);
+        assert_eq!(q4.code_bits, 4.0);
+        let exact = nominal(Codec::Turbo { bits: 2 }, &layers, 100, 128, 4);
+        assert_eq!(exact.bytes, (100 * 2 * 2 * 256) as f64);
+        // Rank 16 of 128 and 32 of 128 in int8.
+        assert_eq!(nominal(Codec::Prototype, &layers, 4096, 128, 4).code_bits, 1.5);
+    }
+}
