@@ -401,27 +401,30 @@ fn a_basis_of_another_model_or_rope_is_refused() {
     refused("missing.skv", None, "cannot be read");
     refused("empty.skv", Some(&[]), "not a calibration");
     refused("half.skv", Some(&good[..good.len() / 2]), "truncated");
-    // The file itself, for a model whose last norm has another number in it.
-    let mut gguf = std::fs::read(model()).unwrap();
-    let at = norm_data(&gguf);
-    gguf[at] ^= 1;
-    let other = scratch("other.gguf");
-    std::fs::write(&other, &gguf).unwrap();
-    let mut second = Probe::start(bin(), &other, 1).unwrap();
-    assert_ne!(second.info().hash, probe.info().hash);
-    let e = second.open(&spec(calibrated(2.0, basis()), 64)).expect_err("another model").to_string();
-    assert!(e.contains("another model"), "{e}");
-    std::fs::remove_file(other).unwrap();
-    let prompt = ["-p", "x", "-n", "1", "-no-cnv", "-t", "1", "--kv-spectral", "--kv-spectral-basis", basis().to_str().unwrap()];
-    let completion = |more: &[&str]| {
-        let words = [&["llama", "completion", "-m", &model()][..], &prompt, more].concat();
-        let out = spectral_kv(&words);
-        (out.status.success(), String::from_utf8_lossy(&out.stderr).into_owned())
+    // The file itself, for a model with another number in its last norm, or with other RoPE settings.
+    let gguf = std::fs::read(model()).unwrap();
+    let key = b"rope.freq_base";
+    let freq_base = gguf.windows(key.len()).position(|w| w == key).unwrap() + key.len() + 4;
+    for (at, byte, same_hash, reason) in [(norm_data(&gguf), 0, false, "another model"), (freq_base, 1, true, "other RoPE settings")] {
+        let mut changed = gguf.clone();
+        changed[at + byte] ^= 1;
+        let other = scratch("other.gguf");
+        std::fs::write(&other, &changed).unwrap();
+        let mut second = Probe::start(bin(), &other, 1).unwrap();
+        assert_eq!(second.info().hash == probe.info().hash, same_hash, "{reason}");
+        let e = second.open(&spec(calibrated(2.0, basis()), 64)).expect_err(reason).to_string();
+        assert!(e.contains(reason), "{e}");
+        std::fs::remove_file(other).unwrap();
+    }
+}
+
+#[test]
+fn the_tools_take_a_basis() {
+    let works = |basis: &Path| {
+        let args = ["-p", "x", "-n", "1", "-no-cnv", "-t", "1", "--kv-spectral", "--kv-spectral-basis", basis.to_str().unwrap()];
+        spectral_kv(&[&["llama", "completion", "-m", &model()][..], &args].concat()).status.success()
     };
-    let (worked, log) = completion(&[]);
-    assert!(worked, "{log}");
-    let (worked, log) = completion(&["--rope-freq-base", "500000"]);
-    assert!(!worked && log.contains("RoPE"), "{log}");
+    assert!(works(basis()) && !works(Path::new("/nowhere.skv")));
 }
 
 /// Where the numbers of `output_norm.weight` begin in a GGUF file.
