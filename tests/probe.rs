@@ -373,11 +373,9 @@ fn a_calibrated_cache_codes_from_the_start_and_stays_near() {
         exact.iter().zip(of).map(one).sum::<f64>() / exact.len() as f64
     };
     println!("mean KL divergence: waiting for a fit {:.2e}, calibrated at 2 bits {:.2e}", kl(&fitted), kl(&coded));
-    assert!(kl(&fitted) < 1e-4 && kl(&coded) > 1e-5 && kl(&coded) < KL_AT_2_BITS, "{} {}", kl(&fitted), kl(&coded));
+    // Measured: 4e-7 and 1.6e-4.
+    assert!(kl(&fitted) < 1e-5 && kl(&coded) > 1e-5 && kl(&coded) < 1e-3, "{} {}", kl(&fitted), kl(&coded));
 }
-
-/// Measured: see the test's output.
-const KL_AT_2_BITS: f64 = 0.01;
 
 fn log_softmax(logits: &[f32]) -> Vec<f64> {
     let most = logits.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
