@@ -51,6 +51,9 @@ const BAND_FACTOR: f64 = 6.0;
 /// Cells for one row of the finest band, by default.
 const FINE_SHARE: usize = 64;
 
+/// The least that overheads may leave of the rate a ratio stands for: in short contexts quality comes first.
+const LEAST_RATE: f64 = 0.7;
+
 const MAX_CELLS: u32 = 1 << 25;
 const MAX_BITS: f64 = 8.0;
 
@@ -323,7 +326,7 @@ impl Geometry {
                     let share = l.f16_row_bytes() as f64 / f16_row as f64;
                     let target = (cells * l.f16_row_bytes()) as f64 / f64::from(c.ratio) - tables * share;
                     let left = target - (HEADER_BYTES + l.n_head_kv * l.exact_bytes + coded_fixed + 255) as f64;
-                    let least = 0.75 * 16.0 / f64::from(c.ratio);
+                    let least = LEAST_RATE * 16.0 / f64::from(c.ratio);
                     (left / tiles as f64 * 8.0 / (TILE as f64 * elements)).clamp(least.min(MAX_BITS), MAX_BITS)
                 };
                 l.code_bytes = rates(mean_bits, &band_tiles).map(bytes_at);
@@ -405,10 +408,10 @@ mod tests {
     }
 
     #[test]
-    fn code_bits_never_fall_under_three_quarters_of_the_nominal_rate() {
+    fn code_bits_never_fall_far_under_the_nominal_rate() {
         for cells in [2048, 4096, 8192, 16384] {
             let g = Geometry::new(&Config { n_cells: cells, ..Config::default() }, &[SMALL; 3]).unwrap();
-            assert!(g.report().code_bits >= 1.49, "{cells}: {:?}", g.report());
+            assert!(g.report().code_bits >= 1.39, "{cells}: {:?}", g.report());
             assert!(g.raw >= g.fit_rows);
         }
     }

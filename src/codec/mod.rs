@@ -205,7 +205,8 @@ pub fn split_tile_mut(tile: &mut [u8], k: Widths) -> [(&mut [u8], &mut [u8]); 2]
 
 /// Code one row of `d` elements as row `row` of a tile of `band`.
 ///
-/// Coefficients are divided by their common magnitude, quantised, and the gain is then chosen by weighted least squares.
+/// Coefficients are divided by their common magnitude and quantised, the gain is chosen by weighted least squares, and the
+/// coefficients are quantised again for it.
 #[expect(clippy::too_many_arguments, reason = "a row, what codes it and where it goes")]
 pub fn encode_row(kernels: &Kernels, basis: &Basis, band: usize, x: &[f32], row: usize, gains: &mut [u8], codes: &mut [u8], scratch: &mut Vec<f32>) {
     let (d, r) = (basis.d, basis.widths[band].rank());
@@ -225,14 +226,20 @@ fn quantise_row(basis: &Basis, band: usize, z: &[f32], row: usize, gains: &mut [
     let scale = power.sqrt().max(1e-6);
     let (mut zo, mut oo) = (0.0f64, 0.0f64);
     for (j, z) in z.iter().enumerate() {
-        let (width, at) = widths.place(j);
-        let code = quant::code(width, z / scale);
-        quant::put(width, &mut codes[at..], row, code);
-        let (o, w) = (f64::from(quant::level(width, code)), f64::from(basis.weight[j]));
+        let (width, _) = widths.place(j);
+        let (o, w) = (f64::from(quant::level(width, quant::code(width, z / scale))), f64::from(basis.weight[j]));
         zo += f64::from(*z) * o * w;
         oo += o * o * w;
     }
     gains[row] = quant::gain_code(if oo > 0.0 { (zo / oo) as f32 } else { 0.0 });
+    // The codes are chosen for the gain as it is stored: what a byte cannot say of the gain would move all scores of the row
+    // together, and at fine rates be the larger part of the error.
+    let gain = quant::gain(gains[row]);
+    let divisor = if gain > 0.0 { gain } else { scale };
+    for (j, z) in z.iter().enumerate() {
+        let (width, at) = widths.place(j);
+        quant::put(width, &mut codes[at..], row, quant::code(width, z / divisor));
+    }
 }
 
 /// Code the rows of a tile again for another band, from what `from` holds. `bases` are those of K and V.
