@@ -76,7 +76,7 @@ pub fn page(s: &Summary) -> Result<String> {
             <li>A spectral cache keeps all rows exact until its first fit, after 1024 rows (less in a context of less than 2048), and the prototype codes \
             512 rows at once: the column <i>2nd half</i> has only the second half of the judged positions.</li>\
             <li>A spectral cache gives young rows more bits than old ones, by the size of its context: texts that are much shorter than the context \
-            hardly have old rows, and are nearer to f16 than a full context is.</li></ul>\n";
+            hardly have old rows, and are nearer to f16 than a full context is; -flat gives all rows one rate and shows what old ones have at least.</li></ul>\n";
     out += &grid(
         &["file", "tokens", "SHA-256"].map(String::from),
         [vec![s.model.file.clone(), "-".into(), s.model.sha256.clone()]]

@@ -93,7 +93,8 @@ pub struct Options {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
     texts: u16,
     /// Settings to compare, comma-separated: stock types (q4_0, q4_0-norot), simulated ones behind an exact window
-    /// (q4_0+window, turbo3+window, prototype+window), spectral-RATIO, spectral-BITSb
+    /// (q4_0+window, turbo3+window, prototype+window), spectral-RATIO, spectral-BITSb, and these with -flat: one rate for rows
+    /// of all ages
     #[arg(long, value_delimiter = ',', default_value = DEFAULT, hide_default_value = true)]
     settings: Vec<Setting>,
     /// Which paths of attention

@@ -13,7 +13,7 @@ use super::codec::Codec;
 
 /// All settings that are compared unless a list is given.
 pub const DEFAULT: &str = "f16,q8_0,q4_0,q4_0-norot,q8_0+window,q4_0+window,q4_0-norot+window,turbo4+window,turbo3+window,turbo2+window,\
-                           prototype+window,spectral-4,spectral-8,spectral-12.8,spectral-4b,spectral-3b,spectral-2b";
+                           prototype+window,spectral-4,spectral-8,spectral-8-flat,spectral-12.8,spectral-4b-flat,spectral-3b-flat,spectral-2b-flat";
 
 /// Types that llama.cpp stores a KV cache in and that differ from f16.
 const STOCK_TYPES: [&str; 6] = ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"];
@@ -36,6 +36,8 @@ pub enum Kind {
         ratio: f32,
         /// Code bits per element; 0 where the ratio decides.
         bits: f32,
+        /// All rows at one rate, as if all were old: what young rows gain from rates by age is not in the numbers.
+        flat: bool,
     },
 }
 
@@ -56,12 +58,13 @@ impl FromStr for Setting {
             let codec = Codec::named(codec).ok_or_else(|| format!("`{codec}` cannot be simulated behind a window"))?;
             Kind::Simulated(codec)
         } else if let Some(rate) = name.strip_prefix("spectral-") {
+            let (rate, flat) = rate.strip_suffix("-flat").map_or((rate, false), |r| (r, true));
             let (rate, is_bits) = rate.strip_suffix('b').map_or((rate, false), |r| (r, true));
             match (rate.parse::<f32>(), is_bits) {
                 // The ratio stays at its default, which the bits overrule.
-                (Ok(bits), true) if bits > 0.0 && bits <= 8.0 => Kind::Spectral { ratio: 8.0, bits },
-                (Ok(ratio), false) if ratio > 1.0 && ratio <= 64.0 => Kind::Spectral { ratio, bits: 0.0 },
-                _ => return Err(format!("`{name}`: expected spectral-RATIO (above 1, at most 64) or spectral-BITSb (at most 8)")),
+                (Ok(bits), true) if bits > 0.0 && bits <= 8.0 => Kind::Spectral { ratio: 8.0, bits, flat },
+                (Ok(ratio), false) if ratio > 1.0 && ratio <= 64.0 => Kind::Spectral { ratio, bits: 0.0, flat },
+                _ => return Err(format!("`{name}`: expected spectral-RATIO (above 1, at most 64) or spectral-BITSb (at most 8), then perhaps -flat")),
             }
         } else {
             let (ggml_type, rotate) = name.strip_suffix("-norot").map_or((name, true), |t| (t, false));
@@ -91,7 +94,9 @@ impl Setting {
         match &self.kind {
             Kind::Stock { ggml_type, rotate } => Cache::Stock { k: ggml_type.clone(), v: ggml_type.clone(), rotate: *rotate },
             Kind::Simulated(_) => Setting::reference().cache(window),
-            Kind::Spectral { ratio, bits } => Cache::Spectral { ratio: *ratio, bits: *bits, window: window as u32, fine: None, basis: None },
+            Kind::Spectral { ratio, bits, flat } => {
+                Cache::Spectral { ratio: *ratio, bits: *bits, window: window as u32, fine: flat.then_some(0), basis: None }
+            }
         }
     }
 
@@ -156,8 +161,9 @@ mod tests {
         assert_eq!(kind("q4_0-norot"), Ok(Kind::Stock { ggml_type: "q4_0".into(), rotate: false }));
         assert_eq!(kind("q4_0-norot+window"), Ok(Kind::Simulated(Codec::Q4 { rotate: false })));
         assert_eq!(kind("turbo3+window"), Ok(Kind::Simulated(Codec::Turbo { bits: 3 })));
-        assert_eq!(kind("spectral-12.8"), Ok(Kind::Spectral { ratio: 12.8, bits: 0.0 }));
-        assert_eq!(kind("spectral-2b"), Ok(Kind::Spectral { ratio: 8.0, bits: 2.0 }));
+        assert_eq!(kind("spectral-12.8"), Ok(Kind::Spectral { ratio: 12.8, bits: 0.0, flat: false }));
+        assert_eq!(kind("spectral-2b"), Ok(Kind::Spectral { ratio: 8.0, bits: 2.0, flat: false }));
+        assert_eq!(kind("spectral-4-flat"), Ok(Kind::Spectral { ratio: 4.0, bits: 0.0, flat: true }));
         for wrong in ["", "f16+window", "f16-norot", "turbo3", "q9_0", "spectral-1", "spectral-x", "spectral-9b", "spectral-nan"] {
             assert!(kind(wrong).is_err(), "{wrong}");
         }

@@ -85,7 +85,7 @@ fn path(s: &Summary, p: &PathResults) -> String {
 pub fn all(s: &Summary) -> String {
     // Rates of a spectral cache fall with age, measured by the size of its context.
     let short = s.options.length * 2 < s.options.ctx as usize;
-    let note = "\nTexts are much shorter than the context: spectral settings keep most of their rows at the finer rates of young rows.\n";
+    let note = "\nTexts are much shorter than the context: spectral settings keep most of their rows at the finer rates of young rows\n(-flat: one rate for rows of all ages).\n";
     s.paths.iter().map(|p| path(s, p)).collect::<String>() + if short { note } else { "" } + "\n"
 }
 
