@@ -104,7 +104,12 @@ impl LayerShape {
     /// Heads that a layer can have.
     pub fn is_possible(&self) -> bool {
         let dims_ok = |d: u32| d > 0 && d <= 1024 && d.is_multiple_of(2);
-        self.n_head_kv > 0 && self.n_head > 0 && self.n_head <= 4096 && self.n_head % self.n_head_kv == 0 && dims_ok(self.d_k) && dims_ok(self.d_v)
+        self.n_head_kv > 0
+            && self.n_head > 0
+            && self.n_head <= 4096
+            && self.n_head.is_multiple_of(self.n_head_kv)
+            && dims_ok(self.d_k)
+            && dims_ok(self.d_v)
     }
 }
 

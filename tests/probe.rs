@@ -78,6 +78,10 @@ fn the_model_is_described() {
     assert_eq!((info.n_vocab, info.n_ctx_train, info.bos, info.layers.len()), (4096, 4096, Some(0), 3));
     assert!(info.description.contains("F16") && info.layers.iter().all(|l| (l.n_head, l.n_head_kv, l.d_k, l.d_v) == (4, 2, 128, 128)));
 
+    for l in &info.layers {
+        assert!((l.scale - 128f32.powf(-0.5)).abs() < 1e-6 && l.softcap == 0.0 && l.rope.as_ref().is_some_and(|r| r.n_rot == 128));
+    }
+
     let text = "Zum Beispiel: naïve café, 1 < 2.\n";
     let tokens = probe.tokenize(text, false).unwrap();
     assert_eq!(probe.detokenize(&tokens).unwrap(), text);
@@ -282,6 +286,7 @@ fn what_cannot_be_done_is_refused_with_a_reason() {
         (probe.set_rows(&coded, 0, Side::V, 0, &[0.0; 256]), "stock f16 cache"),
         (probe.set_rows(&f16, 0, Side::V, 0, &[0.0; 255]), "256 elements"),
         (probe.captured(&f16, 0, Tensor::Keys).map(drop), "without capture"),
+        (probe.captured(&coded, 0, Tensor::Output).map(drop), "stock cache"),
         (probe.open(&spec(stock("q3_k", true), 512)).map(drop), "k must be one of f32, f16"),
         (probe.open(&spec(Cache::Spectral { ratio: 65.0, bits: 0.0, window: 1, fine: None, basis: None }, 512)).map(drop), "1 to 64"),
         (probe.open(&spec(Cache::Spectral { ratio: 0.0, bits: 0.0, window: 1, fine: None, basis: None }, 512)).map(drop), "1 to 64"),
@@ -291,6 +296,8 @@ fn what_cannot_be_done_is_refused_with_a_reason() {
         let e = format!("{:#}", res.expect_err(reason));
         assert!(e.contains(reason), "{reason}: {e}");
     }
+    let output = probe.captured(&f16, 0, Tensor::Output).unwrap();
+    assert!(output.len().is_multiple_of(512) && output.chunks(512).all(|row| row.iter().any(|x| *x != 0.0)), "{} numbers", output.len());
     assert_eq!(probe.decode(&f16, &[4], Want::All).unwrap().len(), 4096, "it goes on");
     let e = Probe::start(bin(), Path::new("/nowhere.gguf"), 1).err().unwrap().to_string();
     assert!(e.contains("exit status: 1") && e.contains("/nowhere.gguf"), "{e}");

@@ -48,7 +48,7 @@ pub fn run(c: &Calibrate) -> Result<ExitCode> {
     if !c.model.is_file() {
         bail!("there is no model {}", c.model.display());
     }
-    let files: Vec<String> = c.files.iter().map(|f| read(f)).collect::<Result<_>>()?;
+    let files: Vec<String> = c.files.iter().map(read).collect::<Result<_>>()?;
     let request = Request { tree: Tree::Patched, targets: vec![probe::TOOL], source: c.source, jobs: c.jobs };
     let mut probe = Probe::start(&build::ensure(&request)?, &c.model, c.threads)?;
     let info = probe.info().clone();
