@@ -64,7 +64,9 @@ impl FromStr for Setting {
                 // The ratio stays at its default, which the bits overrule.
                 (Ok(bits), true) if bits > 0.0 && bits <= 8.0 => Kind::Spectral { ratio: 8.0, bits, flat },
                 (Ok(ratio), false) if ratio > 1.0 && ratio <= 64.0 => Kind::Spectral { ratio, bits: 0.0, flat },
-                _ => return Err(format!("`{name}`: expected spectral-RATIO (above 1, at most 64) or spectral-BITSb (at most 8), then perhaps -flat")),
+                _ => {
+                    return Err(format!("`{name}`: expected spectral-RATIO (above 1, at most 64) or spectral-BITSb (at most 8), then perhaps -flat"))
+                }
             }
         } else {
             let (ggml_type, rotate) = name.strip_suffix("-norot").map_or((name, true), |t| (t, false));
