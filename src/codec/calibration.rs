@@ -4,6 +4,10 @@
 //! It holds spectra, not bases: how many bits there are and where bands end is for the cache that reads it to say. Must not know
 //! where texts come from.
 //!
+//! It is an option, not the default: on the small model (32768 cells, ratio 8, texts of 2048 tokens) the mean KL divergence was 0.000036 with the
+//! online fit and 0.000051 with a calibration on 12 texts, because the rows before an online fit are exact; behind the fit 0.000072 and 0.000069, and
+//! where the topic had changed 0.000044 and 0.000040. Calibrated on 4 texts 0.000084 and 0.000044.
+//!
 //! Layout, little-endian: magic, version, model hash, number of layers; per layer whether it has a spectrum, its heads, its rope,
 //! the edges; per head K and V (mean in f32, variances in f64, both matrices as row scales in f32 and f16 with rows scaled to a largest element of
 //! 1, which is all that a cache's own stored basis keeps of them), spread and energies in f64; CRC-32 of all that.
