@@ -318,12 +318,16 @@ impl Layer {
         self.mark_used();
         let c = &self.counters;
         let tokens = plan.tokens().len() as u64;
-        let sealed = (plan.n_seals() * TILE) as u64;
         let prefill = tokens > MAX_QUERIES as u64;
+        let sealed = if prefill { &c.sealed_prefill } else { &c.sealed_decode };
         if prefill { &c.appended_prefill } else { &c.appended_decode }.fetch_add(tokens, Relaxed);
-        if prefill { &c.sealed_prefill } else { &c.sealed_decode }.fetch_add(sealed, Relaxed);
-        c.moved.fetch_add(plan.changes().filter(|c| matches!(c, Change::Move { .. })).count() as u64, Relaxed);
-        c.recoded.fetch_add((plan.changes().filter(|c| matches!(c, Change::Recode { .. })).count() * TILE) as u64, Relaxed);
+        for change in plan.changes() {
+            match change {
+                Change::Move { .. } => c.moved.fetch_add(1, Relaxed),
+                Change::Recode { .. } => c.recoded.fetch_add(TILE as u64, Relaxed),
+                Change::Seal { .. } => sealed.fetch_add(TILE as u64, Relaxed),
+            };
+        }
         c.fits.fetch_add(u64::from(plan.fit), Relaxed);
     }
 

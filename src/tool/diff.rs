@@ -15,7 +15,9 @@ use serde::Serialize;
 
 use super::build::{self, Request, Tree};
 use super::fetch::SourceKind;
+use super::judge::{kl, log_softmax};
 use super::probe::{self, Cache, Context, ContextSpec, Probe, Tensor, Want};
+use super::random::mix;
 
 /// Candidates that are shown at the first divergence.
 const TOP: usize = 5;
@@ -171,7 +173,8 @@ impl Pair {
             f16: choice(a, &logits.f16, &logits.spectral)?,
             spectral: choice(b, &logits.spectral, &logits.f16)?,
             same: a == b,
-            kl: kl_divergence(&logits.f16, &logits.spectral),
+            // Rounding can make the sum of nearly equal ones negative.
+            kl: kl(&logits.f16, &logits.spectral).max(0.0),
             first_divergence: None,
             attention_error: None,
         })
@@ -226,29 +229,9 @@ impl Sampler {
     }
 }
 
-/// One step of SplitMix64.
-fn mix(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
-}
-
 /// The first of the largest.
 fn best(scores: impl Iterator<Item = f64>) -> usize {
     scores.enumerate().fold((0, f64::NEG_INFINITY), |best, (i, s)| if s > best.1 { (i, s) } else { best }).0
-}
-
-fn log_softmax(logits: &[f32]) -> Vec<f64> {
-    let max = logits.iter().fold(f32::NEG_INFINITY, |m, l| m.max(*l));
-    let log_sum = logits.iter().map(|l| f64::from(l - max).exp()).sum::<f64>().ln();
-    logits.iter().map(|l| f64::from(l - max) - log_sum).collect()
-}
-
-/// Of q to p.
-fn kl_divergence(log_p: &[f64], log_q: &[f64]) -> f64 {
-    // What has no probability adds nothing, whatever q says. Rounding can make the sum of nearly equal ones negative.
-    log_p.iter().zip(log_q).filter(|(p, _)| p.exp() > 0.0).map(|(p, q)| p.exp() * (p - q)).sum::<f64>().max(0.0)
 }
 
 /// Whether token a stands before token b: equal ones by number.
@@ -560,10 +543,10 @@ mod tests {
     fn divergence_of_known_distributions() {
         let log_p = log_softmax(&[0.5f32, 0.25, 0.25].map(f32::ln));
         let log_q = log_softmax(&[0.25f32, 0.25, 0.5].map(f32::ln));
-        assert!((kl_divergence(&log_p, &log_q) - 0.25 * 2f64.ln()).abs() < 1e-7);
-        assert_eq!(kl_divergence(&log_p, &log_p), 0.0);
+        assert!((kl(&log_p, &log_q) - 0.25 * 2f64.ln()).abs() < 1e-7);
+        assert_eq!(kl(&log_p, &log_p), 0.0);
         // What is impossible in p does not count.
-        assert!(kl_divergence(&log_softmax(&[0.0, -f32::INFINITY]), &log_softmax(&[0.0, -f32::INFINITY])) == 0.0);
+        assert!(kl(&log_softmax(&[0.0, -f32::INFINITY]), &log_softmax(&[0.0, -f32::INFINITY])) == 0.0);
     }
 
     #[test]

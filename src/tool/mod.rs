@@ -9,9 +9,11 @@ pub mod diff;
 pub mod eval;
 pub mod fetch;
 pub mod fsutil;
+pub mod judge;
 pub mod layout;
 #[expect(dead_code, reason = "one client for every comparison; no single one of them needs all of it")]
 pub mod probe;
+pub mod random;
 pub mod report;
 pub mod rope;
 pub mod toolchain;

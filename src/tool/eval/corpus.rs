@@ -9,7 +9,7 @@ use anyhow::{bail, Result};
 
 use crate::tool::probe::Probe;
 
-use super::random::Random;
+use crate::tool::random::Random;
 
 /// Facts in a text of 2048 tokens and more; shorter ones have a share of them.
 const FACTS: usize = 12;

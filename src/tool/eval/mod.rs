@@ -5,10 +5,8 @@
 mod codec;
 mod corpus;
 mod html;
-mod judge;
 mod parts;
 mod plots;
-mod random;
 mod scenario;
 mod session;
 mod settings;
@@ -29,10 +27,10 @@ use super::fetch::SourceKind;
 use super::fsutil;
 use super::layout::Layout;
 use super::probe::{self, Probe};
+use super::random::Random;
 
 use corpus::Haystack;
 use parts::Parts;
-use random::Random;
 use scenario::Bench;
 use session::Feed;
 use settings::{Setting, DEFAULT};
@@ -50,8 +48,8 @@ const SOURCES: [&str; 9] = [
     include_str!("codec/hadamard.rs"),
     include_str!("codec/truncated.rs"),
     include_str!("codec/turbo.rs"),
-    include_str!("judge.rs"),
-    include_str!("random.rs"),
+    include_str!("../judge.rs"),
+    include_str!("../random.rs"),
     include_str!("scenario.rs"),
     include_str!("session.rs"),
 ];

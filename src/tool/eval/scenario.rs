@@ -9,11 +9,11 @@ use serde::{Deserialize, Serialize};
 use crate::tool::probe::Probe;
 
 use super::corpus::Haystack;
-use super::judge::{argmax, log_softmax, Positions, RelativeError};
 use super::parts::Parts;
-use super::random::Random;
 use super::session::{Feed, Session};
 use super::settings::{nominal, Holding, Setting};
+use crate::tool::judge::{argmax, log_softmax, Positions, RelativeError};
+use crate::tool::random::Random;
 
 /// Positions of a text at which attention outputs are compared.
 const PROBED: usize = 32;

@@ -5,7 +5,7 @@
 use serde::Serialize;
 
 use super::corpus::Needle;
-use super::judge::{mean, quantile, Positions};
+use crate::tool::judge::{mean, quantile, Positions};
 
 /// Bins of position and of depth.
 pub const BINS: usize = 8;

@@ -59,8 +59,8 @@ pub fn round_trip(rows: &mut [&mut [f32]], rank: usize, rope: Option<&Rope>, fir
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::random::Random;
     use super::*;
+    use crate::tool::random::Random;
     use spectral_kv::rope::{Pairing, RopeParams};
 
     /// Rows of rank 3 in 16 dimensions.

@@ -74,8 +74,8 @@ impl Turbo {
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::random::Random;
     use super::*;
+    use crate::tool::random::Random;
 
     fn gaussian(n: usize) -> Vec<f32> {
         let mut r = Random::new(3, 0);

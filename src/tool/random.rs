@@ -1,7 +1,17 @@
 //! A small generator of random numbers (SplitMix64, Steele et al. 2014).
 //!
 //! Owned here because results must not change with the version of a crate: the seed is part of what
-//! an evaluation is. Must not know what is drawn.
+//! an evaluation or a log is. Must not know what is drawn.
+
+const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// The number that a generator in state `x` gives next.
+pub fn mix(x: u64) -> u64 {
+    let z = x.wrapping_add(STEP);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
 
 /// The state of a generator.
 pub struct Random(u64);
@@ -15,11 +25,9 @@ impl Random {
     }
 
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        let mixed = mix(self.0);
+        self.0 = self.0.wrapping_add(STEP);
+        mixed
     }
 
     /// Uniform in `0..1`.

@@ -24,9 +24,9 @@ pub fn log_softmax(logits: &[f32]) -> Vec<f64> {
     logits.iter().map(|x| shifted(x) - norm).collect()
 }
 
-/// Kullback-Leibler divergence of `q` from `p`, both given as logarithms, in nats.
+/// Kullback-Leibler divergence of `q` from `p`, both given as logarithms, in nats. What has no probability in `p` adds nothing.
 pub fn kl(p: &[f64], q: &[f64]) -> f64 {
-    p.iter().zip(q).filter(|(p, _)| **p > f64::NEG_INFINITY).map(|(p, q)| p.exp() * (p - q)).sum()
+    p.iter().zip(q).filter(|(p, _)| p.exp() > 0.0).map(|(p, q)| p.exp() * (p - q)).sum()
 }
 
 /// Judged positions of a text, in order.
