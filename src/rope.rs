@@ -6,6 +6,7 @@
 //! Must not know about tiles, cells or arenas.
 
 use crate::error::{argument, Result};
+use crate::simd;
 
 /// Which two elements of a head form a rotated pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -145,13 +146,9 @@ impl Rope {
         if out.identity {
             return;
         }
-        out.cos.clear();
-        out.sin.clear();
-        for w in &self.omega {
-            let (s, c) = (delta as f64 * w).sin_cos();
-            out.cos.push(c as f32);
-            out.sin.push(s as f32);
-        }
+        out.cos.resize(self.omega.len(), 0.0);
+        out.sin.resize(self.omega.len(), 0.0);
+        (simd::kernels().turn)(&self.omega, delta as f64, &mut out.cos, &mut out.sin);
     }
 
     /// Rotate one head in place.

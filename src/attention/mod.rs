@@ -1,16 +1,19 @@
-//! Attention of a few queries over blocks of at most 64 rows of one KV head: scores, online softmax, values.
+//! Attention of a few queries over some rows of one KV head: scores, online softmax, values.
 //!
-//! Two kinds of blocks: exact rows, and tiles of codes, whose keys are never rebuilt: a query is rotated into the tile's frame
-//! and projected into the basis once, then a row's score is a sum over its codes; values are summed as coefficients and
-//! leave the basis once, in [`Accumulator::finish`]. Softmax state is f32 with the running maximum of Milakov and Gimelshein
-//! (2018); partial results of different rows merge exactly. Semantics are those of `ggml_flash_attn_ext`. Must not know about
-//! cells, arenas or plans.
+//! Rows come in two kinds: exact ones, up to 64 at a time, and tiles of codes, up to [`BATCH`] at a time, whose keys are never rebuilt: a query is rotated
+//! into the frame of the tiles and projected into the basis once for all neighbouring tiles with the same frame, then a row's score is a sum over
+//! its codes; values are summed as coefficients and leave the basis once, in [`Accumulator::finish`]. Softmax state is f32 with
+//! the running maximum of Milakov and Gimelshein (2018); partial results of different rows merge exactly. Semantics are those of
+//! `ggml_flash_attn_ext`. Must not know about cells, arenas or plans.
 
 use crate::codec::{split_tile, Basis, TilePlace};
 use crate::config::TILE;
 use crate::error::{argument, Result};
 use crate::rope::{Rope, Turn};
-use crate::simd::{quant, Kernels, Widths};
+use crate::simd::lanes::LANES;
+use crate::simd::{quant, Kernels, Lines, MatMut, MatRef, Products, Widths};
+
+pub use crate::simd::BATCH;
 
 /// How a raw product becomes a score.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -29,12 +32,9 @@ impl Scoring {
         }
         argument(format!("score scale {} and soft cap {}", self.scale, self.softcap))
     }
-    fn apply(&self, x: f32) -> f32 {
-        let s = x * self.scale;
+    fn cap(&self, scores: &mut [f32]) {
         if self.softcap > 0.0 {
-            self.softcap * (s / self.softcap).tanh()
-        } else {
-            s
+            scores.iter_mut().for_each(|s| *s = self.softcap * (*s / self.softcap).tanh());
         }
     }
 }
@@ -44,170 +44,295 @@ pub const fn partial_floats(d_v: usize) -> usize {
     d_v + 2
 }
 
+/// Share of a query's sum of probabilities under which the values of a whole tile are left out: half a unit in the last place of f32.
+const NEGLIGIBLE: f32 = 1.0 / (1 << 25) as f32;
+/// Floats that scores of one batch may take, so that they stay in a core's cache.
+const SCORE_FLOATS: usize = 1 << 17;
+
+/// What a token sees of some rows: `-inf` hides, other values are added.
+#[derive(Debug, Clone, Copy)]
+pub enum Visible<'a> {
+    /// Everything, with nothing added.
+    All,
+    /// `mask[token * TILE + row]`.
+    Some(&'a [f32]),
+}
+
+/// How stored keys rotate to where they are now.
+#[derive(Debug, Clone, Copy)]
+pub enum Turns<'a> {
+    /// All rows alike.
+    One(i32),
+    /// Each row by its own.
+    Each(&'a [i32; TILE]),
+}
+
+/// One coded tile.
+pub struct Tile<'a> {
+    /// Gains and codes.
+    pub bytes: &'a [u8],
+    /// Rotation of its keys.
+    pub turns: Turns<'a>,
+    /// What is seen of it.
+    pub visible: Visible<'a>,
+}
+
+/// What stays the same for all blocks of a call.
+#[derive(Clone, Copy)]
+pub struct Context<'a> {
+    /// Kernels of the level.
+    pub kernels: &'static Kernels,
+    /// How products become scores.
+    pub scoring: Scoring,
+    /// Rotation of the layer.
+    pub rope: &'a Rope,
+}
+
 /// Running attention of the queries of one KV head over some of its rows.
 #[derive(Debug, Default)]
 pub struct Accumulator {
     d_k: usize,
     d_v: usize,
     group: usize,
-    queries: Vec<f32>,
+    n: usize,
+    queries: Lines,
     max: Vec<f32>,
     sum: Vec<f32>,
-    out: Vec<f32>,
-    /// Per query: value coefficients summed over coded rows.
-    latent: Vec<f32>,
+    out: Lines,
+    /// Coefficients of the value basis that `sums` has.
+    rank: usize,
+    /// Per coefficient and query: value coefficients summed over coded rows, in lanes.
+    sums: Lines,
     /// Per query: probability on coded rows.
     coded_mass: Vec<f32>,
-    scores: Vec<f32>,
-    rotated: Vec<f32>,
-    projected: Vec<f32>,
-    tile_scores: Vec<f32>,
+    scores: Lines,
+    /// Largest score of each query in the current block.
+    largest: Vec<f32>,
+    rotated: Lines,
+    /// Per query: its product with the mean key.
+    offsets: Vec<f32>,
+    products: Products,
+    /// Frame and widths that `products` is ready for.
+    ready: Option<(i32, Widths)>,
+    turn: Turn,
+    few_rows: Lines,
 }
-
-/// Values to score against: which rows of the block each token sees. `-inf` hides; `mask[token * TILE + row]`.
-pub type BlockMask<'a> = &'a [f32];
 
 impl Accumulator {
     /// Begin with `queries`: token-major, then the heads of the group, `d_k` elements each.
-    pub fn begin(&mut self, d_k: usize, d_v: usize, group: usize, value_rank: usize, queries: impl Iterator<Item = f32>) {
-        self.queries.clear();
-        self.queries.extend(queries);
-        (self.d_k, self.d_v, self.group) = (d_k, d_v, group);
-        let n = self.queries.len() / d_k;
-        for (buffer, len, value) in [
-            (&mut self.max, n, f32::NEG_INFINITY),
-            (&mut self.sum, n, 0.0),
-            (&mut self.coded_mass, n, 0.0),
-            (&mut self.out, n * d_v, 0.0),
-            (&mut self.latent, n * value_rank, 0.0),
-            (&mut self.scores, n * TILE, 0.0),
-        ] {
+    pub fn begin<'q>(&mut self, d_k: usize, d_v: usize, group: usize, value_rank: usize, queries: impl ExactSizeIterator<Item = &'q [f32]>) {
+        let n = queries.len();
+        (self.d_k, self.d_v, self.group, self.n, self.rank, self.ready) = (d_k, d_v, group, n, value_rank, None);
+        self.queries.resize(n * d_k * 4);
+        self.queries.floats_mut().chunks_exact_mut(d_k).zip(queries).for_each(|(to, q)| to.copy_from_slice(q));
+        for (buffer, value) in [(&mut self.max, f32::NEG_INFINITY), (&mut self.sum, 0.0), (&mut self.coded_mass, 0.0), (&mut self.largest, 0.0)] {
             buffer.clear();
-            buffer.resize(len, value);
+            buffer.resize(n, value);
+        }
+        for (buffer, len) in [(&mut self.out, n * d_v), (&mut self.sums, value_rank * n * LANES)] {
+            buffer.resize(len * 4);
+            buffer.floats_mut()[..len].fill(0.0);
         }
     }
 
-    fn len(&self) -> usize {
-        self.max.len()
+    /// Tiles that one batch may have.
+    pub fn batch(&self) -> usize {
+        (SCORE_FLOATS / (self.n.max(1) * TILE)).clamp(1, BATCH)
     }
 
-    /// Scores to probabilities relative to the running maximum; older sums shrink when it grows.
-    fn softmax(&mut self, kernels: &Kernels, scoring: Scoring, mask: BlockMask) {
-        let rank = self.latent.len() / self.len().max(1);
-        for (i, scores) in self.scores.chunks_exact_mut(TILE).enumerate() {
-            let mask = &mask[i / self.group * TILE..][..TILE];
-            let mut largest = self.max[i];
-            for (s, m) in scores.iter_mut().zip(mask) {
-                *s = if *m == f32::NEG_INFINITY { f32::NEG_INFINITY } else { scoring.apply(*s) + m };
-                largest = largest.max(*s);
-            }
+    /// Scores of `rows` rows, `stride` apart, become probabilities relative to the running maximum; older sums shrink when it grows.
+    fn softmax(&mut self, kernels: &Kernels, rows: usize, stride: usize) {
+        let (d_v, n, rank) = (self.d_v, self.n, self.rank);
+        for (i, scores) in self.scores.floats_mut().chunks_mut(stride).enumerate().take(n) {
+            let largest = self.max[i].max(self.largest[i]);
             if largest == f32::NEG_INFINITY {
-                scores.fill(0.0);
+                scores[..rows].fill(0.0);
                 continue;
             }
             let shrink = (self.max[i] - largest).exp();
             if shrink != 1.0 {
                 self.sum[i] *= shrink;
                 self.coded_mass[i] *= shrink;
-                self.out[i * self.d_v..][..self.d_v].iter_mut().for_each(|x| *x *= shrink);
-                self.latent[i * rank..][..rank].iter_mut().for_each(|x| *x *= shrink);
+                self.out.floats_mut()[i * d_v..][..d_v].iter_mut().for_each(|x| *x *= shrink);
+                for j in 0..rank {
+                    self.sums.floats_mut()[(j * n + i) * LANES..][..LANES].iter_mut().for_each(|x| *x *= shrink);
+                }
             }
             self.max[i] = largest;
-            self.sum[i] += (kernels.exp_sum)(scores, largest);
+            self.sum[i] += (kernels.exp_sum)(&mut scores[..rows], largest);
         }
     }
 
-    /// Rows as they are: `k` and `v` hold the block's rows (up to 64) one after another.
-    pub fn exact_block(&mut self, kernels: &Kernels, scoring: Scoring, k: &[f32], v: &[f32], mask: BlockMask) {
-        for (q, s) in self.queries.chunks_exact(self.d_k).zip(self.scores.chunks_exact_mut(TILE)) {
-            s.fill(0.0);
-            (kernels.matvec)(k, q, &mut s[..k.len() / self.d_k]);
-        }
-        self.softmax(kernels, scoring, mask);
-        let n = v.len() / self.d_v;
-        for (p, out) in self.scores.chunks_exact(TILE).zip(self.out.chunks_exact_mut(self.d_v)) {
-            (kernels.accumulate)(v, &p[..n], out);
+    /// Add a mask and note the largest score of each query.
+    fn show(&mut self, at: usize, rows: usize, stride: usize, visible: Visible) {
+        let Visible::Some(mask) = visible else { return };
+        for (i, scores) in self.scores.floats_mut().chunks_mut(stride).enumerate().take(self.n) {
+            let mask = &mask[i / self.group * TILE..][..rows];
+            scores[at..at + rows].iter_mut().zip(mask).for_each(|(s, m)| *s = if *m == f32::NEG_INFINITY { *m } else { *s + m });
         }
     }
 
-    /// A tile of codes, where `place` says how wide they are. `turns[row]` rotates a stored key to where it is now; rows hidden for every token are not looked at.
-    #[expect(clippy::too_many_arguments, reason = "one tile is two coded matrices and what places them")]
-    pub fn tile_block(
+    /// Rows as they are: `k` and `v` hold up to 64 rows one after another.
+    pub fn exact_block(&mut self, c: Context, k: &[f32], v: &[f32], visible: Visible) {
+        let (n, d_k, d_v, rows) = (self.n, self.d_k, self.d_v, k.len() / self.d_k);
+        self.scores.resize(n * TILE * 4);
+        let queries = MatRef::new(self.queries.floats(), d_k);
+        (c.kernels.dots)(queries, MatRef::new(k, d_k), MatMut::new(self.scores.floats_mut(), TILE), n, d_k, rows);
+        for scores in self.scores.floats_mut().chunks_exact_mut(TILE).take(n) {
+            scores[..rows].iter_mut().for_each(|s| *s *= c.scoring.scale);
+            c.scoring.cap(&mut scores[..rows]);
+        }
+        self.show(0, rows, TILE, visible);
+        for (largest, scores) in self.largest.iter_mut().zip(self.scores.floats().chunks_exact(TILE)) {
+            *largest = scores[..rows].iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        }
+        self.softmax(c.kernels, rows, TILE);
+        let p = MatRef::new(self.scores.floats(), TILE);
+        (c.kernels.multiply)(p, MatRef::new(v, d_v), MatMut::new(self.out.floats_mut(), d_v), n, rows, d_v);
+    }
+
+    /// Up to [`Accumulator::batch`] tiles of one band, coded as `place` says. Tiles that nobody sees are for the caller to leave out.
+    pub fn tile_batch(&mut self, c: Context, bases: (&Basis, &Basis), place: &TilePlace, tiles: &[Tile]) {
+        let (table, n, stride) = (quant::gains(), self.n, tiles.len() * TILE);
+        self.scores.resize(n * stride * 4);
+        self.largest.fill(f32::NEG_INFINITY);
+        for (t, tile) in tiles.iter().enumerate() {
+            let [(gains, codes), _] = split_tile(tile.bytes, place.k);
+            let gains: [f32; TILE] = std::array::from_fn(|row| table[gains[row] as usize]);
+            let at = t * TILE;
+            match tile.turns {
+                Turns::One(turn) => {
+                    self.project(c, turn, bases.0, place);
+                    (c.kernels.tile_scores)(&mut self.products, codes, &mut self.scores.floats_mut()[at..], stride);
+                    self.scale(c, &gains, at, stride);
+                }
+                Turns::Each(turns) => self.score_rows(c, turns, bases.0, place, codes, &gains, at, stride),
+            }
+            if c.scoring.softcap > 0.0 {
+                self.scores.floats_mut().chunks_exact_mut(stride).take(n).for_each(|s| c.scoring.cap(&mut s[at..at + TILE]));
+            }
+            self.show(at, TILE, stride, tile.visible);
+            if c.scoring.softcap > 0.0 || matches!(tile.visible, Visible::Some(_)) || matches!(tile.turns, Turns::Each(_)) {
+                self.largest.fill(f32::INFINITY);
+            }
+        }
+        // Where scores changed after their largest was noted, it is looked for again.
+        for (largest, scores) in self.largest.iter_mut().zip(self.scores.floats().chunks_exact(stride)).filter(|(l, _)| **l == f32::INFINITY) {
+            *largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        }
+        self.softmax(c.kernels, stride, stride);
+        self.add_values(c.kernels, bases.1, place, tiles, stride);
+    }
+
+    /// Sums of products to scores of a tile whose rows share a frame.
+    fn scale(&mut self, c: Context, gains: &[f32; TILE], at: usize, stride: usize) {
+        for (i, scores) in self.scores.floats_mut().chunks_exact_mut(stride).enumerate().take(self.n) {
+            let scores = (&mut scores[at..at + TILE]).try_into().expect("invariant: the rows of a tile");
+            let largest = (c.kernels.scale_scores)(scores, gains, self.offsets[i], c.scoring.scale);
+            self.largest[i] = self.largest[i].max(largest);
+        }
+    }
+
+    /// A tile whose rows were shifted or moved apart: each distinct turn costs a projection.
+    #[expect(clippy::too_many_arguments, reason = "a tile in parts, and where its scores go")]
+    fn score_rows(
         &mut self,
-        kernels: &Kernels,
-        scoring: Scoring,
-        rope: &Rope,
-        bases: (&Basis, &Basis),
-        place: &TilePlace,
-        tile: &[u8],
+        c: Context,
         turns: &[i32; TILE],
-        mask: BlockMask,
+        basis: &Basis,
+        place: &TilePlace,
+        codes: &[u8],
+        gains: &[f32; TILE],
+        at: usize,
+        stride: usize,
     ) {
-        let table = quant::gains();
-        let [k, v] = split_tile(tile, place.k);
-        let mut left: u64 = 0;
-        for row in 0..TILE {
-            let visible = mask.chunks_exact(TILE).any(|m| m[row] != f32::NEG_INFINITY);
-            left |= u64::from(visible) << row;
-        }
-        self.scores.fill(0.0);
-        let mut turn = Turn::default();
-        // Rows of a tile share one turn unless they were shifted or moved apart; each distinct turn costs one projection.
+        let mut left = u64::MAX;
+        self.few_rows.resize(self.n * TILE * 4);
         while left != 0 {
             let wanted = turns[left.trailing_zeros() as usize];
             let rows = (0..TILE).filter(|r| left >> r & 1 == 1 && turns[*r] == wanted).fold(0u64, |m, r| m | 1 << r);
             left &= !rows;
-            rope.turn(-i64::from(wanted), &mut turn);
-            self.project(kernels, rope, &turn, bases.0, place.k, k.1);
-            let offsets = &self.projected[self.max.len() * place.k.rank()..];
-            for (i, (s, offset)) in self.scores.chunks_exact_mut(TILE).zip(offsets).enumerate() {
+            self.project(c, wanted, basis, place);
+            (c.kernels.tile_scores)(&mut self.products, codes, self.few_rows.floats_mut(), TILE);
+            let scored = self.few_rows.floats().chunks_exact(TILE).zip(&self.offsets);
+            for ((raw, offset), scores) in scored.zip(self.scores.floats_mut().chunks_exact_mut(stride)) {
                 for row in (0..TILE).filter(|r| rows >> r & 1 == 1) {
-                    s[row] = offset + table[k.0[row] as usize] * self.tile_scores[i * TILE + row];
+                    scores[at + row] = c.scoring.scale * (raw[row] * gains[row] + offset);
                 }
             }
         }
-        self.softmax(kernels, scoring, mask);
-        for (i, p) in self.scores.chunks_exact_mut(TILE).enumerate() {
-            for (p, g) in p.iter_mut().zip(v.0) {
-                self.coded_mass[i] += *p;
-                *p *= table[*g as usize];
-            }
-        }
-        if place.v.rank() > 0 {
-            (kernels.tile_values)(place.v, v.1, &self.scores, &mut self.latent, bases.1.rank());
-        }
     }
 
-    /// Rotate the queries, project them into the key basis and sum over codes. `projected` ends with one offset per query.
-    fn project(&mut self, kernels: &Kernels, rope: &Rope, turn: &Turn, basis: &Basis, widths: Widths, codes: &[u8]) {
-        let (n, rank) = (self.len(), widths.rank());
-        self.projected.resize(n * rank + n, 0.0);
-        self.tile_scores.clear();
-        self.tile_scores.resize(n * TILE, 0.0);
-        let (projected, offsets) = self.projected.split_at_mut(n * rank);
-        for (i, q) in self.queries.chunks_exact(self.d_k).enumerate() {
-            self.rotated.clear();
-            self.rotated.extend_from_slice(q);
-            rope.rotate(turn, &mut self.rotated);
-            (kernels.matvec)(&basis.decode[..rank * self.d_k], &self.rotated, &mut projected[i * rank..][..rank]);
-            (kernels.matvec)(&basis.mean, &self.rotated, &mut offsets[i..i + 1]);
+    /// Rotate the queries into a frame and project them into the key basis, unless that is what they are.
+    fn project(&mut self, c: Context, turn: i32, basis: &Basis, place: &TilePlace) {
+        let (n, d, rank) = (self.n, self.d_k, place.k.rank());
+        if self.ready == Some((turn, place.k)) {
+            return;
         }
-        if rank > 0 {
-            (kernels.tile_scores)(widths, codes, projected, &mut self.tile_scores);
+        self.ready = Some((turn, place.k));
+        c.rope.turn(-i64::from(turn), &mut self.turn);
+        self.rotated.resize(n * d * 4);
+        let rotated = &mut self.rotated.floats_mut()[..n * d];
+        rotated.copy_from_slice(&self.queries.floats()[..n * d]);
+        rotated.chunks_exact_mut(d).for_each(|q| c.rope.rotate(&self.turn, q));
+        self.offsets.resize(n, 0.0);
+        (c.kernels.dots)(MatRef::new(rotated, d), MatRef::new(&basis.mean, d), MatMut::new(&mut self.offsets, 1), n, d, 1);
+        let p = &mut self.products;
+        (p.n, p.widths, p.stride) = (n, place.k, rank.next_multiple_of(LANES));
+        p.z.resize(n * p.stride * 4);
+        (c.kernels.dots)(MatRef::new(rotated, d), MatRef::new(&basis.decode, d), MatMut::new(p.z.floats_mut(), p.stride), n, d, rank);
+        (c.kernels.prepare)(p);
+    }
+
+    /// Sum value coefficients, but of tiles whose probability cannot matter.
+    fn add_values(&mut self, kernels: &Kernels, basis: &Basis, place: &TilePlace, tiles: &[Tile], stride: usize) {
+        let table = quant::gains();
+        let mut kept: [&[u8]; BATCH] = [&[]; BATCH];
+        let mut n_kept = 0;
+        for (t, tile) in tiles.iter().enumerate() {
+            let [(..), (gains, codes)] = split_tile(tile.bytes, place.k);
+            let gains: [f32; TILE] = std::array::from_fn(|row| table[gains[row] as usize]);
+            let mut matters = false;
+            let scores = &mut self.scores.floats_mut()[..self.n * stride];
+            for (i, p) in scores.chunks_exact_mut(stride).enumerate() {
+                // Probabilities move up beside those of the last tile that was kept.
+                p.copy_within(t * TILE..(t + 1) * TILE, n_kept * TILE);
+                let rows = (&mut p[n_kept * TILE..(n_kept + 1) * TILE]).try_into().expect("invariant: the rows of a tile");
+                let mass = (kernels.weigh)(rows, &gains);
+                self.coded_mass[i] += mass;
+                matters |= mass > NEGLIGIBLE * self.sum[i];
+            }
+            if matters {
+                kept[n_kept] = codes;
+                n_kept += 1;
+            }
+        }
+        if n_kept > 0 && basis.rank() > 0 {
+            let (p, sums) = (self.scores.floats(), self.sums.floats_mut());
+            (kernels.tile_values)(place.v, &kept[..n_kept], p, stride, self.n, sums, &mut self.products);
         }
     }
 
     /// Leave the value basis and write `[maximum, sum, output]` of every query.
     pub fn finish(&mut self, kernels: &Kernels, value_basis: Option<&Basis>, partials: &mut [f32]) {
-        let rank = self.latent.len() / self.len().max(1);
-        for (i, partial) in partials.chunks_exact_mut(partial_floats(self.d_v)).enumerate() {
-            let out = &mut self.out[i * self.d_v..][..self.d_v];
-            if let Some(b) = value_basis {
-                (kernels.accumulate)(&b.decode, &self.latent[i * rank..][..rank], out);
-                (kernels.accumulate)(&b.mean, &self.coded_mass[i..i + 1], out);
+        let (n, d_v, rank) = (self.n, self.d_v, self.rank);
+        if let Some(b) = value_basis {
+            self.scores.resize(2 * n * rank * 4);
+            let (by_coefficient, by_query) = self.scores.floats_mut().split_at_mut(n * rank);
+            let sums = MatRef::new(self.sums.floats(), LANES);
+            (kernels.dots)(MatRef::new(&[1.0; LANES], LANES), sums, MatMut::new(by_coefficient, n * rank), 1, LANES, n * rank);
+            for (j, sums) in by_coefficient.chunks_exact(n.max(1)).enumerate() {
+                sums.iter().enumerate().for_each(|(i, x)| by_query[i * rank + j] = *x);
             }
+            let out = self.out.floats_mut();
+            if rank > 0 {
+                (kernels.multiply)(MatRef::new(by_query, rank), MatRef::new(&b.decode, d_v), MatMut::new(out, d_v), n, rank, d_v);
+            }
+            (kernels.multiply)(MatRef::new(&self.coded_mass, 1), MatRef::new(&b.mean, d_v), MatMut::new(out, d_v), n, 1, d_v);
+        }
+        for (i, partial) in partials.chunks_exact_mut(partial_floats(d_v)).enumerate().take(n) {
             (partial[0], partial[1]) = (self.max[i], self.sum[i]);
-            partial[2..].copy_from_slice(out);
+            partial[2..].copy_from_slice(&self.out.floats()[i * d_v..][..d_v]);
         }
     }
 }

@@ -10,7 +10,7 @@ use half::f16;
 use std::ops::Range;
 
 const MAGIC: u32 = 0x534b_5641;
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// Which bytes of an arena belong to one KV head.
 #[derive(Debug, Clone)]

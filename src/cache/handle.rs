@@ -2,7 +2,7 @@
 //!
 //! Cells are numbered in the order of appending. Must not know about C.
 
-use super::{plan, Cells, HeadMut, Layer, Mask, Plan, Rows, Stats, Table};
+use super::{plan, Call, Cells, HeadMut, Layer, Mask, Plan, Rows, Stats, Table};
 use crate::attention::Scoring;
 use crate::config::{Config, Geometry, LayerShape, SizeReport, MAX_QUERIES};
 use crate::error::{argument, Error, Result};
@@ -169,9 +169,8 @@ impl Cache {
         let arena: &[u8] = bytemuck::cast_slice(&self.arena);
         let mut partials = vec![0.0; self.layer.partial_floats(n)];
         let none = Rows::empty();
-        for (unit, partial) in partials.chunks_exact_mut(self.layer.unit_floats(n)).enumerate() {
-            self.layer.attend_unit(unit, arena, &plan, q, &none, &none, scoring, mask, partial)?;
-        }
+        let call = Call { arena, plan: &plan, q, k: &none, v: &none, scoring, mask };
+        self.layer.attend(0..self.layer.units(), &call, &mut partials)?;
         self.layer.combine(n, &partials, sinks, 0..n * g.n_head, out)
     }
 

@@ -1,4 +1,4 @@
-//! What one layer does with its arenas: store, fit, rebuild and attend, each as the plan says.
+//! What one layer does with its arenas: store, fit and rebuild, each as the plan says. Attention is in [`super::attend`].
 //!
 //! A layer is immutable but for its counters; arenas are passed in. Work is cut so that every piece touches bytes of its own:
 //! storing by KV head, attention by (KV head, chunk of rows), rebuilding by range of cells. Must not know how a plan is made,
@@ -6,9 +6,9 @@
 
 use super::arena::{self, ExactRows};
 use super::plan::{self, Change, Plan, SealRow, Source};
-use crate::attention::{merge, partial_floats, Accumulator, Scoring};
+use crate::attention::Scoring;
 use crate::codec::{self, calibration::Calibration, fit, Basis, TileMap};
-use crate::config::{Geometry, LayerGeometry, CHUNKS, MAX_QUERIES, TILE};
+use crate::config::{Geometry, LayerGeometry, MAX_QUERIES, TILE};
 use crate::error::{argument, Error, Result};
 use crate::rope::{Rope, RopeParams, Turn};
 use crate::simd::{self, Kernels};
@@ -53,7 +53,7 @@ impl<'a> Rows<'a> {
     pub fn is_finite(&self, row: usize, head: usize, d: usize) -> bool {
         self.head(row, head, d).iter().all(|x| x.abs() <= f16::MAX.to_f32())
     }
-    fn head(&self, row: usize, head: usize, d: usize) -> &'a [f32] {
+    pub(super) fn head(&self, row: usize, head: usize, d: usize) -> &'a [f32] {
         &self.data[row * self.row_stride + head * self.head_stride..][..d]
     }
 }
@@ -82,17 +82,6 @@ pub enum Mask<'a> {
         /// Cells covered.
         n_kv: usize,
     },
-}
-
-impl Mask<'_> {
-    fn at(&self, token: usize, cell: usize) -> f32 {
-        match *self {
-            Mask::All => 0.0,
-            Mask::F16 { values, stride, n_kv } if cell < n_kv => values[token * stride + cell].to_f32(),
-            Mask::F32 { values, stride, n_kv } if cell < n_kv => values[token * stride + cell],
-            _ => f32::NEG_INFINITY,
-        }
-    }
 }
 
 macro_rules! counters {
@@ -144,9 +133,9 @@ counters! {
 /// See the module.
 #[derive(Debug)]
 pub struct Layer {
-    geometry: Arc<Geometry>,
+    pub(super) geometry: Arc<Geometry>,
     index: usize,
-    rope: Rope,
+    pub(super) rope: Rope,
     scoring: Scoring,
     /// All heads' stored bases, when they come from a calibration.
     calibrated: Option<Vec<u8>>,
@@ -161,9 +150,7 @@ struct Scratch {
     bases: (Basis, Basis),
     rows_k: Vec<f32>,
     rows_v: Vec<f32>,
-    mask: Vec<f32>,
     work: Vec<f32>,
-    accumulator: Accumulator,
 }
 
 thread_local! {
@@ -190,13 +177,6 @@ fn store_bases(g: &LayerGeometry, (k, v): &(Basis, Basis), bytes: &mut [u8]) {
     let (bk, bv) = bytes.split_at_mut(LayerGeometry::basis_bytes_of(g.d_k));
     k.store(bk);
     v.store(bv);
-}
-
-/// A block of at most 64 rows that attention handles at once.
-enum Block<'a> {
-    Exact(usize, usize),
-    Tokens(usize, usize),
-    Tile(super::plan::TileView<'a>),
 }
 
 impl Layer {
@@ -275,7 +255,7 @@ impl Layer {
         Ok(())
     }
 
-    fn check_rows(&self, plan: &Plan, rows: &[&Rows]) -> Result<()> {
+    pub(super) fn check_rows(&self, plan: &Plan, rows: &[&Rows]) -> Result<()> {
         match rows.iter().find(|r| r.len() != plan.tokens().len()) {
             Some(r) => argument(format!("{} rows for a plan of {} tokens", r.len(), plan.tokens().len())),
             None => Ok(()),
@@ -376,12 +356,12 @@ impl Layer {
     }
 
     /// Key and value of a source as f32, rounded through f16 as a stored row is. Absent tokens give zeros.
-    fn fetch(&self, head: usize, s: Source, rows: &ExactRows, input: Option<(&Rows, &Rows)>, key: &mut [f32], value: &mut [f32]) {
+    pub(super) fn fetch(&self, head: usize, s: Source, rows: &ExactRows, input: Option<(&Rows, &Rows)>, key: &mut [f32], value: &mut [f32]) {
         let g = self.shape();
         match (s, input) {
             (Source::Slot(slot), _) => {
-                rows.row(slot)[..g.d_k].convert_to_f32_slice(key);
-                rows.row(slot)[g.d_k..].convert_to_f32_slice(value);
+                (simd::kernels().widen)(&rows.row(slot)[..g.d_k], key);
+                (simd::kernels().widen)(&rows.row(slot)[g.d_k..], value);
             }
             (Source::Token(t), Some((k, v))) => {
                 key.copy_from_slice(k.head(t, head, g.d_k));
@@ -647,165 +627,6 @@ impl Layer {
             })?;
         }
         self.counters.reconstructed.fetch_add(coded, Relaxed);
-        Ok(())
-    }
-
-    /// Floats of the partial results for `n_tokens` query tokens: `units() * unit_floats(n_tokens)`.
-    pub fn partial_floats(&self, n_tokens: usize) -> usize {
-        self.units() * self.unit_floats(n_tokens)
-    }
-
-    /// Independent pieces of one attention call, numbered `head * CHUNKS + chunk`.
-    pub fn units(&self) -> usize {
-        self.shape().n_head_kv * CHUNKS
-    }
-
-    /// Floats of one unit's result.
-    pub fn unit_floats(&self, n_tokens: usize) -> usize {
-        n_tokens * self.shape().group() * partial_floats(self.shape().d_v)
-    }
-
-    fn blocks<'a>(plan: &Plan<'a>, with_tokens: bool) -> impl Iterator<Item = Block<'a>> {
-        let cut = |n: usize| (0..n).step_by(TILE).map(move |at| (at, (at + TILE).min(n)));
-        let tokens = if with_tokens { plan.tokens().len() } else { 0 };
-        cut(plan.exact().len())
-            .map(|(a, b)| Block::Exact(a, b))
-            .chain(cut(tokens).map(|(a, b)| Block::Tokens(a, b)))
-            .chain(plan.tiles().map(Block::Tile))
-    }
-
-    /// Attention of one unit: one KV head's query group over one chunk of the rows, the step's own rows among them.
-    #[expect(clippy::too_many_arguments, reason = "one attention call has this many inputs")]
-    pub fn attend_unit(
-        &self,
-        unit: usize,
-        arena: &[u8],
-        plan: &Plan,
-        q: &Rows,
-        k: &Rows,
-        v: &Rows,
-        scoring: Scoring,
-        mask: Mask,
-        out: &mut [f32],
-    ) -> Result<()> {
-        let (g, kernels, n) = (self.shape(), simd::kernels(), q.len());
-        self.check_rows(plan, &[k, v])?;
-        if n == 0 || n > MAX_QUERIES || unit >= self.units() {
-            return argument(format!("{n} query tokens, unit {unit} of {}", self.units()));
-        }
-        if out.len() < self.unit_floats(n) {
-            return Err(Error::Buffer { need: self.unit_floats(n), have: out.len() });
-        }
-        let (head, chunk) = (unit / CHUNKS, unit % CHUNKS);
-        scoring.check()?;
-        if let Some(t) = (0..n).find(|t| !(0..g.group()).all(|a| q.is_finite(*t, head * g.group() + a, g.d_k))) {
-            return Err(Error::NotFinite(format!("query of token {t}, KV head {head}, in f16")));
-        }
-        let r = self.ranges(arena, plan)?.swap_remove(head);
-        let count = plan.exact().len().div_ceil(TILE) + plan.tokens().len().div_ceil(TILE) + plan.tiles().len();
-        let (first, last) = (chunk * count / CHUNKS, (chunk + 1) * count / CHUNKS);
-        let rows = ExactRows::new(g, self.geometry.exact, &arena[r.exact.clone()], if plan.fitted { &[] } else { &arena[r.raw.clone()] })?;
-        SCRATCH.with_borrow_mut(|s| {
-            let (mut value_rank, mut map) = (0, None);
-            if plan.fitted && plan.tiles().len() > 0 {
-                let (bk, bv) = arena[r.bases.clone()].split_at(LayerGeometry::basis_bytes_of(g.d_k));
-                s.bases.0.load(bk, g.d_k, false)?;
-                s.bases.1.load(bv, g.d_v, false)?;
-                value_rank = s.bases.1.rank();
-                map = Some(TileMap::of(self.geometry.band_tiles, g, &arena[r.bases.clone()]));
-            }
-            let queries = (0..n).flat_map(|t| (0..g.group()).flat_map(move |a| q.head(t, head * g.group() + a, g.d_k).iter().copied()));
-            s.accumulator.begin(g.d_k, g.d_v, g.group(), value_rank, queries);
-            let (mut exact_seen, mut coded_seen, mut coded) = (0u64, 0u64, false);
-            for block in Self::blocks(plan, true).skip(first).take(last - first) {
-                let mut turns = [0; TILE];
-                let visible = {
-                    s.mask.clear();
-                    s.mask.resize(n * TILE, f32::NEG_INFINITY);
-                    let mut put = |row: usize, cell: usize| {
-                        (0..n).for_each(|t| s.mask[t * TILE + row] = mask.at(t, cell));
-                    };
-                    match &block {
-                        Block::Exact(a, b) => plan.exact().skip(*a).take(b - a).enumerate().for_each(|(i, (_, cell, _))| put(i, cell)),
-                        Block::Tokens(a, b) => plan.tokens().skip(*a).take(b - a).enumerate().for_each(|(i, (cell, _))| put(i, cell)),
-                        Block::Tile(t) => (0..TILE).for_each(|i| {
-                            turns[i] = t.turn(i);
-                            if let Some(cell) = t.cell(i) {
-                                put(i, cell);
-                            }
-                        }),
-                    }
-                    s.mask.iter().filter(|m| **m != f32::NEG_INFINITY).count() as u64
-                };
-                if visible == 0 {
-                    continue;
-                }
-                if let (Block::Tile(t), Some(map)) = (&block, &map) {
-                    let place = map.place(t.tile);
-                    let tile = &arena[r.tiles.clone()][place.bytes.clone()];
-                    s.accumulator.tile_block(kernels, scoring, &self.rope, (&s.bases.0, &s.bases.1), &place, tile, &turns, &s.mask);
-                    coded_seen += visible;
-                    coded = true;
-                    continue;
-                }
-                self.load_exact(head, &block, plan, &rows, k, v, &mut s.rows_k, &mut s.rows_v);
-                s.accumulator.exact_block(kernels, scoring, &s.rows_k, &s.rows_v, &s.mask);
-                exact_seen += visible;
-            }
-            s.accumulator.finish(kernels, coded.then_some(&s.bases.1), &mut out[..self.unit_floats(n)]);
-            if head == 0 {
-                self.counters.attended_exact.fetch_add(exact_seen, Relaxed);
-                self.counters.attended_coded.fetch_add(coded_seen, Relaxed);
-            }
-            Ok(())
-        })
-    }
-
-    /// Keys and values of an exact block as f32, keys rotated to where they are now.
-    #[expect(clippy::too_many_arguments, reason = "rows come from two places and go to two")]
-    fn load_exact(&self, head: usize, block: &Block, plan: &Plan, rows: &ExactRows, k: &Rows, v: &Rows, keys: &mut Vec<f32>, values: &mut Vec<f32>) {
-        let g = self.shape();
-        let sources: &mut dyn Iterator<Item = (Source, i32)> = match block {
-            Block::Exact(a, b) => &mut plan.exact().skip(*a).take(b - a).map(|(slot, _, turn)| (Source::Slot(slot), turn)),
-            Block::Tokens(a, b) => &mut (*a..*b).map(|t| (Source::Token(t), 0)),
-            Block::Tile(_) => return,
-        };
-        keys.clear();
-        values.clear();
-        let mut turn = Turn::default();
-        for (source, t) in sources {
-            let at = (keys.len(), values.len());
-            keys.resize(at.0 + g.d_k, 0.0);
-            values.resize(at.1 + g.d_v, 0.0);
-            let (key, value) = (&mut keys[at.0..], &mut values[at.1..]);
-            self.fetch(head, source, rows, Some((k, v)), key, value);
-            if t != 0 {
-                self.rope.turn(i64::from(t), &mut turn);
-                self.rope.rotate(&turn, key);
-            }
-        }
-    }
-
-    /// Merge the units of an attention call into rows `rows` of the output, where row `token * n_head + head` has `d_v` floats;
-    /// `out` starts at the first of these rows. `sinks` holds one logit per query head, or nothing.
-    pub fn combine(&self, n_tokens: usize, partials: &[f32], sinks: &[f32], rows: Range<usize>, out: &mut [f32]) -> Result<()> {
-        let g = self.shape();
-        if partials.len() < self.partial_floats(n_tokens) {
-            return Err(Error::Buffer { need: self.partial_floats(n_tokens), have: partials.len() });
-        }
-        if rows.end > n_tokens * g.n_head || out.len() < rows.len() * g.d_v || !(sinks.is_empty() || sinks.len() == g.n_head) {
-            return argument(format!("rows {rows:?} of {} into {} floats, {} sinks", n_tokens * g.n_head, out.len(), sinks.len()));
-        }
-        let size = partial_floats(g.d_v);
-        for (row, out) in rows.zip(out.chunks_exact_mut(g.d_v)) {
-            let (token, query_head) = (row / g.n_head, row % g.n_head);
-            let (head, a) = (query_head / g.group(), query_head % g.group());
-            let chunk = |c: usize| {
-                let unit = &partials[(head * CHUNKS + c) * self.unit_floats(n_tokens)..][..self.unit_floats(n_tokens)];
-                &unit[(token * g.group() + a) * size..][..size]
-            };
-            merge((0..CHUNKS).map(chunk), sinks.get(query_head).copied(), out);
-        }
         Ok(())
     }
 }

@@ -4,11 +4,13 @@
 //! owns all three for a plain user. Must not know about C or llama.cpp.
 
 pub mod arena;
+mod attend;
 mod handle;
 mod layer;
 pub mod plan;
 mod table;
 
+pub use attend::Call;
 pub use handle::Cache;
 pub use layer::{HeadMut, Layer, Mask, Rows, Stats};
 pub use plan::Plan;

@@ -238,6 +238,18 @@ impl TileView<'_> {
     pub fn turn(&self, row: usize) -> i32 {
         self.rows[2 * row + 1]
     }
+    /// The first cell and the turn of a tile whose rows lie in consecutive cells and share a turn: nearly all do.
+    pub fn run(&self) -> Option<(usize, i32)> {
+        let (first, turn) = (self.rows[0], self.rows[1]);
+        let other = self.rows.chunks_exact(2).zip(0..).fold(0, |other, (r, i)| other | (r[0].wrapping_sub(i) ^ first) | (r[1] ^ turn));
+        (other == 0).then_some(()).and(usize::try_from(first).ok()).map(|cell| (cell, turn))
+    }
+    /// The turn of all rows that have a cell, if it is one.
+    pub fn one_turn(&self) -> Option<i32> {
+        let mut turns = self.rows.chunks_exact(2).filter(|r| r[0] >= 0).map(|r| r[1]);
+        let first = turns.next()?;
+        turns.all(|t| t == first).then_some(first)
+    }
 }
 
 /// Ints of the first change, or `None` when there is none that is known.
@@ -325,6 +337,10 @@ impl<'a> Plan<'a> {
     /// Live exact rows: `(slot, cell, turn)`.
     pub fn exact(&self) -> impl ExactSizeIterator<Item = (usize, usize, i32)> + 'a {
         self.exact.chunks_exact(3).map(|e| (e[0] as usize, e[1] as usize, e[2]))
+    }
+    /// Some of the live exact rows.
+    pub fn exact_in(&self, rows: std::ops::Range<usize>) -> impl Iterator<Item = (usize, usize, i32)> + 'a {
+        self.exact[3 * rows.start..3 * rows.end].chunks_exact(3).map(|e| (e[0] as usize, e[1] as usize, e[2]))
     }
     /// Tiles in use.
     pub fn tiles(&self) -> impl ExactSizeIterator<Item = TileView<'a>> + 'a {

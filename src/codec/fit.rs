@@ -16,7 +16,7 @@ use super::Basis;
 use crate::config::{LayerGeometry, BANDS, TILE};
 use crate::error::{Error, Result};
 use crate::rope::{Rope, Turn};
-use crate::simd::{Kernels, Widths};
+use crate::simd::{Kernels, MatMut, MatRef, Widths};
 use faer::{Mat, Side};
 
 /// Energy every head gets on top of its own, as a share of the layer's mean: insurance for heads that wake up later. Simulated
@@ -186,7 +186,7 @@ fn energies(kernels: &Kernels, s: &Sample, g: &LayerGeometry, head: usize) -> Ve
     for (i, place) in s.queries.iter().enumerate() {
         for (a, energy) in energy.iter_mut().enumerate() {
             let q = &s.q[head][(i * group + a) * d..][..d];
-            (kernels.matvec)(&s.k[head], q, &mut scores);
+            (kernels.dots)(MatRef::new(q, d), MatRef::new(&s.k[head], d), MatMut::new(&mut scores, s.rows.len()), 1, d, s.rows.len());
             let mut largest = f32::NEG_INFINITY;
             for (score, row) in scores.iter_mut().zip(s.rows) {
                 *score *= s.scale;

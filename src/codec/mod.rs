@@ -9,9 +9,8 @@ pub mod fit;
 
 use crate::config::{LayerGeometry, BANDS, BASIS_HEADER_BYTES, GAIN_BYTES, TILE};
 use crate::error::{Error, Result};
-use crate::simd::{quant, Kernels, Widths};
+use crate::simd::{self, quant, Kernels, MatMut, MatRef, Widths};
 use half::f16;
-use half::slice::HalfFloatSliceExt;
 use std::ops::Range;
 
 /// What is fitted for one head, K or V. Coefficients are in the order of their variance, so each band codes the first few.
@@ -111,8 +110,9 @@ impl Basis {
             }
             rows.resize(r * d, 0.0);
             let from = 2 * d * part * d;
-            f16s(&matrices[from..from + 2 * r * d])?.convert_to_f32_slice(rows);
-            for (j, row) in rows.chunks_exact_mut(d).enumerate() {
+            let stored = f16s(&matrices[from..from + 2 * r * d])?;
+            for (j, (row, stored)) in rows.chunks_exact_mut(d).zip(stored.chunks_exact(d)).enumerate() {
+                (simd::kernels().widen)(stored, row);
                 let scale = f32_at(floats, (1 + part) * d + j);
                 row.iter_mut().for_each(|x| *x *= scale);
             }
@@ -216,7 +216,7 @@ pub fn encode_row(kernels: &Kernels, basis: &Basis, band: usize, x: &[f32], row:
     for ((c, x), m) in centred.iter_mut().zip(x).zip(&basis.mean) {
         *c = x - m;
     }
-    (kernels.matvec)(&basis.encode[..r * d], centred, z);
+    (kernels.dots)(MatRef::new(centred, d), MatRef::new(&basis.encode, d), MatMut::new(z, r.max(1)), 1, d, r);
     quantise_row(basis, band, z, row, gains, codes);
 }
 
@@ -251,10 +251,7 @@ pub fn recode_tile(bases: (&Basis, &Basis), map: &TileMap, tiles: &mut [u8], fro
     for ((basis, (old_gains, old_codes)), (gains, codes)) in [bases.0, bases.1].into_iter().zip(split_tile(&source, from.k)).zip(target) {
         let (old, new) = (basis.widths[from.band], basis.widths[to.band].rank());
         let mut values = vec![[0.0f32; TILE]; new];
-        for (j, v) in values.iter_mut().enumerate() {
-            let (width, at) = old.place(j);
-            quant::unpack(width, &old_codes[at..], v);
-        }
+        (simd::kernels().unpack)(old, old_codes, &mut values);
         for row in 0..TILE {
             let gain = quant::gain(old_gains[row]);
             z.clear();
@@ -272,10 +269,7 @@ pub fn decode_rows(kernels: &Kernels, basis: &Basis, band: usize, gains: &[u8], 
     scratch.clear();
     scratch.resize(r * TILE + r, 0.0);
     let (values, row_values) = scratch.split_at_mut(r * TILE);
-    for (j, v) in values.chunks_exact_mut(TILE).enumerate() {
-        let (width, at) = widths.place(j);
-        quant::unpack(width, &codes[at..], v.try_into().expect("invariant: chunks of a tile"));
-    }
+    (kernels.unpack)(widths, codes, values.as_chunks_mut().0);
     for (row, out) in out.chunks_exact_mut(d).enumerate().take(TILE).filter(|(row, _)| wanted >> row & 1 == 1) {
         let gain = quant::gain(gains[row]);
         for (v, rv) in values.chunks_exact(TILE).zip(row_values.iter_mut()) {

@@ -4,7 +4,7 @@
 
 use super::*;
 use crate::attention::Scoring;
-use crate::cache::{arena as layout, HeadMut, Layer, Mask, Plan, Rows};
+use crate::cache::{arena as layout, Call, HeadMut, Layer, Mask, Plan, Rows};
 use half::f16;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -390,11 +390,10 @@ pub unsafe extern "C" fn skv_layer_attend(
             }
             let mask = mask(&p, n)?;
             timed(ith == 0, &l.counters.ns_attend, || {
-                for unit in (ith as usize..l.units()).step_by(nth as usize) {
-                    let out = slice_mut(partials.add(unit * size), size, "partials")?;
-                    l.attend_unit(unit, arena, &plan, &q, &k, &v, scoring(&p), mask, out)?;
-                }
-                Ok(())
+                let units = share(l.units(), ith, nth);
+                let out = slice_mut(partials.add(units.start * size), units.len() * size, "partials")?;
+                let call = Call { arena, plan: &plan, q: &q, k: &k, v: &v, scoring: scoring(&p), mask };
+                Ok(l.attend(units, &call, out)?)
             })
         })
     }

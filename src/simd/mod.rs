@@ -1,13 +1,22 @@
 //! Vector kernels behind run-time dispatch. The granularity is a row or a tile, never an element.
 //!
-//! One body per kernel, written so that the compiler vectorises it, compiled once for the baseline and once for each
-//! instruction-set level. `SPECTRAL_KV_CPU_LEVEL` (`portable`, `avx2`, `avx512`) may lower the level, never raise it.
-//! Sums run in a fixed order per level, so results repeat; levels differ in the last bits. Must not know about bases,
-//! cells or arenas: it sees slices.
+//! One body per kernel over [`lanes::Lanes`], compiled once for the baseline and once for each instruction-set level; tiles have a way of
+//! their own in whole numbers where the CPU multiplies bytes ([`vnni`]). `SPECTRAL_KV_CPU_LEVEL` (`portable`, `avx2`, `avx512`, `avx512vnni`) may lower
+//! the level, never raise it. Sums run in a fixed order per level, so results repeat; levels differ in the last bits. Must not
+//! know about bases, cells or arenas: it sees slices.
 
+pub mod dense;
+pub mod lanes;
 pub mod quant;
+mod tile;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
+
+pub use dense::{MatMut, MatRef};
+use lanes::Plain;
 
 use crate::config::TILE;
+use half::f16;
 use std::sync::OnceLock;
 
 /// An instruction-set level, lowest first.
@@ -15,10 +24,27 @@ use std::sync::OnceLock;
 pub enum Level {
     /// Whatever the target guarantees.
     Portable,
-    /// AVX2 and FMA.
+    /// AVX2, FMA and F16C.
     Avx2,
     /// AVX-512 F, BW, VL and DQ.
     Avx512,
+    /// The same with VNNI and VBMI.
+    Avx512Vnni,
+}
+
+impl Level {
+    /// All levels, lowest first.
+    pub const ALL: [Level; 4] = [Level::Portable, Level::Avx2, Level::Avx512, Level::Avx512Vnni];
+
+    /// Its name in `SPECTRAL_KV_CPU_LEVEL`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Level::Portable => "portable",
+            Level::Avx2 => "avx2",
+            Level::Avx512 => "avx512",
+            Level::Avx512Vnni => "avx512vnni",
+        }
+    }
 }
 
 /// How many coefficients of a tile have each width, widest first, in the order in which they are stored.
@@ -55,209 +81,238 @@ impl Widths {
     }
 }
 
-/// One level's kernels.
+/// Most tiles of one [`Kernels::tile_values`] call.
+pub const BATCH: usize = 16;
+
+/// Memory in whole cache lines, so that wide loads never straddle two. Keeps its size when asked for less.
+#[derive(Debug, Default)]
+pub struct Lines(Vec<Line>);
+
+#[derive(Debug, Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+impl Lines {
+    /// At least `bytes` bytes; what is new is zero.
+    pub fn resize(&mut self, bytes: usize) {
+        let lines = bytes.div_ceil(64);
+        if lines > self.0.len() {
+            self.0.resize(lines, Line([0.0; 16]));
+        }
+    }
+    /// As floats.
+    pub fn floats(&self) -> &[f32] {
+        bytemuck::cast_slice(&self.0)
+    }
+    /// As mutable floats.
+    pub fn floats_mut(&mut self) -> &mut [f32] {
+        bytemuck::cast_slice_mut(&mut self.0)
+    }
+    /// As bytes.
+    pub fn bytes(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+    /// As mutable bytes.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        bytemuck::cast_slice_mut(&mut self.0)
+    }
+}
+
+/// Projected queries, made ready for the tiles of one band, and memory to work in.
+#[derive(Debug, Default)]
+pub struct Products {
+    /// Widths of the tiles.
+    pub widths: Widths,
+    /// Queries.
+    pub n: usize,
+    /// Projected queries, a coefficient per float, `stride` apart.
+    pub z: Lines,
+    /// See `z`.
+    pub stride: usize,
+    digits: Lines,
+    offsets: Vec<i32>,
+    scales: Vec<f32>,
+    unpacked: Lines,
+    values: Lines,
+}
+
+/// One level's kernels. Matrices are row-major.
 pub struct Kernels {
-    /// `out[j] = matrix[j] . x` for rows of `x.len()` elements.
-    pub matvec: fn(matrix: &[f32], x: &[f32], out: &mut [f32]),
+    /// Whose they are.
+    pub level: Level,
+    /// `c[n][m] += a[n][k] * b[k][m]`. Arguments `a, b, c, n, k, m`.
+    pub multiply: fn(MatRef, MatRef, MatMut, usize, usize, usize),
+    /// `c[n][m] = a[n] . b[m]`, rows of `k` floats. Arguments `a, b, c, n, k, m`.
+    pub dots: fn(MatRef, MatRef, MatMut, usize, usize, usize),
     /// `out += sum_j coefficients[j] * matrix[j]` for rows of `out.len()` elements.
     pub accumulate: fn(matrix: &[f32], coefficients: &[f32], out: &mut [f32]),
-    /// For each of the vectors `z` (rank elements each): `out[i] += sum_j z[j] * value(code[j][i])` for the 64 rows of a tile.
-    pub tile_scores: fn(widths: Widths, codes: &[u8], z: &[f32], out: &mut [f32]),
-    /// For each of the weight vectors `p` (64 each): `acc[j] += sum_i p[i] * value(code[j][i])`, vectors of `acc` being `stride` apart.
-    pub tile_values: fn(widths: Widths, codes: &[u8], p: &[f32], acc: &mut [f32], stride: usize),
     /// `x[i] = exp(x[i] - shift)`; returns the sum.
     pub exp_sum: fn(x: &mut [f32], shift: f32) -> f32,
+    /// `out[i] = x[i]`, f16 as f32.
+    pub widen: fn(x: &[f16], out: &mut [f32]),
+    /// `x[i] = scale * (x[i] * gains[i] + offset)` for the rows of a tile; returns the largest.
+    pub scale_scores: fn(x: &mut [f32; TILE], gains: &[f32; TILE], offset: f32, scale: f32) -> f32,
+    /// `x[i] *= gains[i]` for the rows of a tile; returns the sum before.
+    pub weigh: fn(x: &mut [f32; TILE], gains: &[f32; TILE]) -> f32,
+    /// Cosines and sines of `delta * omega[i]`, to f32.
+    pub turn: fn(omega: &[f64], delta: f64, cos: &mut [f32], sin: &mut [f32]),
+    /// The values of a tile's first coefficients, as many as there are in `out`.
+    pub unpack: fn(widths: Widths, codes: &[u8], out: &mut [[f32; TILE]]),
+    /// Make queries ready for [`Kernels::tile_scores`], once their `widths`, `n`, `z` and `stride` are set.
+    pub prepare: fn(&mut Products),
+    /// `out[q][row] = sum_j z[q][j] * value(code[j][row])` for the 64 rows of a tile; rows of `out` are `stride` apart.
+    pub tile_scores: fn(&mut Products, codes: &[u8], out: &mut [f32], stride: usize),
+    /// `sums[j][q] += sum_row p[q][row] * value(code[j][row])` over up to [`BATCH`] tiles of the same widths, each sum left in 16 lanes. Rows of `p` are
+    /// `stride` apart, and have the tiles' rows one after another. Arguments `widths, tiles, p, stride, n, sums`, memory to work in.
+    pub tile_values: fn(Widths, &[&[u8]], &[f32], usize, usize, &mut [f32], &mut Products),
 }
 
-#[inline(always)]
-fn madd<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
-    if FMA {
-        a.mul_add(b, c)
-    } else {
-        a * b + c
-    }
-}
-
-#[inline(always)]
-fn dot<const FMA: bool>(a: &[f32], b: &[f32]) -> f32 {
-    let mut acc = [0.0f32; 32];
-    let (ca, cb) = (a.chunks_exact(32), b.chunks_exact(32));
-    let tail: f32 = ca.remainder().iter().zip(cb.remainder()).map(|(x, y)| x * y).sum();
-    for (x, y) in ca.zip(cb) {
-        for i in 0..32 {
-            acc[i] = madd::<FMA>(x[i], y[i], acc[i]);
-        }
-    }
-    let mut width = 16;
-    while width > 0 {
-        for i in 0..width {
-            acc[i] += acc[i + width];
-        }
-        width /= 2;
-    }
-    acc[0] + tail
-}
-
-#[inline(always)]
-fn axpy<const FMA: bool>(y: &mut [f32], a: f32, x: &[f32]) {
-    for (y, x) in y.iter_mut().zip(x) {
-        *y = madd::<FMA>(a, *x, *y);
-    }
-}
-
-#[inline(always)]
-fn matvec_body<const FMA: bool>(matrix: &[f32], x: &[f32], out: &mut [f32]) {
-    for (row, o) in matrix.chunks_exact(x.len()).zip(out) {
-        *o = dot::<FMA>(row, x);
-    }
-}
-
-#[inline(always)]
-fn accumulate_body<const FMA: bool>(matrix: &[f32], coefficients: &[f32], out: &mut [f32]) {
-    for (row, c) in matrix.chunks_exact(out.len()).zip(coefficients) {
-        axpy::<FMA>(out, *c, row);
-    }
-}
-
-#[inline(always)]
-fn tile_scores_body<const FMA: bool>(widths: Widths, codes: &[u8], z: &[f32], out: &mut [f32]) {
-    let rank = widths.rank();
-    let mut values = [0.0f32; TILE];
-    // One loop over all widths: the body has a single place and is compiled with the level's features.
-    for j in 0..rank {
-        let (width, at) = widths.place(j);
-        quant::unpack(width, &codes[at..], &mut values);
-        for (z, out) in z.chunks_exact(rank).zip(out.chunks_exact_mut(TILE)) {
-            axpy::<FMA>(out, z[j], &values);
-        }
-    }
-}
-
-#[inline(always)]
-fn tile_values_body<const FMA: bool>(widths: Widths, codes: &[u8], p: &[f32], acc: &mut [f32], stride: usize) {
-    let rank = widths.rank();
-    let mut values = [0.0f32; TILE];
-    for j in 0..rank {
-        let (width, at) = widths.place(j);
-        quant::unpack(width, &codes[at..], &mut values);
-        for (p, acc) in p.chunks_exact(TILE).zip(acc.chunks_exact_mut(stride)) {
-            acc[j] += dot::<FMA>(p, &values);
-        }
-    }
-}
-
-/// exp by 2^n * 2^f with a degree-6 polynomial for 2^f on [-1/2, 1/2] (Taylor, relative error under 2e-7).
-#[inline(always)]
-fn exp_lane<const FMA: bool>(x: f32) -> f32 {
-    // Under -87 the result is not a normal number and cannot matter beside the maximum's 1.
-    let x = x.clamp(-87.0, 88.0);
-    let t = x * std::f32::consts::LOG2_E;
-    let n = (t + 12_582_912.0) - 12_582_912.0;
-    let f = (t - n) * std::f32::consts::LN_2;
-    let mut p = 1.0 / 720.0;
-    for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        p = madd::<FMA>(p, f, c);
-    }
-    f32::from_bits((p.to_bits() as i32 + ((n as i32) << 23)) as u32)
-}
-
-#[inline(always)]
-fn exp_sum_body<const FMA: bool>(x: &mut [f32], shift: f32) -> f32 {
-    let mut acc = [0.0f32; 16];
-    for chunk in x.chunks_mut(16) {
-        for (x, acc) in chunk.iter_mut().zip(&mut acc) {
-            let e = exp_lane::<FMA>(*x - shift);
-            *x = if *x == f32::NEG_INFINITY { 0.0 } else { e };
-            *acc += *x;
-        }
-    }
-    acc.iter().sum()
-}
-
-static PORTABLE: Kernels = Kernels {
-    matvec: matvec_body::<false>,
-    accumulate: accumulate_body::<false>,
-    tile_scores: tile_scores_body::<false>,
-    tile_values: tile_values_body::<false>,
-    exp_sum: exp_sum_body::<false>,
-};
-
-#[cfg(target_arch = "x86_64")]
+/// The functions of a level. They are safe to call through its table only, which [`at`] hands out after asking the CPU.
 macro_rules! level {
-    ($module:ident, $name:ident, $features:literal) => {
+    ($module:ident, $level:ident, $lanes:ty, $columns:literal, $fma:literal, $(#[$feature:meta])?) => {
         mod $module {
             use super::*;
 
-            #[target_feature(enable = $features)]
-            fn matvec_wide(matrix: &[f32], x: &[f32], out: &mut [f32]) {
-                matvec_body::<true>(matrix, x, out)
+            $(#[$feature])?
+            fn multiply(a: MatRef, b: MatRef, c: MatMut, n: usize, k: usize, m: usize) {
+                // SAFETY: this function is compiled for the features.
+                unsafe { dense::multiply::<$lanes, $columns>(a, b, c, n, k, m) }
             }
-            #[target_feature(enable = $features)]
-            fn accumulate_wide(matrix: &[f32], coefficients: &[f32], out: &mut [f32]) {
-                accumulate_body::<true>(matrix, coefficients, out)
+            $(#[$feature])?
+            fn dots(a: MatRef, b: MatRef, c: MatMut, n: usize, k: usize, m: usize) {
+                // SAFETY: this function is compiled for the features.
+                unsafe { dense::dots::<$lanes>(a, b, c, n, k, m) }
             }
-            #[target_feature(enable = $features)]
-            fn tile_scores_wide(widths: Widths, codes: &[u8], z: &[f32], out: &mut [f32]) {
-                tile_scores_body::<true>(widths, codes, z, out)
+            $(#[$feature])?
+            fn accumulate(matrix: &[f32], coefficients: &[f32], out: &mut [f32]) {
+                // SAFETY: this function is compiled for the features.
+                unsafe { dense::accumulate::<$lanes>(matrix, coefficients, out) }
             }
-            #[target_feature(enable = $features)]
-            fn tile_values_wide(widths: Widths, codes: &[u8], p: &[f32], acc: &mut [f32], stride: usize) {
-                tile_values_body::<true>(widths, codes, p, acc, stride)
+            $(#[$feature])?
+            fn exp_sum(x: &mut [f32], shift: f32) -> f32 {
+                dense::exp_sum::<$fma>(x, shift)
             }
-            #[target_feature(enable = $features)]
-            fn exp_sum_wide(x: &mut [f32], shift: f32) -> f32 {
-                exp_sum_body::<true>(x, shift)
+            $(#[$feature])?
+            fn widen(x: &[f16], out: &mut [f32]) {
+                // SAFETY: this function is compiled for the features.
+                unsafe { dense::widen::<$lanes>(x, out) }
+            }
+            $(#[$feature])?
+            fn scale_scores(x: &mut [f32; TILE], gains: &[f32; TILE], offset: f32, scale: f32) -> f32 {
+                dense::scale_scores(x, gains, offset, scale)
+            }
+            $(#[$feature])?
+            fn weigh(x: &mut [f32; TILE], gains: &[f32; TILE]) -> f32 {
+                dense::weigh(x, gains)
+            }
+            $(#[$feature])?
+            fn turn(omega: &[f64], delta: f64, cos: &mut [f32], sin: &mut [f32]) {
+                dense::turn(omega, delta, cos, sin)
+            }
+            $(#[$feature])?
+            fn unpack(widths: Widths, codes: &[u8], out: &mut [[f32; TILE]]) {
+                // SAFETY: this function is compiled for the features.
+                unsafe { tile::unpack_tile::<$lanes>(widths, codes, out) }
+            }
+            $(#[$feature])?
+            fn tile_scores(s: &mut Products, codes: &[u8], out: &mut [f32], stride: usize) {
+                let rank = s.widths.rank();
+                // SAFETY: this function is compiled for the features.
+                unsafe { tile::wide_scores::<$lanes, $columns>(s, codes, rank, out, stride) }
+            }
+            $(#[$feature])?
+            fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: usize, n: usize, sums: &mut [f32], work: &mut Products) {
+                // SAFETY: this function is compiled for the features.
+                unsafe { tile::wide_values::<$lanes>(widths, tiles, widths.rank(), p, stride, n, sums, work) }
             }
 
-            pub(super) static $name: Kernels = Kernels {
-                // SAFETY: only `at` hands out this table, after asking the CPU for these features.
-                matvec: |m, x, o| unsafe { matvec_wide(m, x, o) },
-                // SAFETY: only `at` hands out this table, after asking the CPU for these features.
-                accumulate: |m, c, o| unsafe { accumulate_wide(m, c, o) },
-                // SAFETY: only `at` hands out this table, after asking the CPU for these features.
-                tile_scores: |w, c, z, o| unsafe { tile_scores_wide(w, c, z, o) },
-                // SAFETY: only `at` hands out this table, after asking the CPU for these features.
-                tile_values: |w, c, p, a, s| unsafe { tile_values_wide(w, c, p, a, s) },
-                // SAFETY: only `at` hands out this table, after asking the CPU for these features.
-                exp_sum: |x, s| unsafe { exp_sum_wide(x, s) },
+            // SAFETY, for all: only `at` hands out this table, after asking the CPU for these features.
+            #[allow(unused_unsafe, reason = "the baseline needs no features")]
+            pub(super) static KERNELS: Kernels = Kernels {
+                level: Level::$level,
+                multiply: |a, b, c, n, k, m| unsafe { multiply(a, b, c, n, k, m) },
+                dots: |a, b, c, n, k, m| unsafe { dots(a, b, c, n, k, m) },
+                accumulate: |m, c, o| unsafe { accumulate(m, c, o) },
+                exp_sum: |x, s| unsafe { exp_sum(x, s) },
+                widen: |x, o| unsafe { widen(x, o) },
+                scale_scores: |x, g, o, s| unsafe { scale_scores(x, g, o, s) },
+                weigh: |x, g| unsafe { weigh(x, g) },
+                turn: |o, d, c, s| unsafe { turn(o, d, c, s) },
+                unpack: |w, c, o| unsafe { unpack(w, c, o) },
+                prepare: |_| {},
+                tile_scores: |s, c, o, n| unsafe { tile_scores(s, c, o, n) },
+                tile_values: |w, t, p, s, n, o, m| unsafe { tile_values(w, t, p, s, n, o, m) },
             };
         }
     };
 }
 
+level!(portable, Portable, Plain, 1, false,);
 #[cfg(target_arch = "x86_64")]
-level!(avx2, AVX2, "avx2,fma");
+level!(avx2, Avx2, lanes::Ymm, 2, true, #[target_feature(enable = "avx2,fma,f16c")]);
 #[cfg(target_arch = "x86_64")]
-level!(avx512, AVX512, "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma");
+level!(avx512, Avx512, lanes::Zmm, 4, true, #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]);
+
+#[cfg(target_arch = "x86_64")]
+mod avx512vnni {
+    use super::*;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c")]
+    fn prepare(s: &mut Products) {
+        // SAFETY: this function is compiled for the features.
+        unsafe { vnni::prepare(s) }
+    }
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c")]
+    fn tile_scores(s: &mut Products, codes: &[u8], out: &mut [f32], stride: usize) {
+        // SAFETY: this function is compiled for the features.
+        unsafe { vnni::tile_scores(s, codes, out, stride) }
+    }
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c")]
+    fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: usize, n: usize, sums: &mut [f32], work: &mut Products) {
+        // SAFETY: this function is compiled for the features.
+        unsafe { vnni::tile_values(widths, tiles, p, stride, n, sums, work) }
+    }
+
+    // SAFETY, for all: only `at` hands out this table, after asking the CPU for these features.
+    pub(super) static KERNELS: Kernels = Kernels {
+        level: Level::Avx512Vnni,
+        prepare: |s| unsafe { prepare(s) },
+        tile_scores: |s, c, o, n| unsafe { tile_scores(s, c, o, n) },
+        tile_values: |w, t, p, s, n, o, m| unsafe { tile_values(w, t, p, s, n, o, m) },
+        ..avx512::KERNELS
+    };
+}
 
 /// The kernels of a level, or `None` when this CPU lacks it.
 pub fn at(level: Level) -> Option<&'static Kernels> {
     match level {
-        Level::Portable => Some(&PORTABLE),
+        Level::Portable => Some(&portable::KERNELS),
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")).then_some(&avx2::AVX2),
+        Level::Avx2 => {
+            (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")).then_some(&avx2::KERNELS)
+        }
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 => (at(Level::Avx2).is_some()
             && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512dq"))
-        .then_some(&avx512::AVX512),
+        .then_some(&avx512::KERNELS),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512Vnni => (at(Level::Avx512).is_some() && is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vbmi"))
+            .then_some(&avx512vnni::KERNELS),
         #[cfg(not(target_arch = "x86_64"))]
         _ => None,
     }
 }
 
-/// The best kernels of this CPU, or the lower level that `SPECTRAL_KV_CPU_LEVEL` names.
+/// The best kernels of this CPU, or those of the lower level that `SPECTRAL_KV_CPU_LEVEL` names.
 pub fn kernels() -> &'static Kernels {
     static CHOSEN: OnceLock<&'static Kernels> = OnceLock::new();
     CHOSEN.get_or_init(|| {
-        let most = match std::env::var("SPECTRAL_KV_CPU_LEVEL").as_deref() {
-            Ok("portable") => Level::Portable,
-            Ok("avx2") => Level::Avx2,
-            _ => Level::Avx512,
-        };
-        [Level::Avx512, Level::Avx2].into_iter().filter(|l| *l <= most).find_map(at).unwrap_or(&PORTABLE)
+        let named = std::env::var("SPECTRAL_KV_CPU_LEVEL").ok().and_then(|name| Level::ALL.into_iter().find(|l| l.name() == name));
+        let most = named.unwrap_or(Level::Avx512Vnni);
+        Level::ALL.into_iter().rev().filter(|l| *l <= most).find_map(at).unwrap_or(&portable::KERNELS)
     })
 }
 
@@ -275,51 +330,158 @@ mod tests {
             .collect()
     }
 
-    #[test]
-    fn every_level_agrees_with_f64() {
-        for level in [Level::Portable, Level::Avx2, Level::Avx512] {
-            let Some(k) = at(level) else {
+    fn levels() -> impl Iterator<Item = &'static Kernels> {
+        Level::ALL.into_iter().filter_map(|level| {
+            let kernels = at(level);
+            if kernels.is_none() {
                 println!("skipped: this CPU has no {level:?}");
-                continue;
+            }
+            kernels
+        })
+    }
+
+    /// Largest error, in units of what `bound` says of the size of the terms.
+    fn worst(got: &[f32], want: impl Iterator<Item = (f64, f64)>) -> f64 {
+        got.iter().zip(want).map(|(got, (want, bound))| (f64::from(*got) - want).abs() / bound.max(1e-30)).fold(0.0, f64::max)
+    }
+
+    #[test]
+    fn products_of_matrices_of_every_level_agree_with_f64() {
+        for k in levels() {
+            for (n, depth, m) in [(1, 2, 1), (4, 64, 128), (3, 80, 64), (7, 96, 50), (5, 33, 16), (6, 256, 72), (2, 0, 32)] {
+                let (sa, sb, sc) = (depth + 3, m + 5, m + 1);
+                let (a, b, start) = (noise(n * sa, 1), noise((depth + 1) * sb, 2), noise(n * sc, 3));
+                let mut c = start.clone();
+                (k.multiply)(MatRef::new(&a, sa), MatRef::new(&b, sb), MatMut::new(&mut c, sc), n, depth, m);
+                let terms = |i: usize| (0..depth).map(move |j| (i / sc * sa + j, j * sb + i % sc));
+                let want = (0..n * sc).map(|i| {
+                    let own = if i % sc < m { terms(i).map(|(x, y)| f64::from(a[x]) * f64::from(b[y])).collect() } else { vec![] };
+                    (f64::from(start[i]) + own.iter().sum::<f64>(), 1.0 + own.iter().map(|x| x.abs()).sum::<f64>())
+                });
+                assert!(worst(&c, want) < 1e-6, "{:?} {n} {depth} {m}", k.level);
+
+                let (b, mut c) = (noise(m * sa, 4), start.clone());
+                (k.dots)(MatRef::new(&a, sa), MatRef::new(&b, sa), MatMut::new(&mut c, sc), n, depth, m);
+                let want = (0..n * sc).map(|i| match i % sc < m {
+                    true => {
+                        let terms = (0..depth).map(|j| f64::from(a[i / sc * sa + j]) * f64::from(b[i % sc * sa + j]));
+                        (terms.clone().sum(), terms.map(f64::abs).sum())
+                    }
+                    false => (f64::from(start[i]), 1.0),
+                });
+                assert!(worst(&c, want) < 1e-6, "{:?} {n} {depth} {m}", k.level);
+            }
+        }
+    }
+
+    #[test]
+    fn a_matrix_that_is_shorter_than_said_is_refused() {
+        for k in levels() {
+            let short = || {
+                let (a, b, mut c) = (vec![0.0; 4 * 16], vec![0.0; 16 * 31], vec![0.0; 4 * 32]);
+                (k.multiply)(MatRef::new(&a, 16), MatRef::new(&b, 32), MatMut::new(&mut c, 32), 4, 16, 32);
             };
-            for d in [2usize, 64, 80, 96, 128, 256] {
-                let (m, x) = (noise(7 * d, 1), noise(d, 2));
-                let mut out = [0.0; 7];
-                (k.matvec)(&m, &x, &mut out);
-                for (row, o) in m.chunks(d).zip(out) {
-                    let want: f64 = row.iter().zip(&x).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-                    assert!((f64::from(o) - want).abs() < 1e-5 * d as f64, "{level:?} {d}");
+            assert!(std::panic::catch_unwind(short).is_err());
+        }
+    }
+
+    /// Queries, codes and tiles of every width; also none of some widths.
+    const CASES: [[usize; 7]; 6] =
+        [[3, 2, 4, 5, 3, 6, 7], [0, 0, 0, 0, 0, 40, 88], [0, 0, 1, 0, 0, 0, 0], [2, 1, 0, 0, 0, 0, 0], [0; 7], [0, 0, 9, 0, 7, 0, 1]];
+
+    fn codes(widths: Widths, seed: u32) -> Vec<u8> {
+        let mut codes: Vec<u8> = noise(widths.bytes(), seed).iter().map(|x| (x * 128.0).floor() as i8 as u8).collect();
+        // -128 is no 8-bit code.
+        codes[..widths.counts[0] * 64].iter_mut().filter(|c| **c == 128).for_each(|c| *c = 1);
+        codes
+    }
+
+    fn value(widths: Widths, codes: &[u8], j: usize, row: usize) -> f64 {
+        let (width, at) = widths.place(j);
+        f64::from(quant::level(width, quant::get(width, &codes[at..], row)))
+    }
+
+    /// The worst errors of a level in scores and values over all cases, against f64.
+    fn tile_errors(k: &Kernels) -> [f64; 2] {
+        let mut errors = [0.0f64; 2];
+        for (case, counts) in CASES.into_iter().enumerate() {
+            let widths = Widths { counts };
+            let rank = widths.rank();
+            for n in [1, 2, 3, 4, 7, 9] {
+                let codes: Vec<Vec<u8>> = (0..5).map(|t| codes(widths, 3 + t)).collect();
+                let stride = rank.next_multiple_of(16);
+                let mut s = Products { widths, n, stride, ..Products::default() };
+                s.z.resize(n * stride * 4);
+                // Queries differ in magnitude, as their coefficients do.
+                let z: Vec<f32> = noise(n * stride, 4).iter().enumerate().map(|(i, z)| z * 0.97f32.powi((i % stride.max(1)) as i32) * 30.0).collect();
+                s.z.floats_mut()[..n * stride].copy_from_slice(&z);
+                (k.prepare)(&mut s);
+                let out_stride = TILE + 16;
+                let mut out = vec![7.0f32; n * out_stride];
+                (k.tile_scores)(&mut s, &codes[0], &mut out, out_stride);
+                for q in 0..n {
+                    let want = (0..out_stride).map(|row| match row < TILE {
+                        true => {
+                            let terms = (0..rank).map(|j| f64::from(z[q * stride + j]) * value(widths, &codes[0], j, row));
+                            (terms.clone().sum(), terms.map(|x| x * x).sum::<f64>().sqrt())
+                        }
+                        false => (7.0, 1e-9),
+                    });
+                    errors[0] = errors[0].max(worst(&out[q * out_stride..][..out_stride], want));
                 }
-                let mut y = vec![0.5f32; d];
-                (k.accumulate)(&m, &out, &mut y);
-                for (i, y) in y.iter().enumerate() {
-                    let want: f64 = 0.5 + (0..7).map(|j| f64::from(out[j]) * f64::from(m[j * d + i])).sum::<f64>();
-                    assert!((f64::from(*y) - want).abs() < 1e-4);
+                let p: Vec<f32> = noise(n * 5 * TILE, 8 + case as u32).iter().map(|x| (x * 6.0 - 6.0).exp()).collect();
+                let mut sums = vec![0.125f32; rank * n * lanes::LANES];
+                let tiles: Vec<&[u8]> = codes.iter().map(Vec::as_slice).collect();
+                (k.tile_values)(widths, &tiles, &p, 5 * TILE, n, &mut sums, &mut s);
+                let got: Vec<f32> = sums.chunks_exact(lanes::LANES).map(|l| l.iter().map(|x| f64::from(*x) - 0.125).sum::<f64>() as f32).collect();
+                let want = (0..rank * n).map(|i| {
+                    let terms = (0..5 * TILE).map(|r| f64::from(p[i % n * 5 * TILE + r]) * value(widths, &codes[r / TILE], i / n, r % TILE));
+                    (terms.clone().sum(), terms.map(|x| x * x).sum::<f64>().sqrt() + 2.0)
+                });
+                errors[1] = errors[1].max(worst(&got, want));
+            }
+        }
+        errors
+    }
+
+    #[test]
+    fn tiles_of_every_level_agree_with_f64_as_plain_f32_does() {
+        let plain = tile_errors(&portable::KERNELS);
+        assert!(plain.iter().all(|e| (1e-9..1e-5).contains(e)), "{plain:?}");
+        for k in levels() {
+            let errors = tile_errors(k);
+            println!("{:?}: {errors:?}, plain f32 {plain:?}", k.level);
+            assert!(errors.iter().zip(&plain).all(|(e, plain)| *e <= 2.0 * plain), "{:?}: {errors:?} {plain:?}", k.level);
+        }
+    }
+
+    #[test]
+    fn unpacking_gives_the_levels_of_the_codes() {
+        let widths = Widths { counts: CASES[0] };
+        let codes = codes(widths, 5);
+        for k in levels() {
+            for n in [0, 1, 12, widths.rank()] {
+                let mut out = vec![[0.0; TILE]; n];
+                (k.unpack)(widths, &codes, &mut out);
+                for (j, values) in out.iter().enumerate() {
+                    let want = (0..TILE).map(|row| (value(widths, &codes, j, row), 1.0));
+                    assert!(worst(values, want) < 1e-6, "{:?} {j}", k.level);
                 }
             }
-            let widths = Widths { counts: [3, 2, 4, 5, 3, 6, 7] };
-            let codes: Vec<u8> = noise(widths.bytes(), 3).iter().map(|x| (x * 127.0) as i8 as u8).collect();
-            let z = noise(2 * widths.rank(), 4);
-            let mut scores = vec![0.25f32; 2 * TILE];
-            (k.tile_scores)(widths, &codes, &z, &mut scores);
-            let value = |j: usize, i: usize| {
-                let (w, at) = widths.place(j);
-                f64::from(quant::level(w, quant::get(w, &codes[at..], i)))
-            };
-            for (q, s) in scores.chunks(TILE).enumerate() {
-                for (i, s) in s.iter().enumerate() {
-                    let want: f64 = 0.25 + (0..widths.rank()).map(|j| f64::from(z[q * widths.rank() + j]) * value(j, i)).sum::<f64>();
-                    assert!((f64::from(*s) - want).abs() < 1e-4);
-                }
-            }
-            let stride = widths.rank() + 3;
-            let mut acc = vec![0.0f32; 2 * stride];
-            (k.tile_values)(widths, &codes, &scores, &mut acc, stride);
-            for (q, a) in acc.chunks(stride).enumerate() {
-                for (j, a) in a.iter().enumerate().take(widths.rank()) {
-                    let want: f64 = (0..TILE).map(|i| f64::from(scores[q * TILE + i]) * value(j, i)).sum();
-                    assert!((f64::from(*a) - want).abs() < 2e-3);
-                }
+        }
+    }
+
+    #[test]
+    fn small_kernels_of_every_level_agree_with_f64() {
+        for k in levels() {
+            for d in [2usize, 64, 80, 96, 128, 250] {
+                let (m, c, mut y) = (noise(7 * d, 1), noise(7, 2), vec![0.5f32; d]);
+                (k.accumulate)(&m, &c, &mut y);
+                let want = (0..d).map(|i| (0.5 + (0..7).map(|j| f64::from(c[j]) * f64::from(m[j * d + i])).sum::<f64>(), 4.0));
+                assert!(worst(&y, want) < 1e-6);
+                let halves: Vec<f16> = noise(d, 3).iter().map(|x| f16::from_f32(*x)).collect();
+                (k.widen)(&halves, &mut y);
+                assert!(y.iter().zip(&halves).all(|(y, x)| *y == x.to_f32()));
             }
             let mut x: Vec<f32> = noise(1001, 5).iter().map(|x| x * 90.0 - 90.0).collect();
             x[17] = f32::NEG_INFINITY;
@@ -330,6 +492,38 @@ mod tests {
             }
             assert_eq!(x[17], 0.0);
             assert!((f64::from(sum) / want.iter().sum::<f64>() - 1.0).abs() < 1e-5);
+
+            let (x, gains) = (noise(TILE, 6), noise(TILE, 7));
+            let (x, gains): ([f32; TILE], [f32; TILE]) = (x.try_into().unwrap(), gains.try_into().unwrap());
+            let mut scores = x;
+            let largest = (k.scale_scores)(&mut scores, &gains, 0.3, 1.7);
+            assert!(worst(&scores, x.iter().zip(gains).map(|(x, g)| (1.7 * (f64::from(x * g) + 0.3), 1.0))) < 1e-6);
+            assert_eq!(largest, scores.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            let mut weighed = x;
+            let before = (k.weigh)(&mut weighed, &gains);
+            assert!(weighed.iter().zip(x.iter().zip(gains)).all(|(w, (x, g))| *w == x * g));
+            assert!((f64::from(before) - x.iter().map(|x| f64::from(*x)).sum::<f64>()).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn cosines_and_sines_of_every_level_agree_with_f64() {
+        let omega: Vec<f64> = (0..67).map(|i| 500_000f64.powf(-f64::from(i) / 67.0)).collect();
+        for k in levels() {
+            for delta in [0.0, 1.0, -1.0, 63.0, -4097.0, 131_071.0, -1_000_003.0, 2_147_483_647.0] {
+                let (mut cos, mut sin) = (vec![0.0; 67], vec![0.0; 67]);
+                (k.turn)(&omega, delta, &mut cos, &mut sin);
+                for (i, w) in omega.iter().enumerate() {
+                    let (s, c) = (delta * w).sin_cos();
+                    assert!(
+                        (f64::from(cos[i]) - c).abs() < 2e-7 && (f64::from(sin[i]) - s).abs() < 2e-7,
+                        "{:?} {delta} {w}: {} {c} {} {s}",
+                        k.level,
+                        cos[i],
+                        sin[i]
+                    );
+                }
+            }
         }
     }
 }

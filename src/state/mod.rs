@@ -17,7 +17,7 @@ use crate::simd;
 use half::f16;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"SKVSTATE");
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const EXACT: u8 = 1;
 /// Plus the band.
 const CODED: u8 = 2;

@@ -5,7 +5,7 @@
 
 use half::f16;
 use spectral_kv::attention::Scoring;
-use spectral_kv::cache::{plan, Cells, HeadMut, Layer, Location, Mask, Plan, Rows, Table};
+use spectral_kv::cache::{plan, Call, Cells, HeadMut, Layer, Location, Mask, Plan, Rows, Table};
 use spectral_kv::codec::calibration::{CalibratedLayer, Calibration, LayerModel, Text};
 use spectral_kv::config::{Config, Geometry, LayerShape};
 use spectral_kv::error::Result;
@@ -479,9 +479,8 @@ impl Stream {
         let m = Mask::F32 { values: &mask, stride: 0, n_kv: cells };
         let (rows, none) = (Rows::new(&q, n, g.n_head * g.d_k, g.d_k, g.n_head, g.d_k).unwrap(), Rows::empty());
         let (mut partials, mut out) = (vec![f32::NAN; l.partial_floats(n)], vec![f32::NAN; n * g.n_head * g.d_v]);
-        for (unit, partial) in partials.chunks_exact_mut(l.unit_floats(n)).enumerate() {
-            l.attend_unit(unit, self.arena(layer), &plan, &rows, &none, &none, self.scoring, m, partial).unwrap();
-        }
+        let call = Call { arena: self.arena(layer), plan: &plan, q: &rows, k: &none, v: &none, scoring: self.scoring, mask: m };
+        l.attend(0..l.units(), &call, &mut partials).unwrap();
         l.combine(n, &partials, &[], 0..n * g.n_head, &mut out).unwrap();
         let (k, v) = (widen(&k), widen(&v));
         let scale = f64::from(self.scoring.scale);

@@ -1,0 +1,322 @@
+//! Attention of one layer over its arena, as the plan says: which rows, which of them are seen, in which pieces.
+//!
+//! Work is cut into units of one KV head and one of [`CHUNKS`] chunks of the rows, whatever the number of threads, so results do not depend on it.
+//! Must not know how scores are computed, nor about threads.
+
+use super::arena::{self, ExactRows};
+use super::layer::{Layer, Mask, Rows};
+use super::plan::{Plan, Source, TileView};
+use crate::attention::{merge, partial_floats, Accumulator, Context, Scoring, Tile, Turns, Visible, BATCH};
+use crate::codec::{Basis, TileMap, TilePlace};
+use crate::config::{LayerGeometry, CHUNKS, MAX_QUERIES, TILE};
+use crate::error::{argument, Error, Result};
+use crate::rope::Turn;
+use crate::simd::{self, Lines};
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::atomic::Ordering::Relaxed;
+
+/// One attention call.
+#[derive(Clone, Copy)]
+pub struct Call<'a> {
+    /// The layer's bytes.
+    pub arena: &'a [u8],
+    /// The step.
+    pub plan: &'a Plan<'a>,
+    /// Queries, 1 to 64 tokens.
+    pub q: &'a Rows<'a>,
+    /// Keys of the step's own tokens.
+    pub k: &'a Rows<'a>,
+    /// Their values.
+    pub v: &'a Rows<'a>,
+    /// Scale and soft cap.
+    pub scoring: Scoring,
+    /// Who sees what.
+    pub mask: Mask<'a>,
+}
+
+/// At most 64 rows.
+enum Block<'a> {
+    Exact(usize, usize),
+    Tokens(usize, usize),
+    Tile(TileView<'a>),
+}
+
+#[derive(Default)]
+struct Scratch {
+    bases: (Basis, Basis),
+    rows_k: Lines,
+    rows_v: Lines,
+    accumulator: Accumulator,
+    /// For each tile of a batch: a mask, and turns of its rows.
+    masks: Vec<f32>,
+    turns: Vec<[i32; TILE]>,
+    turn: Turn,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// How the tokens see some rows.
+enum Seen {
+    Nothing,
+    All,
+    /// The mask has been written.
+    Some,
+}
+
+impl Mask<'_> {
+    fn at(&self, token: usize, cell: usize) -> f32 {
+        match *self {
+            Mask::All => 0.0,
+            Mask::F16 { values, stride, n_kv } if cell < n_kv => values[token * stride + cell].to_f32(),
+            Mask::F32 { values, stride, n_kv } if cell < n_kv => values[token * stride + cell],
+            _ => f32::NEG_INFINITY,
+        }
+    }
+
+    /// True when a token sees a run of cells and nothing is added.
+    fn shows(&self, token: usize, cells: Range<usize>) -> bool {
+        match *self {
+            Mask::All => true,
+            Mask::F16 { stride, n_kv, .. } | Mask::F32 { stride, n_kv, .. } if cells.end > n_kv || n_kv > stride && token > 0 => false,
+            Mask::F16 { values, stride, .. } => {
+                let bits: &[u16] = bytemuck::cast_slice(&values[token * stride + cells.start..token * stride + cells.end]);
+                bits.iter().fold(0, |all, x| all | x) == 0
+            }
+            Mask::F32 { values, stride, .. } => values[token * stride + cells.start..token * stride + cells.end].iter().all(|x| *x == 0.0),
+        }
+    }
+
+    /// Write what `n` tokens see of rows in `cells` to `out[token * TILE + row]`, unless it is everything or nothing. `run` is the cells' first, when they
+    /// follow each other without a gap.
+    fn see(&self, n: usize, rows: usize, run: Option<usize>, cell: impl Fn(usize) -> Option<usize>, out: &mut [f32]) -> Seen {
+        if run.is_some_and(|first| (0..n).all(|t| self.shows(t, first..first + rows))) {
+            return Seen::All;
+        }
+        let mut seen = false;
+        for (token, out) in out.chunks_exact_mut(TILE).enumerate().take(n) {
+            for (row, out) in out.iter_mut().enumerate().take(rows) {
+                *out = cell(row).map_or(f32::NEG_INFINITY, |cell| self.at(token, cell));
+                seen |= *out != f32::NEG_INFINITY;
+            }
+        }
+        if seen {
+            Seen::Some
+        } else {
+            Seen::Nothing
+        }
+    }
+}
+
+impl Layer {
+    /// Floats of the partial results for `n_tokens` query tokens: `units() * unit_floats(n_tokens)`.
+    pub fn partial_floats(&self, n_tokens: usize) -> usize {
+        self.units() * self.unit_floats(n_tokens)
+    }
+
+    /// Independent pieces of one attention call, numbered `head * CHUNKS + chunk`.
+    pub fn units(&self) -> usize {
+        self.shape().n_head_kv * CHUNKS
+    }
+
+    /// Floats of one unit's result.
+    pub fn unit_floats(&self, n_tokens: usize) -> usize {
+        n_tokens * self.shape().group() * partial_floats(self.shape().d_v)
+    }
+
+    fn blocks<'a>(plan: &Plan<'a>) -> impl Iterator<Item = Block<'a>> {
+        let cut = |n: usize| (0..n).step_by(TILE).map(move |at| (at, (at + TILE).min(n)));
+        cut(plan.exact().len())
+            .map(|(a, b)| Block::Exact(a, b))
+            .chain(cut(plan.tokens().len()).map(|(a, b)| Block::Tokens(a, b)))
+            .chain(plan.tiles().map(Block::Tile))
+    }
+
+    /// Attention of some units, the step's own rows among what is seen; `out` has their results one after another.
+    pub fn attend(&self, units: Range<usize>, call: &Call, out: &mut [f32]) -> Result<()> {
+        let (g, n) = (self.shape(), call.q.len());
+        self.check_rows(call.plan, &[call.k, call.v])?;
+        if n == 0 || n > MAX_QUERIES || units.end > self.units() {
+            return argument(format!("{n} query tokens, units {units:?} of {}", self.units()));
+        }
+        let size = self.unit_floats(n);
+        if out.len() < units.len() * size {
+            return Err(Error::Buffer { need: units.len() * size, have: out.len() });
+        }
+        call.scoring.check()?;
+        let ranges = self.ranges(call.arena, call.plan)?;
+        SCRATCH.with_borrow_mut(|s| {
+            let mut loaded = None;
+            for (unit, out) in units.zip(out.chunks_exact_mut(size)) {
+                let (head, chunk) = (unit / CHUNKS, unit % CHUNKS);
+                let r = &ranges[head];
+                if loaded != Some(head) {
+                    loaded = Some(head);
+                    if let Some(t) = (0..n).find(|t| !(0..g.group()).all(|a| call.q.is_finite(*t, head * g.group() + a, g.d_k))) {
+                        return Err(Error::NotFinite(format!("query of token {t}, KV head {head}, in f16")));
+                    }
+                    if call.plan.fitted && call.plan.tiles().len() > 0 {
+                        let (bk, bv) = call.arena[r.bases.clone()].split_at(LayerGeometry::basis_bytes_of(g.d_k));
+                        s.bases.0.load(bk, g.d_k, false)?;
+                        s.bases.1.load(bv, g.d_v, false)?;
+                    }
+                }
+                self.attend_unit(s, call, head, chunk, r, out)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// One KV head's query group over one chunk of the rows; its bases have been loaded.
+    fn attend_unit(&self, s: &mut Scratch, call: &Call, head: usize, chunk: usize, r: &arena::HeadRanges, out: &mut [f32]) -> Result<()> {
+        let (g, n, plan) = (self.shape(), call.q.len(), call.plan);
+        let context = Context { kernels: simd::kernels(), scoring: call.scoring, rope: &self.rope };
+        let count = plan.exact().len().div_ceil(TILE) + plan.tokens().len().div_ceil(TILE) + plan.tiles().len();
+        let (first, last) = (chunk * count / CHUNKS, (chunk + 1) * count / CHUNKS);
+        let raw = if plan.fitted { &[] } else { &call.arena[r.raw.clone()] };
+        let rows = ExactRows::new(g, self.geometry.exact, &call.arena[r.exact.clone()], raw)?;
+        let (map, value_rank) = if plan.fitted && plan.tiles().len() > 0 {
+            (Some(TileMap::of(self.geometry.band_tiles, g, &call.arena[r.bases.clone()])), s.bases.1.rank())
+        } else {
+            (None, 0)
+        };
+        let group = g.group();
+        let queries = (0..n * group).map(|i| call.q.head(i / group, head * group + i % group, g.d_k));
+        s.accumulator.begin(g.d_k, g.d_v, group, value_rank, queries);
+        let batch = s.accumulator.batch();
+        s.masks.resize(batch * n * TILE, 0.0);
+        s.turns.resize(batch, [0; TILE]);
+        let (mut exact_seen, mut coded_seen) = (0u64, 0u64);
+        let mut waiting = Batch::default();
+        for block in Self::blocks(plan).skip(first).take(last - first) {
+            let Block::Tile(t) = &block else {
+                exact_seen += self.exact_block(s, call, context, head, &block, &rows);
+                continue;
+            };
+            let Some(map) = &map else { continue };
+            let place = map.place(t.tile);
+            if waiting.n == batch || waiting.place.as_ref().is_some_and(|p| p.band != place.band) {
+                waiting.attend(s, context, &call.arena[r.tiles.clone()]);
+            }
+            let i = waiting.n;
+            let run = t.run();
+            let mask = &mut s.masks[i * n * TILE..][..n * TILE];
+            let visible = call.mask.see(n, TILE, run.map(|(cell, _)| cell), |row| t.cell(row), mask);
+            coded_seen += match visible {
+                Seen::Nothing => continue,
+                Seen::All => (n * TILE) as u64,
+                Seen::Some => mask.iter().filter(|m| **m != f32::NEG_INFINITY).count() as u64,
+            };
+            let turn = run.map(|(_, turn)| turn).or_else(|| t.one_turn());
+            if turn.is_none() {
+                s.turns[i] = std::array::from_fn(|row| t.turn(row));
+            }
+            waiting.push(place, turn, matches!(visible, Seen::All));
+        }
+        waiting.attend(s, context, &call.arena[r.tiles.clone()]);
+        s.accumulator.finish(context.kernels, (coded_seen > 0).then_some(&s.bases.1), out);
+        if head == 0 {
+            self.counters.attended_exact.fetch_add(exact_seen, Relaxed);
+            self.counters.attended_coded.fetch_add(coded_seen, Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Attend to a block of exact rows; returns how many are seen, summed over the tokens.
+    fn exact_block(&self, s: &mut Scratch, call: &Call, context: Context, head: usize, block: &Block, rows: &ExactRows) -> u64 {
+        let (g, n) = (self.shape(), call.q.len());
+        let mut sources = [(Source::Slot(0), 0, 0); TILE];
+        let mut len = 0;
+        let mut put = |source: Source, cell: usize, turn: i32| {
+            sources[len] = (source, cell, turn);
+            len += 1;
+        };
+        match block {
+            Block::Exact(a, b) => call.plan.exact_in(*a..*b).for_each(|(slot, cell, turn)| put(Source::Slot(slot), cell, turn)),
+            Block::Tokens(a, b) => call.plan.tokens().enumerate().take(*b).skip(*a).for_each(|(t, (cell, _))| put(Source::Token(t), cell, 0)),
+            Block::Tile(_) => {}
+        }
+        let sources = &sources[..len];
+        let run = sources.iter().enumerate().all(|(i, (_, cell, _))| *cell == sources[0].1 + i).then_some(sources[0].1);
+        let mask = &mut s.masks[..n * TILE];
+        // Rows behind the last are hidden where a mask is needed at all.
+        let visible = match call.mask.see(n, len, run, |row| Some(sources[row].1), mask) {
+            Seen::Nothing => return 0,
+            Seen::All => Visible::All,
+            Seen::Some => Visible::Some(mask),
+        };
+        s.rows_k.resize(TILE * g.d_k * 4);
+        s.rows_v.resize(TILE * g.d_v * 4);
+        let (keys, values) = (s.rows_k.floats_mut(), s.rows_v.floats_mut());
+        for ((source, _, turn), (key, value)) in sources.iter().zip(keys.chunks_exact_mut(g.d_k).zip(values.chunks_exact_mut(g.d_v))) {
+            self.fetch(head, *source, rows, Some((call.k, call.v)), key, value);
+            if *turn != 0 {
+                self.rope.turn(i64::from(*turn), &mut s.turn);
+                self.rope.rotate(&s.turn, key);
+            }
+        }
+        s.accumulator.exact_block(context, &keys[..len * g.d_k], &values[..len * g.d_v], visible);
+        match visible {
+            Visible::All => (n * len) as u64,
+            Visible::Some(mask) => mask.chunks_exact(TILE).flat_map(|m| &m[..len]).filter(|m| **m != f32::NEG_INFINITY).count() as u64,
+        }
+    }
+
+    /// Merge the units of an attention call into rows `rows` of the output, where row `token * n_head + head` has `d_v` floats;
+    /// `out` starts at the first of these rows. `sinks` holds one logit per query head, or nothing.
+    pub fn combine(&self, n_tokens: usize, partials: &[f32], sinks: &[f32], rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        let g = self.shape();
+        if partials.len() < self.partial_floats(n_tokens) {
+            return Err(Error::Buffer { need: self.partial_floats(n_tokens), have: partials.len() });
+        }
+        if rows.end > n_tokens * g.n_head || out.len() < rows.len() * g.d_v || !(sinks.is_empty() || sinks.len() == g.n_head) {
+            return argument(format!("rows {rows:?} of {} into {} floats, {} sinks", n_tokens * g.n_head, out.len(), sinks.len()));
+        }
+        let size = partial_floats(g.d_v);
+        for (row, out) in rows.zip(out.chunks_exact_mut(g.d_v)) {
+            let (token, query_head) = (row / g.n_head, row % g.n_head);
+            let (head, a) = (query_head / g.group(), query_head % g.group());
+            let chunk = |c: usize| {
+                let unit = &partials[(head * CHUNKS + c) * self.unit_floats(n_tokens)..][..self.unit_floats(n_tokens)];
+                &unit[(token * g.group() + a) * size..][..size]
+            };
+            merge((0..CHUNKS).map(chunk), sinks.get(query_head).copied(), out);
+        }
+        Ok(())
+    }
+}
+
+/// Tiles of one band that wait to be attended to together; masks and turns are in [`Scratch`], at a tile's number in the batch.
+#[derive(Default)]
+struct Batch {
+    n: usize,
+    place: Option<TilePlace>,
+    /// Bytes of each tile, its turn when all rows share one, and whether all of it is seen.
+    tiles: [(Range<usize>, Option<i32>, bool); BATCH],
+}
+
+impl Batch {
+    fn push(&mut self, place: TilePlace, turn: Option<i32>, all: bool) {
+        self.tiles[self.n] = (place.bytes.clone(), turn, all);
+        self.n += 1;
+        self.place = Some(place);
+    }
+
+    fn attend(&mut self, s: &mut Scratch, context: Context, bytes: &[u8]) {
+        let Some(place) = self.place.take() else { return };
+        let per_tile = s.masks.len() / s.turns.len();
+        let tiles: [Tile; BATCH] = std::array::from_fn(|i| {
+            let (range, turn, all) = &self.tiles[i.min(self.n - 1)];
+            let i = i.min(self.n - 1);
+            Tile {
+                bytes: &bytes[range.clone()],
+                turns: turn.map_or(Turns::Each(&s.turns[i]), Turns::One),
+                visible: if *all { Visible::All } else { Visible::Some(&s.masks[i * per_tile..][..per_tile]) },
+            }
+        });
+        s.accumulator.tile_batch(context, (&s.bases.0, &s.bases.1), &place, &tiles[..self.n]);
+        self.n = 0;
+    }
+}

@@ -1,0 +1,297 @@
+//! Dense kernels: products of small row-major matrices, and what softmax and rotation need. One body each, for every [`Lanes`].
+
+use super::lanes::{Lanes, LANES};
+use crate::config::TILE;
+use half::f16;
+
+/// A row-major matrix that is only read: its floats and the distance from a row to the next.
+#[derive(Clone, Copy)]
+pub struct MatRef<'a> {
+    /// The floats.
+    pub data: &'a [f32],
+    /// Floats from a row to the next.
+    pub stride: usize,
+}
+
+impl<'a> MatRef<'a> {
+    /// Rows of `stride` floats.
+    pub fn new(data: &'a [f32], stride: usize) -> Self {
+        MatRef { data, stride }
+    }
+    /// Panics when `rows` of `columns` floats are not there: kernels read without looking.
+    #[inline(always)]
+    fn check(&self, rows: usize, columns: usize) {
+        assert!(rows == 0 || columns <= self.stride && (rows - 1) * self.stride + columns <= self.data.len());
+    }
+}
+
+/// A row-major matrix.
+pub struct MatMut<'a> {
+    /// The floats.
+    pub data: &'a mut [f32],
+    /// Floats from a row to the next.
+    pub stride: usize,
+}
+
+impl<'a> MatMut<'a> {
+    /// Rows of `stride` floats.
+    pub fn new(data: &'a mut [f32], stride: usize) -> Self {
+        MatMut { data, stride }
+    }
+    #[inline(always)]
+    fn check(&self, rows: usize, columns: usize) {
+        MatRef { data: self.data, stride: self.stride }.check(rows, columns);
+    }
+}
+
+/// `c[R][C * N] += a[R][k] * b[k][C * N]`, accumulators in registers.
+#[inline(always)]
+unsafe fn block<V: Lanes, const R: usize, const C: usize>(a: *const f32, sa: usize, b: *const f32, sb: usize, c: *mut f32, sc: usize, k: usize) {
+    // SAFETY: `multiply` checked that all of it is there; features are the caller's.
+    unsafe {
+        let mut acc = [[V::splat(0.0); C]; R];
+        for (r, acc) in acc.iter_mut().enumerate() {
+            for (i, acc) in acc.iter_mut().enumerate() {
+                *acc = V::load(c.add(r * sc + i * V::N));
+            }
+        }
+        for j in 0..k {
+            let mut row = [V::splat(0.0); C];
+            for (i, x) in row.iter_mut().enumerate() {
+                *x = V::load(b.add(j * sb + i * V::N));
+            }
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let x = V::splat(*a.add(r * sa + j));
+                for (acc, y) in acc.iter_mut().zip(row) {
+                    *acc = acc.add_product(x, y);
+                }
+            }
+        }
+        for (r, acc) in acc.into_iter().enumerate() {
+            for (i, acc) in acc.into_iter().enumerate() {
+                acc.store(c.add(r * sc + i * V::N));
+            }
+        }
+    }
+}
+
+/// `c[n][m] += a[n][k] * b[k][m]`. `C` is how many vectors wide a register block is.
+///
+/// # Safety
+/// The features of `V` are there.
+#[inline(always)]
+pub unsafe fn multiply<V: Lanes, const C: usize>(a: MatRef, b: MatRef, c: MatMut, n: usize, k: usize, m: usize) {
+    a.check(n, k);
+    b.check(k, m);
+    c.check(n, m);
+    let (pa, pb, pc) = (a.data.as_ptr(), b.data.as_ptr(), c.data.as_mut_ptr());
+    let (sa, sb, sc) = (a.stride, b.stride, c.stride);
+    let mut column = 0;
+    while column + V::N <= m {
+        let wide = m - column >= C * V::N;
+        let mut row = 0;
+        while row < n {
+            // SAFETY: rows and columns are inside of what was checked.
+            unsafe {
+                let (a, b, c) = (pa.add(row * sa), pb.add(column), pc.add(row * sc + column));
+                match (wide, n - row) {
+                    (true, 1) => block::<V, 1, C>(a, sa, b, sb, c, sc, k),
+                    (true, 2) => block::<V, 2, C>(a, sa, b, sb, c, sc, k),
+                    (true, 3) => block::<V, 3, C>(a, sa, b, sb, c, sc, k),
+                    (true, _) => block::<V, 4, C>(a, sa, b, sb, c, sc, k),
+                    (false, 1) => block::<V, 1, 1>(a, sa, b, sb, c, sc, k),
+                    (false, 2) => block::<V, 2, 1>(a, sa, b, sb, c, sc, k),
+                    (false, 3) => block::<V, 3, 1>(a, sa, b, sb, c, sc, k),
+                    (false, _) => block::<V, 4, 1>(a, sa, b, sb, c, sc, k),
+                }
+            }
+            row += 4;
+        }
+        column += if wide { C * V::N } else { V::N };
+    }
+    for row in 0..n {
+        for j in 0..if column < m { k } else { 0 } {
+            let x = a.data[row * sa + j];
+            for i in column..m {
+                c.data[row * sc + i] += x * b.data[j * sb + i];
+            }
+        }
+    }
+}
+
+/// `out[r][s] = a[r] . b[s]` for four rows of `b`.
+#[inline(always)]
+unsafe fn dot_block<V: Lanes, const R: usize>(a: *const f32, sa: usize, b: [*const f32; 4], k: usize) -> [[f32; 4]; R] {
+    // SAFETY: `dots` checked that all of it is there; features are the caller's.
+    unsafe {
+        let mut acc = [[V::splat(0.0); 4]; R];
+        let whole = k / V::N * V::N;
+        for j in (0..whole).step_by(V::N) {
+            let y = b.map(|b| V::load(b.add(j)));
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let x = V::load(a.add(r * sa + j));
+                for (acc, y) in acc.iter_mut().zip(y) {
+                    *acc = acc.add_product(x, y);
+                }
+            }
+        }
+        let mut out = acc.map(|acc| V::sums(acc));
+        for j in whole..k {
+            for (r, out) in out.iter_mut().enumerate() {
+                for (out, b) in out.iter_mut().zip(b) {
+                    *out += *a.add(r * sa + j) * *b.add(j);
+                }
+            }
+        }
+        out
+    }
+}
+
+/// `c[n][m] = a[n] . b[m]`, rows of `k` floats.
+///
+/// # Safety
+/// The features of `V` are there.
+#[inline(always)]
+pub unsafe fn dots<V: Lanes>(a: MatRef, b: MatRef, c: MatMut, n: usize, k: usize, m: usize) {
+    a.check(n, k);
+    b.check(m, k);
+    c.check(n, m);
+    for column in (0..m).step_by(4) {
+        // Rows that do not exist are computed from the last one and not written.
+        let rows: [*const f32; 4] = std::array::from_fn(|i| b.data[(column + i).min(m - 1) * b.stride..].as_ptr());
+        let mut put = |row: usize, x: [f32; 4]| {
+            let keep = (m - column).min(4);
+            c.data[row * c.stride + column..][..keep].copy_from_slice(&x[..keep]);
+        };
+        for row in (0..n).step_by(4) {
+            let pa = a.data[row * a.stride..].as_ptr();
+            // SAFETY: rows and columns are inside of what was checked.
+            unsafe {
+                match n - row {
+                    1 => dot_block::<V, 1>(pa, a.stride, rows, k).into_iter().enumerate().for_each(|(i, x)| put(row + i, x)),
+                    2 => dot_block::<V, 2>(pa, a.stride, rows, k).into_iter().enumerate().for_each(|(i, x)| put(row + i, x)),
+                    3 => dot_block::<V, 3>(pa, a.stride, rows, k).into_iter().enumerate().for_each(|(i, x)| put(row + i, x)),
+                    _ => dot_block::<V, 4>(pa, a.stride, rows, k).into_iter().enumerate().for_each(|(i, x)| put(row + i, x)),
+                }
+            }
+        }
+    }
+}
+
+/// `out += sum_j coefficients[j] * matrix[j]` for rows of `out.len()` floats, any number of them.
+///
+/// # Safety
+/// The features of `V` are there.
+#[inline(always)]
+pub unsafe fn accumulate<V: Lanes>(matrix: &[f32], coefficients: &[f32], out: &mut [f32]) {
+    let whole = out.len() / V::N * V::N;
+    for (row, c) in matrix.chunks_exact(out.len()).zip(coefficients) {
+        // SAFETY: `whole` floats are in both; features are the caller's.
+        unsafe {
+            let c = V::splat(*c);
+            for i in (0..whole).step_by(V::N) {
+                let p = out.as_mut_ptr().add(i);
+                V::load(p).add_product(c, V::load(row.as_ptr().add(i))).store(p);
+            }
+        }
+        for (out, x) in out[whole..].iter_mut().zip(&row[whole..]) {
+            *out += c * x;
+        }
+    }
+}
+
+/// exp by 2^n * 2^f with a degree-6 polynomial for 2^f on [-1/2, 1/2] (Taylor, relative error under 2e-7).
+#[inline(always)]
+fn exp_lane<const FMA: bool>(x: f32) -> f32 {
+    // Under -87 the result is not a normal number and cannot matter beside the maximum's 1.
+    let x = x.clamp(-87.0, 88.0);
+    let t = x * std::f32::consts::LOG2_E;
+    let n = (t + 12_582_912.0) - 12_582_912.0;
+    let f = (t - n) * std::f32::consts::LN_2;
+    let mut p = 1.0 / 720.0;
+    for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        p = if FMA { f32::mul_add(p, f, c) } else { p * f + c };
+    }
+    f32::from_bits((p.to_bits() as i32 + ((n as i32) << 23)) as u32)
+}
+
+/// `x[i] = exp(x[i] - shift)`; returns the sum.
+#[inline(always)]
+pub fn exp_sum<const FMA: bool>(x: &mut [f32], shift: f32) -> f32 {
+    let mut acc = [0.0f32; LANES];
+    for chunk in x.chunks_mut(LANES) {
+        for (x, acc) in chunk.iter_mut().zip(&mut acc) {
+            let e = exp_lane::<FMA>(*x - shift);
+            *x = if *x == f32::NEG_INFINITY { 0.0 } else { e };
+            *acc += *x;
+        }
+    }
+    acc.iter().sum()
+}
+
+/// `out[i] = x[i]`; f16 as f32.
+///
+/// # Safety
+/// The features of `V` are there.
+#[inline(always)]
+pub unsafe fn widen<V: Lanes>(x: &[f16], out: &mut [f32]) {
+    let n = x.len().min(out.len());
+    let whole = n / V::N * V::N;
+    for i in (0..whole).step_by(V::N) {
+        // SAFETY: both have `whole` elements; features are the caller's.
+        unsafe { V::load_half(x.as_ptr().add(i)).store(out.as_mut_ptr().add(i)) }
+    }
+    for (out, x) in out[whole..n].iter_mut().zip(&x[whole..n]) {
+        *out = x.to_f32();
+    }
+}
+
+/// `x[i] = scale * (x[i] * gains[i] + offset)`; returns the largest.
+#[inline(always)]
+pub fn scale_scores(x: &mut [f32; TILE], gains: &[f32; TILE], offset: f32, scale: f32) -> f32 {
+    let mut largest = [f32::NEG_INFINITY; LANES];
+    let (x, _) = x.as_chunks_mut::<LANES>();
+    for (x, gains) in x.iter_mut().zip(gains.as_chunks::<LANES>().0) {
+        for ((x, gain), largest) in x.iter_mut().zip(gains).zip(&mut largest) {
+            *x = (*x * gain + offset) * scale;
+            *largest = if *x > *largest { *x } else { *largest };
+        }
+    }
+    largest.into_iter().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// `x[i] *= gains[i]`; returns the sum before.
+#[inline(always)]
+pub fn weigh(x: &mut [f32; TILE], gains: &[f32; TILE]) -> f32 {
+    let mut sum = [0.0; LANES];
+    let (x, _) = x.as_chunks_mut::<LANES>();
+    for (x, gains) in x.iter_mut().zip(gains.as_chunks::<LANES>().0) {
+        for ((x, gain), sum) in x.iter_mut().zip(gains).zip(&mut sum) {
+            *sum += *x;
+            *x *= gain;
+        }
+    }
+    sum.into_iter().sum()
+}
+
+/// Cosine and sine of `delta * omega[i]`: the angle is reduced in f64, by multiples of pi/2 (Cody and Waite 1980), the rest has Taylor
+/// polynomials of degree 8 and 9 on [-pi/4, pi/4].
+#[inline(always)]
+pub fn turn(omega: &[f64], delta: f64, cos: &mut [f32], sin: &mut [f32]) {
+    // Adding 1.5 * 2^52 rounds to a whole number, whose low bits are then those of the sum.
+    const ROUND: f64 = 6_755_399_441_055_744.0;
+    for ((omega, cos), sin) in omega.iter().zip(cos).zip(sin) {
+        let angle = delta * omega;
+        let quarter = angle * std::f64::consts::FRAC_2_PI + ROUND;
+        let turns = quarter - ROUND;
+        // pi/2 in two parts, the first of which has 33 bits.
+        let r = ((angle - turns * 1.570_796_326_734_125_6) - turns * 6.077_100_506_506_192e-11) as f32;
+        let r2 = r * r;
+        let s = r + r * r2 * (-1.0 / 6.0 + r2 * (1.0 / 120.0 + r2 * (-1.0 / 5040.0 + r2 / 362_880.0)));
+        let c = 1.0 - r2 * (0.5 - r2 * (1.0 / 24.0 - r2 * (1.0 / 720.0 - r2 / 40_320.0)));
+        let quadrant = quarter.to_bits() as u32;
+        let (a, b) = if quadrant & 1 == 0 { (c, s) } else { (s, c) };
+        *cos = if (quadrant + 1) & 2 == 0 { a } else { -a };
+        *sin = if quadrant & 2 == 0 { b } else { -b };
+    }
+}

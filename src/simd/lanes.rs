@@ -1,0 +1,177 @@
+//! A vector of floats, so that a kernel is written once and compiled for each instruction-set level.
+//!
+//! Functions are `unsafe` because an implementation may need CPU features: call them only from a function compiled for these.
+//! Pointers need no alignment. Must not know about codes or attention.
+
+use half::f16;
+
+/// Lanes of every accumulator that kernels leave in memory, whatever a level's own width is.
+pub const LANES: usize = 16;
+
+/// Some floats in a register.
+pub trait Lanes: Copy {
+    /// How many.
+    const N: usize;
+    /// # Safety
+    /// The level's features are there.
+    unsafe fn splat(x: f32) -> Self;
+    /// # Safety
+    /// As [`Lanes::splat`]; `N` floats are readable.
+    unsafe fn load(p: *const f32) -> Self;
+    /// Widens f16.
+    ///
+    /// # Safety
+    /// As [`Lanes::splat`]; `N` halves are readable.
+    unsafe fn load_half(p: *const f16) -> Self;
+    /// # Safety
+    /// As [`Lanes::splat`]; `N` floats are writable.
+    unsafe fn store(self, p: *mut f32);
+    /// `self + a * b`.
+    ///
+    /// # Safety
+    /// As [`Lanes::splat`].
+    unsafe fn add_product(self, a: Self, b: Self) -> Self;
+    /// Sums over the lanes of four vectors.
+    ///
+    /// # Safety
+    /// As [`Lanes::splat`].
+    unsafe fn sums(v: [Self; 4]) -> [f32; 4];
+}
+
+/// Eight floats without intrinsics: the compiler makes of it what the target has.
+#[derive(Clone, Copy)]
+pub struct Plain([f32; 8]);
+
+impl Lanes for Plain {
+    const N: usize = 8;
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        Plain([x; 8])
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: the caller's contract; an array has no alignment beyond its elements', and the read is unaligned anyway.
+        Plain(unsafe { p.cast::<[f32; 8]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn load_half(p: *const f16) -> Self {
+        // SAFETY: the caller's contract.
+        Plain(unsafe { p.cast::<[f16; 8]>().read_unaligned() }.map(f16::to_f32))
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: the caller's contract.
+        unsafe { p.cast::<[f32; 8]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn add_product(mut self, a: Self, b: Self) -> Self {
+        for i in 0..8 {
+            self.0[i] += a.0[i] * b.0[i];
+        }
+        self
+    }
+    #[inline(always)]
+    unsafe fn sums(v: [Self; 4]) -> [f32; 4] {
+        v.map(|v| {
+            let four: [f32; 4] = std::array::from_fn(|i| v.0[i] + v.0[i + 4]);
+            (four[0] + four[2]) + (four[1] + four[3])
+        })
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::Lanes;
+    use half::f16;
+    use std::arch::x86_64::*;
+
+    /// AVX2, FMA and F16C.
+    #[derive(Clone, Copy)]
+    pub struct Ymm(__m256);
+
+    #[inline(always)]
+    unsafe fn sums_ymm(v: [__m256; 4]) -> [f32; 4] {
+        // SAFETY: the caller's contract: AVX2.
+        unsafe {
+            let low = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+            let sum = _mm_add_ps(_mm256_castps256_ps128(low), _mm256_extractf128_ps::<1>(low));
+            std::mem::transmute::<__m128, [f32; 4]>(sum)
+        }
+    }
+
+    // SAFETY, for both: the trait's contract; intrinsics have no other conditions than features and what pointers cover.
+    impl Lanes for Ymm {
+        const N: usize = 8;
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            // SAFETY: see above.
+            Ymm(unsafe { _mm256_set1_ps(x) })
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self {
+            // SAFETY: see above.
+            Ymm(unsafe { _mm256_loadu_ps(p) })
+        }
+        #[inline(always)]
+        unsafe fn load_half(p: *const f16) -> Self {
+            // SAFETY: see above.
+            Ymm(unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) })
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            // SAFETY: see above.
+            unsafe { _mm256_storeu_ps(p, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn add_product(self, a: Self, b: Self) -> Self {
+            // SAFETY: see above.
+            Ymm(unsafe { _mm256_fmadd_ps(a.0, b.0, self.0) })
+        }
+        #[inline(always)]
+        unsafe fn sums(v: [Self; 4]) -> [f32; 4] {
+            // SAFETY: see above.
+            unsafe { sums_ymm(v.map(|v| v.0)) }
+        }
+    }
+
+    /// AVX-512 F and DQ.
+    #[derive(Clone, Copy)]
+    pub struct Zmm(__m512);
+
+    impl Lanes for Zmm {
+        const N: usize = 16;
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            // SAFETY: see above.
+            Zmm(unsafe { _mm512_set1_ps(x) })
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self {
+            // SAFETY: see above.
+            Zmm(unsafe { _mm512_loadu_ps(p) })
+        }
+        #[inline(always)]
+        unsafe fn load_half(p: *const f16) -> Self {
+            // SAFETY: see above.
+            Zmm(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) })
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            // SAFETY: see above.
+            unsafe { _mm512_storeu_ps(p, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn add_product(self, a: Self, b: Self) -> Self {
+            // SAFETY: see above.
+            Zmm(unsafe { _mm512_fmadd_ps(a.0, b.0, self.0) })
+        }
+        #[inline(always)]
+        unsafe fn sums(v: [Self; 4]) -> [f32; 4] {
+            // SAFETY: see above.
+            unsafe { sums_ymm(v.map(|v| _mm256_add_ps(_mm512_castps512_ps256(v.0), _mm512_extractf32x8_ps::<1>(v.0)))) }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub use x86::{Ymm, Zmm};

@@ -1,0 +1,251 @@
+//! Tiles of codes in f32: unpacking, and sums of values over rows. One body each, for every [`Unpack`].
+
+use super::dense::{MatMut, MatRef};
+use super::lanes::{Lanes, Plain, LANES};
+use super::{dense, quant, Products, Widths};
+use crate::config::TILE;
+
+/// A level's way from codes to floats.
+pub trait Unpack: Lanes {
+    /// The 64 values of a packed coefficient.
+    ///
+    /// # Safety
+    /// The level's features are there; `packed` has the bytes of a coefficient of `WIDTH` bits.
+    unsafe fn unpack<const WIDTH: u32>(packed: &[u8], out: &mut [f32; TILE]);
+}
+
+impl Unpack for Plain {
+    #[inline(always)]
+    unsafe fn unpack<const WIDTH: u32>(packed: &[u8], out: &mut [f32; TILE]) {
+        quant::unpack(WIDTH, packed, out)
+    }
+}
+
+#[inline(always)]
+unsafe fn unpack_run<V: Unpack, const WIDTH: u32>(codes: &[u8], out: &mut [[f32; TILE]]) {
+    for (packed, out) in codes.chunks_exact(quant::coefficient_bytes(WIDTH)).zip(out) {
+        // SAFETY: the slice has the coefficient's bytes; features are the caller's.
+        unsafe { V::unpack::<WIDTH>(packed, out) }
+    }
+}
+
+/// The values of the first coefficients of a tile, as many as there are in `out`.
+///
+/// # Safety
+/// The features of `V` are there.
+#[inline(always)]
+pub unsafe fn unpack_tile<V: Unpack>(widths: Widths, codes: &[u8], out: &mut [[f32; TILE]]) {
+    let (mut codes, mut out) = (&codes[..widths.bytes()], out);
+    for (n, bits) in widths.counts.into_iter().zip(Widths::BITS) {
+        let (run, later) = codes.split_at(n * quant::coefficient_bytes(bits));
+        let (values, rest) = out.split_at_mut(n.min(out.len()));
+        // SAFETY: features are the caller's.
+        unsafe {
+            match bits {
+                8 => unpack_run::<V, 8>(run, values),
+                6 => unpack_run::<V, 6>(run, values),
+                5 => unpack_run::<V, 5>(run, values),
+                4 => unpack_run::<V, 4>(run, values),
+                3 => unpack_run::<V, 3>(run, values),
+                2 => unpack_run::<V, 2>(run, values),
+                _ => unpack_run::<V, 1>(run, values),
+            }
+        }
+        (codes, out) = (later, rest);
+    }
+}
+
+/// `sums[j][q] += sum_i values[j][i] * p[q][i]` for `Q` queries, each sum left in 16 lanes. `n` queries lie between coefficients.
+#[inline(always)]
+unsafe fn values_block<V: Lanes, const Q: usize>(values: &[[f32; TILE]], p: *const f32, stride: usize, sums: *mut f32, n: usize) {
+    for (j, values) in values.iter().enumerate() {
+        for lane in (0..LANES).step_by(V::N) {
+            // SAFETY: `add_values` checked that all of it is there; features are the caller's.
+            unsafe {
+                let sums = sums.add(j * n * LANES + lane);
+                let mut acc: [V; Q] = std::array::from_fn(|q| V::load(sums.add(q * LANES)));
+                for i in (0..TILE).step_by(LANES) {
+                    let x = V::load(values.as_ptr().add(i + lane));
+                    for (q, acc) in acc.iter_mut().enumerate() {
+                        *acc = acc.add_product(x, V::load(p.add(q * stride + i + lane)));
+                    }
+                }
+                for (q, acc) in acc.into_iter().enumerate() {
+                    acc.store(sums.add(q * LANES));
+                }
+            }
+        }
+    }
+}
+
+/// `sums[j][q] += sum_i values[j][i] * p[q][i]` for `n` queries, each sum left in 16 lanes; rows of `p` are `stride` apart.
+///
+/// # Safety
+/// The features of `V` are there.
+#[inline(always)]
+pub unsafe fn add_values<V: Lanes>(values: &[[f32; TILE]], p: &[f32], stride: usize, n: usize, sums: &mut [f32]) {
+    assert!(sums.len() >= values.len() * n * LANES && p.len() >= (n - 1) * stride + TILE);
+    for q in (0..n).step_by(4) {
+        // SAFETY: the queries from `q` on are inside of what was checked.
+        unsafe {
+            let (p, sums) = (p.as_ptr().add(q * stride), sums.as_mut_ptr().add(q * LANES));
+            match n - q {
+                1 => values_block::<V, 1>(values, p, stride, sums, n),
+                2 => values_block::<V, 2>(values, p, stride, sums, n),
+                3 => values_block::<V, 3>(values, p, stride, sums, n),
+                _ => values_block::<V, 4>(values, p, stride, sums, n),
+            }
+        }
+    }
+}
+
+/// `out[q] = sum_j z[q][j] * value[j]` over the first `first` coefficients, zeros when there is none.
+///
+/// # Safety
+/// The features of `V` are there.
+#[inline(always)]
+pub unsafe fn wide_scores<V: Unpack, const C: usize>(s: &mut Products, codes: &[u8], first: usize, out: &mut [f32], stride: usize) {
+    out.chunks_mut(stride).take(s.n).for_each(|out| out[..TILE].fill(0.0));
+    s.values.resize(first * TILE * 4);
+    let values = &mut s.values.floats_mut()[..first * TILE];
+    // SAFETY: features are the caller's.
+    unsafe {
+        unpack_tile::<V>(s.widths, codes, values.as_chunks_mut().0);
+        dense::multiply::<V, C>(MatRef::new(s.z.floats(), s.stride), MatRef::new(values, TILE), MatMut::new(out, stride), s.n, first, TILE);
+    }
+}
+
+/// [`add_values`] of the first `first` coefficients of some tiles, whose probabilities follow each other in `p`.
+///
+/// # Safety
+/// The features of `V` are there.
+#[expect(clippy::too_many_arguments, reason = "two factors and where their product goes")]
+#[inline(always)]
+pub unsafe fn wide_values<V: Unpack>(
+    widths: Widths,
+    tiles: &[&[u8]],
+    first: usize,
+    p: &[f32],
+    stride: usize,
+    n: usize,
+    sums: &mut [f32],
+    work: &mut Products,
+) {
+    if first == 0 {
+        return;
+    }
+    work.values.resize(first * TILE * 4);
+    let (values, _) = work.values.floats_mut()[..first * TILE].as_chunks_mut();
+    for (t, codes) in tiles.iter().enumerate() {
+        // SAFETY: features are the caller's.
+        unsafe {
+            unpack_tile::<V>(widths, codes, values);
+            add_values::<V>(values, &p[t * TILE..], stride, n, sums);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::super::lanes::{Ymm, Zmm};
+    use super::super::quant::{A_8, B_8, LEVELS_1, LEVELS_2, LEVELS_3, LEVELS_4, LEVELS_5, LEVELS_6};
+    use super::{Unpack, TILE};
+    use std::arch::x86_64::*;
+
+    impl Unpack for Ymm {
+        #[inline(always)]
+        unsafe fn unpack<const WIDTH: u32>(packed: &[u8], out: &mut [f32; TILE]) {
+            let (p, out) = (packed.as_ptr(), out.as_mut_ptr());
+            // SAFETY: loads of 8 bytes lie inside the planes of `WIDTH`; tables have an entry for every index that is made.
+            unsafe {
+                let bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+                let wide = |at: usize| _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(at).cast()));
+                // All ones where the row's bit in a 1-bit plane is set.
+                let is_set = |at: usize| _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(i32::from(*p.add(at))), bits), bits);
+                let right = |x: __m256i, n: usize| _mm256_srl_epi32(x, _mm_cvtsi32_si128(n as i32));
+                let masked = |x: __m256i, n: usize, mask: i32| _mm256_and_si256(right(x, n), _mm256_set1_epi32(mask));
+                for row in (0..TILE).step_by(8) {
+                    let (group, half) = (row / 16, row % 16);
+                    let value = match WIDTH {
+                        1 => _mm256_blendv_ps(_mm256_set1_ps(LEVELS_1[0]), _mm256_set1_ps(LEVELS_1[1]), _mm256_castsi256_ps(is_set(row / 8))),
+                        2 => {
+                            let levels = _mm256_broadcast_ps(&*LEVELS_2.as_ptr().cast::<__m128>());
+                            _mm256_permutevar_ps(levels, right(wide(half), 2 * group))
+                        }
+                        3 => {
+                            let high = _mm256_and_si256(is_set(16 + row / 8), _mm256_set1_epi32(4));
+                            let code = _mm256_or_si256(masked(wide(half), 2 * group, 3), high);
+                            _mm256_permutevar8x32_ps(_mm256_loadu_ps(LEVELS_3.as_ptr()), code)
+                        }
+                        4 => {
+                            let code = right(wide(row % 32), row / 32 * 4);
+                            let low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(LEVELS_4.as_ptr()), code);
+                            let high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(LEVELS_4.as_ptr().add(8)), code);
+                            _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(code)))
+                        }
+                        5 => {
+                            let high = _mm256_and_si256(is_set(32 + row / 8), _mm256_set1_epi32(16));
+                            _mm256_i32gather_ps::<4>(LEVELS_5.as_ptr(), _mm256_or_si256(masked(wide(row % 32), row / 32 * 4, 15), high))
+                        }
+                        6 => {
+                            let high = _mm256_slli_epi32::<4>(masked(wide(32 + half), 2 * group, 3));
+                            _mm256_i32gather_ps::<4>(LEVELS_6.as_ptr(), _mm256_or_si256(masked(wide(row % 32), row / 32 * 4, 15), high))
+                        }
+                        8 => {
+                            let c = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.add(row).cast())));
+                            _mm256_mul_ps(c, _mm256_fmadd_ps(_mm256_mul_ps(c, c), _mm256_set1_ps(B_8), _mm256_set1_ps(A_8)))
+                        }
+                        _ => _mm256_setzero_ps(),
+                    };
+                    _mm256_storeu_ps(out.add(row), value);
+                }
+            }
+        }
+    }
+
+    impl Unpack for Zmm {
+        #[inline(always)]
+        unsafe fn unpack<const WIDTH: u32>(packed: &[u8], out: &mut [f32; TILE]) {
+            let (p, out) = (packed.as_ptr(), out.as_mut_ptr());
+            // SAFETY: loads of 16 bytes and of 2-byte masks lie inside the planes of `WIDTH`; permutations look at the low bits of an index only.
+            unsafe {
+                let wide = |at: usize| _mm512_cvtepu8_epi32(_mm_loadu_si128(p.add(at).cast()));
+                let mask = |at: usize| p.add(at).cast::<u16>().read_unaligned();
+                let right = |x: __m512i, n: usize| _mm512_srl_epi32(x, _mm_cvtsi32_si128(n as i32));
+                let four = |levels: *const f32| _mm512_broadcast_f32x4(_mm_loadu_ps(levels));
+                for group in 0..4 {
+                    // A row of nibbles has 32 bytes.
+                    let nibbles = || right(wide(group % 2 * 16), group / 2 * 4);
+                    let value = match WIDTH {
+                        1 => _mm512_mask_blend_ps(mask(2 * group), _mm512_set1_ps(LEVELS_1[0]), _mm512_set1_ps(LEVELS_1[1])),
+                        2 => _mm512_permutevar_ps(four(LEVELS_2.as_ptr()), right(wide(0), 2 * group)),
+                        3 => {
+                            let code = right(wide(0), 2 * group);
+                            let low = _mm512_permutevar_ps(four(LEVELS_3.as_ptr()), code);
+                            _mm512_mask_permutevar_ps(low, mask(16 + 2 * group), four(LEVELS_3.as_ptr().add(4)), code)
+                        }
+                        4 => _mm512_permutexvar_ps(nibbles(), _mm512_loadu_ps(LEVELS_4.as_ptr())),
+                        5 => {
+                            let low = _mm512_permutexvar_ps(nibbles(), _mm512_loadu_ps(LEVELS_5.as_ptr()));
+                            _mm512_mask_permutexvar_ps(low, mask(32 + 2 * group), nibbles(), _mm512_loadu_ps(LEVELS_5.as_ptr().add(16)))
+                        }
+                        6 => {
+                            let high = right(wide(32), 2 * group);
+                            let code = _mm512_or_si512(_mm512_and_si512(nibbles(), _mm512_set1_epi32(15)), _mm512_slli_epi32::<4>(high));
+                            let part = |at: usize| _mm512_loadu_ps(LEVELS_6.as_ptr().add(at));
+                            let low = _mm512_permutex2var_ps(part(0), code, part(16));
+                            let top = _mm512_test_epi32_mask(high, _mm512_set1_epi32(2));
+                            _mm512_mask_blend_ps(top, low, _mm512_permutex2var_ps(part(32), code, part(48)))
+                        }
+                        8 => {
+                            let c = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.add(16 * group).cast())));
+                            _mm512_mul_ps(c, _mm512_fmadd_ps(_mm512_mul_ps(c, c), _mm512_set1_ps(B_8), _mm512_set1_ps(A_8)))
+                        }
+                        _ => _mm512_setzero_ps(),
+                    };
+                    _mm512_storeu_ps(out.add(16 * group), value);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,384 @@
+//! Tiles of codes in whole numbers (AVX-512 VNNI and VBMI): codes of 1 to 5 bits become bytes, and 64 products of bytes are one instruction.
+//!
+//! Levels of these widths are whole multiples of a step ([`quant::STEP`]), so codes are exact as bytes; they are stored with 128 added, because the
+//! instruction multiplies unsigned by signed. The other factor, queries or probabilities, is cut into three digits of base 256
+//! relative to its largest element: 24 bits, as exact as f32, and sums of whole numbers do not depend on their order. Wider
+//! codes are rare and take the f32 way. Measured against AVX-512 in f32: see `benches/kernels.rs`.
+
+use super::lanes::{Zmm, LANES};
+use super::quant::{self, STEP};
+use super::tile;
+use super::{Products, Widths};
+use crate::config::TILE;
+use std::arch::x86_64::*;
+
+/// Digits of base 256 of a factor.
+const DIGITS: usize = 3;
+/// What the largest element of a factor becomes: its digits then lie between -128 and 127.
+const FULL: f32 = 8_355_000.0;
+/// What is added to a level to make it unsigned.
+const OFFSET: i32 = 128;
+
+/// Bytes of the levels by code, repeated to 64: an index is looked at in its low bits only.
+const fn table<const N: usize>(units: &[i8; N], from: usize, n: usize) -> [u8; 64] {
+    let mut out = [0; 64];
+    let mut i = 0;
+    while i < 64 {
+        out[i] = (units[from + i % n] as i32 + OFFSET) as u8;
+        i += 1;
+    }
+    out
+}
+
+static TABLE_1: [[u8; 64]; 2] = [table(&quant::UNITS_1, 0, 1), table(&quant::UNITS_1, 1, 1)];
+static TABLE_2: [u8; 64] = table(&quant::UNITS_2, 0, 4);
+static TABLE_3: [[u8; 64]; 2] = [table(&quant::UNITS_3, 0, 4), table(&quant::UNITS_3, 4, 4)];
+static TABLE_4: [u8; 64] = table(&quant::UNITS_4, 0, 16);
+static TABLE_5: [[u8; 64]; 2] = [table(&quant::UNITS_5, 0, 16), table(&quant::UNITS_5, 16, 16)];
+
+/// Levels of a packed coefficient, a byte per row.
+#[inline(always)]
+unsafe fn bytes<const WIDTH: u32>(p: *const u8) -> __m512i {
+    // SAFETY: the caller's features, and the planes of a coefficient of `WIDTH` bits at `p`.
+    unsafe {
+        let load = |t: &[u8; 64]| _mm512_loadu_si512(t.as_ptr().cast());
+        let mask = |at: usize| p.add(at).cast::<u64>().read_unaligned();
+        // Each 128-bit lane gets its own two bits (or nibble) lowest in every byte; what lies above is not looked at.
+        let pairs = || {
+            let shifts = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
+            _mm512_srlv_epi32(_mm512_broadcast_i32x4(_mm_loadu_si128(p.cast())), shifts)
+        };
+        let nibbles = || {
+            let shifts = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4);
+            _mm512_srlv_epi32(_mm512_broadcast_i64x4(_mm256_loadu_si256(p.cast())), shifts)
+        };
+        let two = |code: __m512i, mask: u64, t: &[[u8; 64]; 2]| {
+            _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(code, load(&t[0])), mask, code, load(&t[1]))
+        };
+        match WIDTH {
+            1 => _mm512_mask_blend_epi8(mask(0), load(&TABLE_1[0]), load(&TABLE_1[1])),
+            2 => _mm512_permutexvar_epi8(pairs(), load(&TABLE_2)),
+            3 => two(pairs(), mask(16), &TABLE_3),
+            4 => _mm512_permutexvar_epi8(nibbles(), load(&TABLE_4)),
+            _ => two(nibbles(), mask(32), &TABLE_5),
+        }
+    }
+}
+
+/// Coefficients that take the f32 way: those of 8 and 6 bits, which come first.
+fn wide(widths: Widths) -> usize {
+    widths.counts[0] + widths.counts[1]
+}
+
+/// The runs of coefficients of 5 to 1 bits: width, number, first byte in a tile.
+fn runs(widths: Widths) -> impl Iterator<Item = (u32, usize, usize)> {
+    let mut at = 0;
+    let run = move |(n, bits): (usize, u32)| {
+        let from = at;
+        at += n * quant::coefficient_bytes(bits);
+        (bits, n, from)
+    };
+    widths.counts.into_iter().zip(Widths::BITS).map(run).skip(2)
+}
+
+/// Cut 16 numbers, scaled to [`FULL`], into digits; the lowest first.
+#[inline(always)]
+unsafe fn digits(x: __m512) -> [__m128i; DIGITS] {
+    // SAFETY: the caller's features.
+    unsafe {
+        let mut x = _mm512_cvtps_epi32(x);
+        std::array::from_fn(|_| {
+            let digit = _mm512_cvtepi32_epi8(x);
+            // What is left after a digit from -128 to 127.
+            x = _mm512_srai_epi32::<8>(_mm512_add_epi32(x, _mm512_set1_epi32(OFFSET)));
+            digit
+        })
+    }
+}
+
+/// The number that sums over each digit stand for, times `scale`.
+#[inline(always)]
+unsafe fn join(sums: [__m512i; DIGITS], scale: __m512) -> __m512 {
+    // SAFETY: the caller's features.
+    unsafe {
+        let [low, middle, high] = sums.map(|s| _mm512_cvtepi32_ps(s));
+        let base = _mm512_set1_ps(256.0);
+        _mm512_mul_ps(_mm512_fmadd_ps(_mm512_fmadd_ps(high, base, middle), base, low), scale)
+    }
+}
+
+fn magnitude(x: &[f32]) -> f32 {
+    x.iter().fold(0.0, |a, x| a.max(x.abs()))
+}
+
+/// See [`super::Kernels::prepare`].
+///
+/// # Safety
+/// AVX-512 F, BW, VL, DQ, VNNI and VBMI are there.
+#[inline(always)]
+pub unsafe fn prepare(s: &mut Products) {
+    let (first, rank) = (wide(s.widths), s.widths.rank());
+    let padded = (rank - first).next_multiple_of(64);
+    s.digits.resize(s.n * DIGITS * padded);
+    s.offsets.clear();
+    s.scales.clear();
+    let mut row = [0.0f32; 1024];
+    for q in 0..s.n {
+        let z = &s.z.floats()[q * s.stride + first..][..rank - first];
+        row[..padded].fill(0.0);
+        let mut j = 0;
+        for (bits, n, _) in runs(s.widths) {
+            for (row, z) in row[j..j + n].iter_mut().zip(&z[j..]) {
+                *row = z * STEP[bits as usize];
+            }
+            j += n;
+        }
+        let largest = magnitude(&row[..padded]);
+        let up = if largest > 0.0 { FULL / largest } else { 0.0 };
+        s.scales.push(if largest > 0.0 { largest / FULL } else { 0.0 });
+        let out = &mut s.digits.bytes_mut()[q * DIGITS * padded..][..DIGITS * padded];
+        for i in (0..padded).step_by(LANES) {
+            // SAFETY: 16 floats and, per digit, 16 bytes are there; features are the caller's.
+            unsafe {
+                let d = digits(_mm512_mul_ps(_mm512_loadu_ps(row.as_ptr().add(i)), _mm512_set1_ps(up)));
+                for (k, d) in d.into_iter().enumerate() {
+                    _mm_storeu_si128(out.as_mut_ptr().add(k * padded + i).cast(), d);
+                }
+            }
+        }
+        let offset = |digits: &[u8]| digits.iter().map(|d| i32::from(*d as i8)).sum::<i32>() * OFFSET;
+        s.offsets.extend(out.chunks_exact(padded.max(1)).map(offset));
+    }
+}
+
+/// `WIDTH` bits of `n` coefficients to bytes.
+#[inline(always)]
+unsafe fn unpack_run<const WIDTH: u32>(codes: &[u8], out: &mut [u8]) {
+    for (packed, out) in codes.chunks_exact(quant::coefficient_bytes(WIDTH)).zip(out.chunks_exact_mut(TILE)) {
+        // SAFETY: both slices have a coefficient's bytes; features are the caller's.
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), bytes::<WIDTH>(packed.as_ptr())) }
+    }
+}
+
+/// Four coefficients of 64 rows become rows of four: vector `r`, lane `l`, word `t` has row `16 l + 4 r + t`.
+#[inline(always)]
+unsafe fn interleave(c: [__m512i; 4]) -> [__m512i; 4] {
+    // SAFETY: the caller's features.
+    unsafe {
+        let pairs = [
+            [_mm512_unpacklo_epi8(c[0], c[1]), _mm512_unpacklo_epi8(c[2], c[3])],
+            [_mm512_unpackhi_epi8(c[0], c[1]), _mm512_unpackhi_epi8(c[2], c[3])],
+        ];
+        [
+            _mm512_unpacklo_epi16(pairs[0][0], pairs[0][1]),
+            _mm512_unpackhi_epi16(pairs[0][0], pairs[0][1]),
+            _mm512_unpacklo_epi16(pairs[1][0], pairs[1][1]),
+            _mm512_unpackhi_epi16(pairs[1][0], pairs[1][1]),
+        ]
+    }
+}
+
+/// Scores of `Q` queries: `rows` has four interleaved vectors for every four coefficients.
+#[inline(always)]
+unsafe fn scores<const Q: usize>(rows: &[u8], digits: *const u8, padded: usize, offsets: &[i32], scales: &[f32], out: *mut f32, stride: usize) {
+    // SAFETY: `tile_scores` checked what pointers cover; features are the caller's.
+    unsafe {
+        let mut acc: [[[__m512i; 4]; DIGITS]; Q] = std::array::from_fn(|q| std::array::from_fn(|d| [_mm512_set1_epi32(-offsets[q * DIGITS + d]); 4]));
+        for (i, four) in rows.chunks_exact(4 * TILE).enumerate() {
+            let codes: [__m512i; 4] = std::array::from_fn(|r| _mm512_loadu_si512(four.as_ptr().add(r * TILE).cast()));
+            for (q, acc) in acc.iter_mut().enumerate() {
+                for (d, acc) in acc.iter_mut().enumerate() {
+                    let z = _mm512_set1_epi32(digits.add((q * DIGITS + d) * padded + 4 * i).cast::<i32>().read_unaligned());
+                    for (acc, codes) in acc.iter_mut().zip(codes) {
+                        *acc = _mm512_dpbusd_epi32(*acc, codes, z);
+                    }
+                }
+            }
+        }
+        for (q, acc) in acc.into_iter().enumerate() {
+            let scale = _mm512_set1_ps(scales[q]);
+            let [a, b, c, d]: [__m512; 4] = std::array::from_fn(|r| join(std::array::from_fn(|k| acc[k][r]), scale));
+            let (even, odd) = (
+                [_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d)],
+                [_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(c, d)],
+            );
+            let in_order = [
+                _mm512_shuffle_f32x4::<0x88>(even[0], even[1]),
+                _mm512_shuffle_f32x4::<0x88>(odd[0], odd[1]),
+                _mm512_shuffle_f32x4::<0xdd>(even[0], even[1]),
+                _mm512_shuffle_f32x4::<0xdd>(odd[0], odd[1]),
+            ];
+            for (l, x) in in_order.into_iter().enumerate() {
+                let out = out.add(q * stride + l * LANES);
+                _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), x));
+            }
+        }
+    }
+}
+
+/// See [`super::Kernels::tile_scores`].
+///
+/// # Safety
+/// As [`prepare`], which was called.
+#[inline(always)]
+pub unsafe fn tile_scores(s: &mut Products, codes: &[u8], out: &mut [f32], stride: usize) {
+    let (first, rank) = (wide(s.widths), s.widths.rank());
+    let (narrow, padded) = (rank - first, (rank - first).next_multiple_of(64));
+    assert!(codes.len() >= s.widths.bytes() && s.n > 0 && out.len() >= (s.n - 1) * stride + TILE);
+    assert!(s.digits.bytes().len() >= s.n * DIGITS * padded && s.offsets.len() == s.n * DIGITS.min(DIGITS * padded));
+    // SAFETY: features are the caller's, sizes were checked.
+    unsafe {
+        tile::wide_scores::<Zmm, 4>(s, codes, first, out, stride);
+        if narrow == 0 {
+            return;
+        }
+        s.unpacked.resize(narrow.next_multiple_of(4) * TILE);
+        let rows = &mut s.unpacked.bytes_mut()[..narrow.next_multiple_of(4) * TILE];
+        let mut at = 0;
+        for (bits, n, from) in runs(s.widths) {
+            let (codes, out) = (&codes[from..from + n * quant::coefficient_bytes(bits)], &mut rows[at * TILE..(at + n) * TILE]);
+            match bits {
+                5 => unpack_run::<5>(codes, out),
+                4 => unpack_run::<4>(codes, out),
+                3 => unpack_run::<3>(codes, out),
+                2 => unpack_run::<2>(codes, out),
+                _ => unpack_run::<1>(codes, out),
+            }
+            at += n;
+        }
+        for four in rows.chunks_exact_mut(4 * TILE) {
+            let p = four.as_mut_ptr();
+            let v = interleave(std::array::from_fn(|r| _mm512_loadu_si512(p.add(r * TILE).cast())));
+            v.into_iter().enumerate().for_each(|(r, v)| _mm512_storeu_si512(p.add(r * TILE).cast(), v));
+        }
+        for q in (0..s.n).step_by(2) {
+            let (digits, out) = (s.digits.bytes().as_ptr().add(q * DIGITS * padded), out.as_mut_ptr().add(q * stride));
+            let (offsets, scales) = (&s.offsets[q * DIGITS..], &s.scales[q..]);
+            match s.n - q {
+                1 => scores::<1>(rows, digits, padded, offsets, scales, out, stride),
+                _ => scores::<2>(rows, digits, padded, offsets, scales, out, stride),
+            }
+        }
+    }
+}
+
+/// What sums of `Q` queries start from, and where they go.
+struct Sums<'a> {
+    /// Digits of the probabilities, `tiles x Q x DIGITS x 64`.
+    digits: *const u8,
+    /// Per query and digit, what the levels' offset adds to the sums, in lanes.
+    offsets: &'a [__m512i],
+    scales: [f32; 4],
+    /// Coefficients' sums, 16 lanes for each of `n` queries, the first query's.
+    out: *mut f32,
+    n: usize,
+}
+
+/// Sums of `C` coefficients from byte `at` of each tile on.
+#[inline(always)]
+unsafe fn value_block<const WIDTH: u32, const C: usize, const Q: usize>(tiles: &[&[u8]], at: usize, j: usize, s: &Sums) {
+    // SAFETY: `tile_values` checked what pointers cover; features are the caller's.
+    unsafe {
+        let mut acc: [[[__m512i; DIGITS]; Q]; C] =
+            [std::array::from_fn(|q| std::array::from_fn(|d| _mm512_sub_epi32(_mm512_setzero_si512(), s.offsets[q * DIGITS + d]))); C];
+        for (t, tile) in tiles.iter().enumerate() {
+            let codes: [__m512i; C] = std::array::from_fn(|c| bytes::<WIDTH>(tile.as_ptr().add(at + c * quant::coefficient_bytes(WIDTH))));
+            for q in 0..Q {
+                for d in 0..DIGITS {
+                    let p = _mm512_loadu_si512(s.digits.add(((t * Q + q) * DIGITS + d) * TILE).cast());
+                    for (acc, codes) in acc.iter_mut().zip(codes) {
+                        acc[q][d] = _mm512_dpbusd_epi32(acc[q][d], codes, p);
+                    }
+                }
+            }
+        }
+        for (c, acc) in acc.into_iter().enumerate() {
+            for (q, acc) in acc.into_iter().enumerate() {
+                let out = s.out.add(((j + c) * s.n + q) * LANES);
+                let x = join(acc, _mm512_set1_ps(s.scales[q] * STEP[WIDTH as usize]));
+                _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), x));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn value_run<const WIDTH: u32, const Q: usize>(tiles: &[&[u8]], from: usize, j: usize, n: usize, s: &Sums) {
+    let size = quant::coefficient_bytes(WIDTH);
+    // SAFETY: the caller's.
+    unsafe {
+        for i in (0..n / 2 * 2).step_by(2) {
+            value_block::<WIDTH, 2, Q>(tiles, from + i * size, j + i, s);
+        }
+        if n % 2 == 1 {
+            value_block::<WIDTH, 1, Q>(tiles, from + (n - 1) * size, j + n - 1, s);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn values<const Q: usize>(widths: Widths, tiles: &[&[u8]], p: *const f32, stride: usize, digit_bytes: &mut [u8], out: *mut f32, n: usize) {
+    // SAFETY: `tile_values` checked what pointers cover; features are the caller's.
+    unsafe {
+        let mut offsets = [_mm512_setzero_si512(); 4 * DIGITS];
+        let mut scales = [0.0; 4];
+        for q in 0..Q {
+            let row = std::slice::from_raw_parts(p.add(q * stride), tiles.len() * TILE);
+            let largest = magnitude(row);
+            let up = _mm512_set1_ps(if largest > 0.0 { FULL / largest } else { 0.0 });
+            scales[q] = largest / FULL;
+            for t in 0..tiles.len() {
+                let to = digit_bytes.as_mut_ptr().add((t * Q + q) * DIGITS * TILE);
+                for i in (0..TILE).step_by(LANES) {
+                    let d = digits(_mm512_mul_ps(_mm512_loadu_ps(row.as_ptr().add(t * TILE + i)), up));
+                    d.into_iter().enumerate().for_each(|(k, d)| _mm_storeu_si128(to.add(k * TILE + i).cast(), d));
+                }
+                for d in 0..DIGITS {
+                    let offset = &mut offsets[q * DIGITS + d];
+                    *offset = _mm512_dpbusd_epi32(*offset, _mm512_set1_epi8(OFFSET as i8), _mm512_loadu_si512(to.add(d * TILE).cast()));
+                }
+            }
+        }
+        let s = Sums { digits: digit_bytes.as_ptr(), offsets: &offsets, scales, out, n };
+        let mut j = wide(widths);
+        for (bits, count, from) in runs(widths) {
+            match bits {
+                5 => value_run::<5, Q>(tiles, from, j, count, &s),
+                4 => value_run::<4, Q>(tiles, from, j, count, &s),
+                3 => value_run::<3, Q>(tiles, from, j, count, &s),
+                2 => value_run::<2, Q>(tiles, from, j, count, &s),
+                _ => value_run::<1, Q>(tiles, from, j, count, &s),
+            }
+            j += count;
+        }
+    }
+}
+
+/// See [`super::Kernels::tile_values`].
+///
+/// # Safety
+/// As [`prepare`].
+#[inline(always)]
+pub unsafe fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: usize, n: usize, sums: &mut [f32], work: &mut Products) {
+    let length = tiles.len() * TILE;
+    assert!(tiles.iter().all(|t| t.len() >= widths.bytes()) && tiles.len() <= super::BATCH);
+    assert!(n > 0 && length <= stride && p.len() >= (n - 1) * stride + length && sums.len() >= widths.rank() * n * LANES);
+    // SAFETY: features are the caller's, sizes were checked.
+    unsafe {
+        tile::wide_values::<Zmm>(widths, tiles, wide(widths), p, stride, n, sums, work);
+        if wide(widths) == widths.rank() {
+            return;
+        }
+        work.unpacked.resize(length * 4 * DIGITS);
+        let digits = work.unpacked.bytes_mut();
+        for q in (0..n).step_by(4) {
+            let (p, out) = (p.as_ptr().add(q * stride), sums.as_mut_ptr().add(q * LANES));
+            match n - q {
+                1 => values::<1>(widths, tiles, p, stride, digits, out, n),
+                2 => values::<2>(widths, tiles, p, stride, digits, out, n),
+                3 => values::<3>(widths, tiles, p, stride, digits, out, n),
+                _ => values::<4>(widths, tiles, p, stride, digits, out, n),
+            }
+        }
+    }
+}
