@@ -5,9 +5,9 @@
 //! nor about threads.
 
 use super::arena::{self, ExactRows};
-use super::plan::{self, Change, Plan, SealRow, Source};
+use super::plan::{self, Change, Plan, Source};
 use crate::attention::Scoring;
-use crate::codec::{self, calibration::Calibration, fit, Basis, TileMap};
+use crate::codec::{self, calibration::Calibration, fit, Basis, TileMap, TileWork};
 use crate::config::{Geometry, LayerGeometry, MAX_QUERIES, TILE};
 use crate::error::{argument, Error, Result};
 use crate::rope::{Rope, RopeParams, Turn};
@@ -151,6 +151,7 @@ struct Scratch {
     rows_k: Vec<f32>,
     rows_v: Vec<f32>,
     work: Vec<f32>,
+    tile: TileWork,
 }
 
 thread_local! {
@@ -364,9 +365,14 @@ impl Layer {
                 (simd::kernels().widen)(&rows.row(slot)[g.d_k..], value);
             }
             (Source::Token(t), Some((k, v))) => {
-                key.copy_from_slice(k.head(t, head, g.d_k));
-                value.copy_from_slice(v.head(t, head, g.d_v));
-                key.iter_mut().chain(value).for_each(|x| *x = f16::from_f32(*x).to_f32());
+                let mut halves = [f16::ZERO; TILE];
+                for (rows, d, out) in [(k, g.d_k, key), (v, g.d_v, value)] {
+                    for (x, out) in rows.head(t, head, d).chunks(TILE).zip(out.chunks_mut(TILE)) {
+                        let halves = &mut halves[..x.len()];
+                        halves.convert_from_f32_slice(x);
+                        (simd::kernels().widen)(halves, out);
+                    }
+                }
             }
             (Source::Token(_), None) => {
                 key.fill(0.0);
@@ -388,10 +394,11 @@ impl Layer {
         let (bk, bv) = bases.split_at(LayerGeometry::basis_bytes_of(g.d_k));
         let map = TileMap::of(self.geometry.band_tiles, g, bases);
         SCRATCH.with_borrow_mut(|s| {
-            s.bases.0.load(bk, g.d_k, true)?;
-            s.bases.1.load(bv, g.d_v, true)?;
+            s.bases.0.load_encoder(bk, g.d_k)?;
+            s.bases.1.load_encoder(bv, g.d_v)?;
             let mut turn = Turn::default();
-            s.rows_k.resize(g.head_elements(), 0.0);
+            s.rows_k.resize(TILE * g.d_k, 0.0);
+            s.rows_v.resize(TILE * g.d_v, 0.0);
             for change in plan.changes() {
                 let (tile, rows) = match change {
                     Change::Move { from, to } => {
@@ -400,21 +407,25 @@ impl Layer {
                         continue;
                     }
                     Change::Recode { from, to } => {
-                        codec::recode_tile((&s.bases.0, &s.bases.1), &map, tiles, from, to);
+                        codec::recode_tile(kernels, (&s.bases.0, &s.bases.1), &map, tiles, (from, to), &mut s.tile);
                         continue;
                     }
                     Change::Seal { tile, rows } => (tile, rows),
                 };
                 let place = map.place(tile);
                 let [(gk, ck), (gv, cv)] = codec::split_tile_mut(&mut tiles[place.bytes], place.k);
-                for (row, SealRow { source: from, turn: t }) in rows.enumerate() {
-                    let (k, v) = s.rows_k.split_at_mut(g.d_k);
-                    source(from, k, v);
-                    self.rope.turn(i64::from(t), &mut turn);
+                let mut last = None;
+                for ((row, k), v) in rows.zip(s.rows_k.chunks_exact_mut(g.d_k)).zip(s.rows_v.chunks_exact_mut(g.d_v)) {
+                    source(row.source, k, v);
+                    // Rows that nothing was done to since they were stored share their turn.
+                    if last != Some(row.turn) {
+                        self.rope.turn(i64::from(row.turn), &mut turn);
+                        last = Some(row.turn);
+                    }
                     self.rope.rotate(&turn, k);
-                    codec::encode_row(kernels, &s.bases.0, place.band, k, row, gk, ck, &mut s.work);
-                    codec::encode_row(kernels, &s.bases.1, place.band, v, row, gv, cv, &mut s.work);
                 }
+                codec::encode_tile(kernels, &s.bases.0, place.band, &s.rows_k[..TILE * g.d_k], gk, ck, &mut s.tile);
+                codec::encode_tile(kernels, &s.bases.1, place.band, &s.rows_v[..TILE * g.d_v], gv, cv, &mut s.tile);
             }
             Ok(())
         })
