@@ -3,7 +3,7 @@
 //! Levels are symmetric, so a magnitude is compared with the boundaries between the positive ones. Chooses the codes that
 //! [`quant::code`] would, up to rounding. Must not know about bases.
 
-use super::quant::{self, cubic, LEVELS_1, LEVELS_2, LEVELS_3, LEVELS_4, LEVELS_5, LEVELS_6};
+use super::quant::{self, cubic, A_8, B_8, LEVELS_1, LEVELS_2, LEVELS_3, LEVELS_4, LEVELS_5, LEVELS_6};
 use super::Widths;
 use crate::config::TILE;
 
@@ -39,11 +39,13 @@ fn positive(width: u32) -> (&'static [f32], &'static [f32]) {
 
 /// The 8-bit code nearest to a magnitude, by halving the interval.
 #[inline(always)]
-fn nearest_8(magnitude: f32) -> i32 {
-    let mut code = 0;
-    for step in [64, 32, 16, 8, 4, 2, 1] {
-        let c = (code + step) as f32;
-        code += if magnitude >= 0.5 * (cubic(c - 1.0) + cubic(c)) { step } else { 0 };
+fn nearest_8(magnitude: f32) -> f32 {
+    let mut code = 0.0f32;
+    for step in [64.0, 32.0, 16.0, 8.0, 4.0, 2.0, 1.0] {
+        // Half-way between the cubics of two whole numbers around `h`.
+        let h = code + (step - 0.5);
+        let bound = h * ((A_8 + 0.75 * B_8) + B_8 * (h * h));
+        code = if magnitude >= bound { code + step } else { code };
     }
     code
 }
@@ -53,7 +55,7 @@ fn nearest_8(magnitude: f32) -> i32 {
 fn level<const WIDTH: u32>(x: f32) -> f32 {
     let magnitude = x.abs();
     let level = if WIDTH == 8 {
-        cubic(nearest_8(magnitude) as f32)
+        cubic(nearest_8(magnitude))
     } else {
         let (levels, bounds) = positive(WIDTH);
         let mut level = levels[0];
@@ -75,7 +77,8 @@ fn code<const WIDTH: u32>(x: f32) -> u8 {
     let magnitude = x.abs();
     if WIDTH == 8 {
         let c = nearest_8(magnitude);
-        return (if x >= 0.0 { c } else { -c }) as u8;
+        // Adding 1.5 * 2^23 rounds to a whole number, whose low bits are then those of the sum.
+        return ((if x >= 0.0 { c } else { -c }) + 12_582_912.0).to_bits() as u8;
     }
     let (levels, bounds) = positive(WIDTH);
     let mut above = 0;
