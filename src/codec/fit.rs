@@ -1,7 +1,8 @@
 //! Fit of one layer: second moments, weighted Karhunen-Loeve bases and the layer's bit widths.
 //!
-//! In two halves: [`analyse`] finds in rows and queries what can be found without knowing a cache, [`Spectrum::bases`] spends the
-//! bits of one. The second may happen elsewhere, see [`super::calibration`].
+//! In two halves: [`analyse`] finds in rows and queries of a head what can be found without knowing a cache, [`Spectrum::bases`] spends
+//! the bits of one on the heads of a layer. The second may happen elsewhere, see [`super::calibration`], and later: heads need not be
+//! analysed in one step.
 //!
 //! Keys are weighted by the second moment of the queries as tiles see them, which makes the *score* error diagonal; values by
 //! the output projection. One bit budget covers all heads, K and V: a coefficient counts by what its error does to the layer's
@@ -40,20 +41,25 @@ pub struct Place {
     pub seq: i32,
 }
 
-/// Rows and queries a layer is fitted on; `k`, `k_framed` and `v` hold one vector per KV head, rows one after another.
+/// Rows and queries of one KV head.
+#[derive(Debug, Default)]
+pub struct HeadRows {
+    /// Keys as the model gives them (roped), one row after another.
+    pub k: Vec<f32>,
+    /// Keys in the frames of the tiles they will lie in.
+    pub k_framed: Vec<f32>,
+    /// Values.
+    pub v: Vec<f32>,
+    /// Roped queries: query-major, then the heads of the group.
+    pub q: Vec<f32>,
+}
+
+/// What the rows and queries are that the heads of a layer are fitted on.
 pub struct Sample<'a> {
     /// Where each row stands.
     pub rows: &'a [Place],
-    /// Keys as the model gives them (roped).
-    pub k: Vec<Vec<f32>>,
-    /// Keys in the frames of the tiles they will lie in.
-    pub k_framed: Vec<Vec<f32>>,
-    /// Values.
-    pub v: Vec<Vec<f32>>,
     /// Where each query stands.
     pub queries: &'a [Place],
-    /// Roped queries, one vector per KV head: query-major, then the heads of its group.
-    pub q: Vec<Vec<f32>>,
     /// Rows of the output projection, `n_head * d_v` each; empty for identity.
     pub projection: &'a [f32],
     /// Scale of the scores.
@@ -244,13 +250,14 @@ fn largest(x: &[f32]) -> f32 {
 
 /// Attention energy of each query head of a group on rows that will be coded: `E[sum of p^2 over rows outside the window]`, up to
 /// each edge.
-fn energies(kernels: &Kernels, s: &Sample, g: &LayerGeometry, head: usize) -> Vec<Vec<f64>> {
+fn energies(kernels: &Kernels, s: &Sample, g: &LayerGeometry, own: &HeadRows) -> Vec<Vec<f64>> {
     /// Queries of one product.
     const QUERIES: usize = 16;
     let (group, d, n) = (g.group(), g.d_k, s.rows.len());
     let mut energy = vec![vec![0.0; s.edges.len()]; group];
     // Keys in panels of 64, transposed, so that a panel stays near while all queries of a product meet it.
-    let panels: Vec<Vec<f32>> = s.k[head]
+    let panels: Vec<Vec<f32>> = own
+        .k
         .chunks(TILE * d)
         .map(|rows| {
             let mut columns = Vec::new();
@@ -264,7 +271,7 @@ fn energies(kernels: &Kernels, s: &Sample, g: &LayerGeometry, head: usize) -> Ve
     let mut runs: Vec<(std::ops::Range<usize>, usize)> = Vec::new();
     for (block, places) in s.queries.chunks(QUERIES).enumerate() {
         let sees = |place: &Place, row: &Place| row.seq == place.seq && row.pos <= place.pos;
-        let q = &s.q[head][block * QUERIES * group * d..];
+        let q = &own.q[block * QUERIES * group * d..];
         let seen = |rows: &[Place]| places.iter().any(|place| rows.iter().any(|row| sees(place, row)));
         for (i, (panel, rows)) in panels.iter().zip(s.rows.chunks(TILE)).enumerate() {
             if !seen(rows) {
@@ -312,7 +319,7 @@ fn energies(kernels: &Kernels, s: &Sample, g: &LayerGeometry, head: usize) -> Ve
 
 /// Second moment of the group's queries in the frames of tiles at all distances, in units of squared score. A query is seen from a
 /// quarter of the distances only, its neighbours from the others: that is enough to tell the moment.
-fn query_moment(kernels: &Kernels, s: &Sample, g: &LayerGeometry, rope: &Rope, head: usize) -> Mat<f64> {
+fn query_moment(kernels: &Kernels, s: &Sample, g: &LayerGeometry, rope: &Rope, head: usize, own: &HeadRows) -> Mat<f64> {
     const SHARE: usize = 4;
     let (group, d) = (g.group(), g.d_k);
     let mut distances: Vec<i64> = DISTANCES.to_vec();
@@ -329,7 +336,7 @@ fn query_moment(kernels: &Kernels, s: &Sample, g: &LayerGeometry, rope: &Rope, h
             rope.turn(distance + inside - i64::from(place.pos), &mut turn);
             for a in 0..group {
                 let x = gram.next();
-                x.copy_from_slice(&s.q[head][(i * group + a) * d..][..d]);
+                x.copy_from_slice(&own.q[(i * group + a) * d..][..d]);
                 rope.rotate(&turn, x);
                 n += 1;
             }
@@ -386,24 +393,33 @@ fn energy_at(edges: &[i64], energy: &[f64], rows: i64) -> f64 {
     low.1 + share.clamp(0.0, 1.0) * (high.1 - low.1)
 }
 
-/// What the sample says about all heads of a layer.
-pub fn analyse(kernels: &Kernels, g: &LayerGeometry, rope: &Rope, s: &Sample) -> Result<Spectrum> {
-    let energy: Vec<Vec<Vec<f64>>> = (0..g.n_head_kv).map(|h| energies(kernels, s, g, h)).collect();
+/// What the sample says about a KV head by itself: values count by its own energies, whose sum is taken for 1 until [`Spectrum::new`].
+pub fn analyse(kernels: &Kernels, g: &LayerGeometry, rope: &Rope, s: &Sample, head: usize, own: &HeadRows) -> Result<HeadSpectrum> {
+    let energy = energies(kernels, s, g, own);
     // One basis serves all bands; how much each query head counts in it is taken from the last, which has most rows.
-    let mut weights: Vec<Vec<f64>> = energy.iter().map(|head| head.iter().map(|e| e[e.len() - 1]).collect()).collect();
-    with_floor(&mut weights, ENERGY_FLOOR[BANDS - 1]);
-    let mut heads = Vec::with_capacity(g.n_head_kv);
-    for (h, energy) in energy.into_iter().enumerate() {
-        let (k, v) = (moments(kernels, &s.k_framed[h], g.d_k), moments(kernels, &s.v[h], g.d_v));
-        let k = transform(k, &query_moment(kernels, s, g, rope, h))?;
-        let gram = projection_gram(kernels, s, g, h, &weights[h]);
-        let spread: f64 = (0..g.d_v).map(|i| (0..g.d_v).map(|j| gram[(i, j)] * v.covariance[(j, i)]).sum::<f64>()).sum();
-        heads.push(HeadSpectrum { k, v: transform(v, &gram)?, spread, energy });
-    }
-    Ok(Spectrum { edges: s.edges.clone(), heads })
+    let weights: Vec<f64> = energy.iter().map(|e| e[e.len() - 1]).collect();
+    let total: f64 = weights.iter().sum();
+    let weights: Vec<f64> = weights.iter().map(|w| if total > 0.0 { w / total } else { 1.0 / weights.len() as f64 }).collect();
+    let (k, v) = (moments(kernels, &own.k_framed, g.d_k), moments(kernels, &own.v, g.d_v));
+    let k = transform(k, &query_moment(kernels, s, g, rope, head, own))?;
+    let gram = projection_gram(kernels, s, g, head, &weights);
+    let spread: f64 = (0..g.d_v).map(|i| (0..g.d_v).map(|j| gram[(i, j)] * v.covariance[(j, i)]).sum::<f64>()).sum();
+    Ok(HeadSpectrum { k, v: transform(v, &gram)?, spread, energy })
 }
 
 impl Spectrum {
+    /// A layer of heads that [`analyse`] looked at one by one.
+    pub fn new(edges: Vec<i64>, mut heads: Vec<HeadSpectrum>) -> Self {
+        let mut weights: Vec<Vec<f64>> = heads.iter().map(|h| h.energy.iter().map(|e| e[e.len() - 1]).collect()).collect();
+        with_floor(&mut weights, ENERGY_FLOOR[BANDS - 1]);
+        for (head, weights) in heads.iter_mut().zip(weights) {
+            let total: f64 = weights.iter().sum();
+            head.spread *= total;
+            head.v.variance.iter_mut().for_each(|x| *x = (*x * total).max(1e-30));
+        }
+        Spectrum { edges, heads }
+    }
+
     /// `(K, V)` bases of all heads within `g.code_bytes` per tile; `band_ends` are the rows behind the window at which each band ends.
     /// A sample sees few rows as old as those of the last bands, so these count all the younger ones, too.
     pub fn bases(&self, g: &LayerGeometry, band_ends: [i64; BANDS]) -> Vec<(Basis, Basis)> {
@@ -446,14 +462,9 @@ mod tests {
         let places: Vec<Place> = (0..600).map(|pos| Place { pos, seq: 0 }).collect();
         let ends = [128, 384, i64::MAX];
         let stored = |edges: &[i64]| -> Vec<Vec<u8>> {
-            let heads = |seed: usize, n: usize| (0..2).map(|h| noise(seed + h, n)).collect::<Vec<_>>();
             let sample = Sample {
                 rows: &places,
-                k: heads(1, 600 * 16),
-                k_framed: heads(3, 600 * 16),
-                v: heads(5, 600 * 8),
                 queries: &places,
-                q: heads(7, 600 * 2 * 16),
                 projection: &[],
                 scale: 0.25,
                 softcap: 0.0,
@@ -461,7 +472,11 @@ mod tests {
                 n_cells: 1000,
                 edges: edges.to_vec(),
             };
-            let bases = analyse(crate::simd::kernels(), &g, &rope, &sample).unwrap().bases(&g, ends);
+            let analysed = |h: usize| {
+                let own = HeadRows { k: noise(1 + h, 600 * 16), k_framed: noise(3 + h, 600 * 16), v: noise(5 + h, 600 * 8), q: noise(7 + h, 600 * 2 * 16) };
+                analyse(crate::simd::kernels(), &g, &rope, &sample, h, &own).unwrap()
+            };
+            let bases = Spectrum::new(sample.edges.clone(), (0..2).map(analysed).collect()).bases(&g, ends);
             let bytes = |b: &Basis| {
                 let mut bytes = vec![0; LayerGeometry::basis_bytes_of(b.d)];
                 b.store(&mut bytes);

@@ -11,6 +11,7 @@ use crate::config::{LayerGeometry, BANDS, BASIS_HEADER_BYTES, GAIN_BYTES, TILE};
 use crate::error::{Error, Result};
 use crate::simd::{self, quant, Kernels, MatMut, MatRef, Widths};
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 use std::ops::Range;
 
 /// What is fitted for one head, K or V. Coefficients are in the order of their variance, so each band codes the first few.
@@ -72,14 +73,16 @@ impl Basis {
         for (i, m) in self.mean.iter().enumerate() {
             put_f32(floats, i, *m);
         }
+        let (mut scaled, mut halves) = (Vec::with_capacity(d), vec![f16::ZERO; d]);
         for (part, rows) in [&self.encode, &self.decode].into_iter().enumerate() {
             for (j, row) in rows.chunks_exact(d).enumerate().take(r) {
                 let largest = row_scale(row);
                 put_f32(floats, (1 + part) * d + j, largest);
                 let at = 2 * d * (part * d + j);
-                for (out, x) in matrices[at..at + 2 * d].chunks_exact_mut(2).zip(row) {
-                    out.copy_from_slice(&f16::from_f32(x / largest).to_le_bytes());
-                }
+                scaled.clear();
+                scaled.extend(row.iter().map(|x| x / largest));
+                halves.convert_from_f32_slice(&scaled);
+                matrices[at..at + 2 * d].copy_from_slice(bytemuck::cast_slice(&halves));
             }
         }
         for (j, w) in self.weight.iter().enumerate().take(r) {
