@@ -314,6 +314,27 @@ fn rows_lose_precision_as_they_age_and_only_then() {
 }
 
 #[test]
+fn a_decode_step_changes_one_tile_at_most() {
+    let mut s = stream_of(&Config { bits: 4.0, fine_rows: 128, n_seqs: 1, ..config(2000) });
+    // A long step leaves many rows waiting and no room made for them.
+    s.append(1, 0, 1200, 100).unwrap();
+    s.append(2, 0, 30, 1).unwrap();
+    let total = |s: &Stream| {
+        let c = s.layers[0].counters.read();
+        (c.sealed_decode + c.recoded) / 64
+    };
+    let (mut before, first) = (total(&s), s.layers[0].counters.read());
+    for token in 0..400 {
+        s.append(3 + token, 0, 1, 1).unwrap();
+        assert!(total(&s) - before <= 1, "token {token}");
+        before = total(&s);
+    }
+    let last = s.layers[0].counters.read();
+    assert!(last.sealed_decode - first.sealed_decode >= 6 * 64 && last.recoded - first.recoded >= 12 * 64);
+    s.check(0.3);
+}
+
+#[test]
 fn a_full_context_always_finds_tiles() {
     // No slack: tiles hold exactly what window and sinks leave over.
     for (n_cells, fine_rows) in [(16 + 4 + 64 * 16, 0), (16 + 4 + 64 * 16, 64), (16 + 4 + 64 * 16 + 1, 200), (1100, u32::MAX)] {
@@ -615,8 +636,8 @@ fn plans() -> [Vec<i32>; 2] {
     let mut s = stream();
     // So few tokens complete the fit that rows before them are in the window and have to leave their temporary slots.
     s.append(1, 0, 520, 65).unwrap();
-    let cells = s.free()[..35].to_vec();
-    let places: Vec<_> = (520..555).map(|i| (i, 0)).collect();
+    let cells = s.free()[..65].to_vec();
+    let places: Vec<_> = (520..585).map(|i| (i, 0)).collect();
     let t = s.tokens(1, &cells, &places);
     s.enter(&t);
     let fit = s.plan(&cells).unwrap();

@@ -4,7 +4,8 @@
 //! reused) by comparing, never by being told, so every sequence operation is exact without a hook of its own. New rows enter
 //! exact slots or, when a ubatch is longer than the window, tiles directly. Rows that leave their sequence's window are sealed
 //! 64 at a time into a tile of the finest band. A freed row is a hole; when a band runs out of tiles, rows of its sparse tiles
-//! move, bit for bit, into holes of others; without enough holes its oldest tile is coded again in the next band.
+//! move, bit for bit, into holes of others; without enough holes its oldest tile is coded again in the next band. That happens while
+//! the rows for a tile gather, one change in a step.
 //! A table whose cells are all gone forgets its basis: what comes next gets the output it would get alone. With a calibration the
 //! first step with rows is the one that "fits": it has nothing to look at, it stores the bases that the layers have.
 //!
@@ -311,9 +312,14 @@ impl Table {
         let mut leaving = vec![false; new.len()];
         if self.fitted || data.fit {
             let (window, mut tiles) = (g.config.window as usize, Tiles::new(self));
+            let waiting = |rest: &[Candidate]| rest.len().saturating_sub(window);
+            let most = sequences.iter().map(|s| waiting(&s[sinks(s)..])).max().unwrap_or(0);
+            if most < TILE && !new.is_empty() {
+                tiles.prepare(most);
+            }
             for s in &sequences {
                 let rest = &s[sinks(s)..];
-                let n = rest.len().saturating_sub(window) / TILE;
+                let n = waiting(rest) / TILE;
                 for group in rest.chunks_exact(TILE).take(n) {
                     let tile = tiles.take(0)?;
                     let anchors = anchors(group);
@@ -669,6 +675,21 @@ impl<'a> Tiles<'a> {
         self.sealed_at[to] = self.sealed_at[oldest];
         self.live[to] = std::mem::take(&mut self.live[oldest]);
         Ok(oldest)
+    }
+
+    /// With `waiting` rows of a tile to come, make room for it a change at a time, so that the step that seals it only seals.
+    fn prepare(&mut self, waiting: usize) {
+        if self.geometry.band(0).any(|t| self.live[t] == 0) || self.geometry.band_tiles[0] == 0 {
+            return;
+        }
+        let holes: usize = self.geometry.band(0).map(|t| self.live[t].count_zeros() as usize).sum();
+        let band = match waiting {
+            n if n >= TILE * 2 / 3 => 0,
+            n if n >= TILE / 3 && holes < TILE => 1,
+            _ => return,
+        };
+        // Where there is no room yet, rows may be removed until the seal.
+        let _ = self.take(band);
     }
 
     /// Empty the sparsest tile of a band into holes of its others.

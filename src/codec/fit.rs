@@ -473,7 +473,8 @@ mod tests {
                 edges: edges.to_vec(),
             };
             let analysed = |h: usize| {
-                let own = HeadRows { k: noise(1 + h, 600 * 16), k_framed: noise(3 + h, 600 * 16), v: noise(5 + h, 600 * 8), q: noise(7 + h, 600 * 2 * 16) };
+                let own =
+                    HeadRows { k: noise(1 + h, 600 * 16), k_framed: noise(3 + h, 600 * 16), v: noise(5 + h, 600 * 8), q: noise(7 + h, 600 * 2 * 16) };
                 analyse(crate::simd::kernels(), &g, &rope, &sample, h, &own).unwrap()
             };
             let bases = Spectrum::new(sample.edges.clone(), (0..2).map(analysed).collect()).bases(&g, ends);

@@ -275,14 +275,7 @@ pub fn encode_tile(kernels: &Kernels, basis: &Basis, band: usize, rows: &[f32], 
 }
 
 /// Code the rows of a tile again for another band, from what `from` holds. `bases` are those of K and V.
-pub fn recode_tile(
-    kernels: &Kernels,
-    bases: (&Basis, &Basis),
-    map: &TileMap,
-    tiles: &mut [u8],
-    (from, to): (usize, usize),
-    work: &mut TileWork,
-) {
+pub fn recode_tile(kernels: &Kernels, bases: (&Basis, &Basis), map: &TileMap, tiles: &mut [u8], (from, to): (usize, usize), work: &mut TileWork) {
     let z = &mut work.z;
     let (from, to) = (map.place(from), map.place(to));
     let (first, second) = tiles.split_at_mut(from.bytes.start.max(to.bytes.start));
@@ -291,7 +284,9 @@ pub fn recode_tile(
         true => (&first[from.bytes], &mut second[..to.bytes.len()]),
         false => (&second[..from.bytes.len()], &mut first[to.bytes]),
     };
-    for ((basis, (old_gains, old_codes)), (gains, codes)) in [bases.0, bases.1].into_iter().zip(split_tile(source, from.k)).zip(split_tile_mut(target, to.k)) {
+    for ((basis, (old_gains, old_codes)), (gains, codes)) in
+        [bases.0, bases.1].into_iter().zip(split_tile(source, from.k)).zip(split_tile_mut(target, to.k))
+    {
         let widths = basis.widths[to.band];
         z.resize(widths.rank(), [0.0; TILE]);
         (kernels.unpack)(basis.widths[from.band], old_codes, z);

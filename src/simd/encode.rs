@@ -231,7 +231,13 @@ mod tests {
                 let inverse = if gain > 0.0 { gain.recip() } else { scale.recip() };
                 for j in 0..n {
                     let (width, at) = widths.place(j);
-                    assert_eq!(quant::get(width, &codes[at..], row), nearest(j, inverse), "{:?} row {row}, {width} bits, {}", kernels.level, z[j][row]);
+                    assert_eq!(
+                        quant::get(width, &codes[at..], row),
+                        nearest(j, inverse),
+                        "{:?} row {row}, {width} bits, {}",
+                        kernels.level,
+                        z[j][row]
+                    );
                 }
             }
         }
