@@ -173,6 +173,29 @@ impl Rope {
             }
         }
     }
+
+    /// Rotate many heads in place, all by the same turn: `columns` of them, coordinate by coordinate.
+    pub fn rotate_columns(&self, turn: &Turn, heads: &mut [f32], columns: usize) {
+        if turn.identity {
+            return;
+        }
+        let x = &mut heads[self.offset * columns..(self.offset + self.n_dims) * columns];
+        let rotate = |a: &mut [f32], b: &mut [f32], i: usize| {
+            let (c, s) = (turn.cos[i], turn.sin[i]);
+            a.iter_mut().zip(b).for_each(|(a, b)| (*a, *b) = (*a * c - *b * s, *b * c + *a * s));
+        };
+        match self.pairing {
+            Pairing::None => {}
+            Pairing::Adjacent => x.chunks_exact_mut(2 * columns).enumerate().for_each(|(i, pair)| {
+                let (a, b) = pair.split_at_mut(columns);
+                rotate(a, b, i);
+            }),
+            Pairing::Halves => {
+                let (a, b) = x.split_at_mut(self.n_dims / 2 * columns);
+                a.chunks_exact_mut(columns).zip(b.chunks_exact_mut(columns)).enumerate().for_each(|(i, (a, b))| rotate(a, b, i));
+            }
+        }
+    }
 }
 
 #[cfg(test)]

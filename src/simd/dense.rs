@@ -229,6 +229,18 @@ pub fn exp_sum<const FMA: bool>(x: &mut [f32], shift: f32) -> f32 {
     acc.iter().sum()
 }
 
+/// The largest of `x`.
+#[inline(always)]
+pub fn largest(x: &[f32]) -> f32 {
+    let mut largest = [f32::NEG_INFINITY; LANES];
+    for chunk in x.chunks(LANES) {
+        for (x, largest) in chunk.iter().zip(&mut largest) {
+            *largest = if *x > *largest { *x } else { *largest };
+        }
+    }
+    largest.into_iter().fold(f32::NEG_INFINITY, f32::max)
+}
+
 /// `out[i] = x[i]`; f16 as f32.
 ///
 /// # Safety

@@ -148,6 +148,8 @@ pub struct Kernels {
     pub accumulate: fn(matrix: &[f32], coefficients: &[f32], out: &mut [f32]),
     /// `x[i] = exp(x[i] - shift)`; returns the sum.
     pub exp_sum: fn(x: &mut [f32], shift: f32) -> f32,
+    /// The largest of `x`, -inf when it is empty.
+    pub largest: fn(x: &[f32]) -> f32,
     /// `out[i] = x[i]`, f16 as f32.
     pub widen: fn(x: &[f16], out: &mut [f32]),
     /// `x[i] = scale * (x[i] * gains[i] + offset)` for the rows of a tile; returns the largest.
@@ -193,6 +195,10 @@ macro_rules! level {
                 dense::exp_sum::<$fma>(x, shift)
             }
             $(#[$feature])?
+            fn largest(x: &[f32]) -> f32 {
+                dense::largest(x)
+            }
+            $(#[$feature])?
             fn widen(x: &[f16], out: &mut [f32]) {
                 // SAFETY: this function is compiled for the features.
                 unsafe { dense::widen::<$lanes>(x, out) }
@@ -234,6 +240,7 @@ macro_rules! level {
                 dots: |a, b, c, n, k, m| unsafe { dots(a, b, c, n, k, m) },
                 accumulate: |m, c, o| unsafe { accumulate(m, c, o) },
                 exp_sum: |x, s| unsafe { exp_sum(x, s) },
+                largest: |x| unsafe { largest(x) },
                 widen: |x, o| unsafe { widen(x, o) },
                 scale_scores: |x, g, o, s| unsafe { scale_scores(x, g, o, s) },
                 weigh: |x, g| unsafe { weigh(x, g) },
