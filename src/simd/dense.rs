@@ -206,39 +206,45 @@ fn exp_lane<const FMA: bool>(x: f32) -> f32 {
     // Under -87 the result is not a normal number and cannot matter beside the maximum's 1.
     let x = x.clamp(-87.0, 88.0);
     let t = x * std::f32::consts::LOG2_E;
-    let n = (t + 12_582_912.0) - 12_582_912.0;
-    let f = (t - n) * std::f32::consts::LN_2;
+    // Adding 1.5 * 2^23 rounds to a whole number, whose low bits are then those of the sum: a conversion to integers is not made of vectors.
+    let rounded = t + 12_582_912.0;
+    let f = (t - (rounded - 12_582_912.0)) * std::f32::consts::LN_2;
     let mut p = 1.0 / 720.0;
     for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         p = if FMA { f32::mul_add(p, f, c) } else { p * f + c };
     }
-    f32::from_bits((p.to_bits() as i32 + ((n as i32) << 23)) as u32)
+    f32::from_bits(p.to_bits().wrapping_add(rounded.to_bits() << 23))
 }
 
 /// `x[i] = exp(x[i] - shift)`; returns the sum.
 #[inline(always)]
 pub fn exp_sum<const FMA: bool>(x: &mut [f32], shift: f32) -> f32 {
     let mut acc = [0.0f32; LANES];
-    for chunk in x.chunks_mut(LANES) {
-        for (x, acc) in chunk.iter_mut().zip(&mut acc) {
-            let e = exp_lane::<FMA>(*x - shift);
-            *x = if *x == f32::NEG_INFINITY { 0.0 } else { e };
-            *acc += *x;
-        }
-    }
+    let mut add = |x: &mut f32, acc: &mut f32| {
+        let e = exp_lane::<FMA>(*x - shift);
+        *x = if *x == f32::NEG_INFINITY { 0.0 } else { e };
+        *acc += *x;
+    };
+    let (whole, rest) = x.as_chunks_mut::<LANES>();
+    whole.iter_mut().for_each(|x| x.iter_mut().zip(&mut acc).for_each(|(x, acc)| add(x, acc)));
+    rest.iter_mut().zip(&mut acc).for_each(|(x, acc)| add(x, acc));
     acc.iter().sum()
 }
 
 /// The largest of `x`.
 #[inline(always)]
 pub fn largest(x: &[f32]) -> f32 {
-    let mut largest = [f32::NEG_INFINITY; LANES];
-    for chunk in x.chunks(LANES) {
-        for (x, largest) in chunk.iter().zip(&mut largest) {
-            *largest = if *x > *largest { *x } else { *largest };
+    let larger = |a: f32, b: f32| if a > b { a } else { b };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (whole, rest) = x.as_chunks::<LANES>();
+    whole.iter().for_each(|x| lanes.iter_mut().zip(x).for_each(|(l, x)| *l = larger(*x, *l)));
+    rest.iter().zip(&mut lanes).for_each(|(x, l)| *l = larger(*x, *l));
+    for n in [8, 4, 2, 1] {
+        for i in 0..n {
+            lanes[i] = larger(lanes[i], lanes[i + n]);
         }
     }
-    largest.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    lanes[0]
 }
 
 /// `out[i] = x[i]`; f16 as f32.
