@@ -21,6 +21,10 @@ use std::ops::Range;
 
 /// Rows of a tile.
 pub const TILE: usize = 64;
+/// Positions that share an anchor: tiles of one such stretch lie in one frame, and attention projects its queries once for all of them. Measured on the small
+/// models, KL divergence against a frame for each tile: 128 positions 1.04 to 1.08 times, 256 1.08 to 1.12, 512 1.13 to 1.22; 10 %
+/// are what 0.06 bits per element are worth. With 64, projecting would cost as much time as all the rest of decoding.
+pub const ANCHOR_GRID: i32 = 256;
 /// Bytes of the arena header.
 pub const HEADER_BYTES: usize = 256;
 /// Bytes of the per-head record in front of its exact rows.

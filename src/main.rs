@@ -55,6 +55,11 @@ enum Command {
     Build(BuildArgs),
     /// Compare KV caches with f16 on a model and texts of your own
     Eval(EvalArgs),
+    /// Measure the speed of decoding and prefill against stock llama.cpp
+    ///
+    /// Builds both trees if needed, and makes models of random weights. Measurements of a row of the table follow each other; nothing
+    /// else should run on the machine meanwhile.
+    Bench(BenchArgs),
 }
 
 #[derive(Args)]
@@ -214,6 +219,14 @@ struct EvalArgs {
     from: From,
 }
 
+#[derive(Args)]
+struct BenchArgs {
+    #[command(flatten)]
+    options: tool::bench::Options,
+    #[command(flatten)]
+    from: From,
+}
+
 fn parse_ratio(s: &str) -> Result<f64, String> {
     match s.parse::<f64>() {
         Ok(r) if r > 1.0 && r <= 64.0 => Ok(r),
@@ -301,6 +314,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Eval(a) => tool::eval::run(&a.options, a.from.source, a.from.jobs),
+        Command::Bench(a) => tool::bench::run(&a.options, a.from.source, a.from.jobs),
     }
 }
 

@@ -90,6 +90,32 @@ pub struct Context<'a> {
     pub rope: &'a Rope,
 }
 
+/// The bases of one KV head, in the forms that attention needs.
+#[derive(Debug, Default)]
+pub struct HeadBases {
+    /// Keys.
+    pub k: Basis,
+    /// Values.
+    pub v: Basis,
+    /// Transpose of the keys' decode matrix: it takes a query to its coefficients.
+    projection: Lines,
+    /// Floats from a row of `projection` to the next.
+    stride: usize,
+}
+
+impl HeadBases {
+    /// To be called when `k` has changed.
+    pub fn prepare(&mut self) {
+        let (d, rank) = (self.k.d, self.k.rank());
+        self.stride = rank.next_multiple_of(LANES);
+        self.projection.resize(d * self.stride * 4);
+        let out = self.projection.floats_mut();
+        for (j, row) in self.k.decode.chunks_exact(d).enumerate() {
+            row.iter().zip(out[j..].iter_mut().step_by(self.stride)).for_each(|(x, out)| *out = *x);
+        }
+    }
+}
+
 /// Running attention of the queries of one KV head over some of its rows.
 #[derive(Debug, Default)]
 pub struct Accumulator {
@@ -194,7 +220,7 @@ impl Accumulator {
     }
 
     /// Up to [`Accumulator::batch`] tiles of one band, coded as `place` says. Tiles that nobody sees are for the caller to leave out.
-    pub fn tile_batch(&mut self, c: Context, bases: (&Basis, &Basis), place: &TilePlace, tiles: &[Tile]) {
+    pub fn tile_batch(&mut self, c: Context, bases: &HeadBases, place: &TilePlace, tiles: &[Tile]) {
         let (table, n, stride) = (quant::gains(), self.n, tiles.len() * TILE);
         self.scores.resize(n * stride * 4);
         self.largest.fill(f32::NEG_INFINITY);
@@ -204,11 +230,11 @@ impl Accumulator {
             let at = t * TILE;
             match tile.turns {
                 Turns::One(turn) => {
-                    self.project(c, turn, bases.0, place);
+                    self.project(c, turn, bases, place);
                     (c.kernels.tile_scores)(&mut self.products, codes, &mut self.scores.floats_mut()[at..], stride);
                     self.scale(c, &gains, at, stride);
                 }
-                Turns::Each(turns) => self.score_rows(c, turns, bases.0, place, codes, &gains, at, stride),
+                Turns::Each(turns) => self.score_rows(c, turns, bases, place, codes, &gains, at, stride),
             }
             if c.scoring.softcap > 0.0 {
                 self.scores.floats_mut().chunks_exact_mut(stride).take(n).for_each(|s| c.scoring.cap(&mut s[at..at + TILE]));
@@ -223,7 +249,7 @@ impl Accumulator {
             *largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         }
         self.softmax(c.kernels, stride, stride);
-        self.add_values(c.kernels, bases.1, place, tiles, stride);
+        self.add_values(c.kernels, &bases.v, place, tiles, stride);
     }
 
     /// Sums of products to scores of a tile whose rows share a frame.
@@ -241,7 +267,7 @@ impl Accumulator {
         &mut self,
         c: Context,
         turns: &[i32; TILE],
-        basis: &Basis,
+        bases: &HeadBases,
         place: &TilePlace,
         codes: &[u8],
         gains: &[f32; TILE],
@@ -254,7 +280,7 @@ impl Accumulator {
             let wanted = turns[left.trailing_zeros() as usize];
             let rows = (0..TILE).filter(|r| left >> r & 1 == 1 && turns[*r] == wanted).fold(0u64, |m, r| m | 1 << r);
             left &= !rows;
-            self.project(c, wanted, basis, place);
+            self.project(c, wanted, bases, place);
             (c.kernels.tile_scores)(&mut self.products, codes, self.few_rows.floats_mut(), TILE);
             let scored = self.few_rows.floats().chunks_exact(TILE).zip(&self.offsets);
             for ((raw, offset), scores) in scored.zip(self.scores.floats_mut().chunks_exact_mut(stride)) {
@@ -266,7 +292,7 @@ impl Accumulator {
     }
 
     /// Rotate the queries into a frame and project them into the key basis, unless that is what they are.
-    fn project(&mut self, c: Context, turn: i32, basis: &Basis, place: &TilePlace) {
+    fn project(&mut self, c: Context, turn: i32, bases: &HeadBases, place: &TilePlace) {
         let (n, d, rank) = (self.n, self.d_k, place.k.rank());
         if self.ready == Some((turn, place.k)) {
             return;
@@ -278,11 +304,14 @@ impl Accumulator {
         rotated.copy_from_slice(&self.queries.floats()[..n * d]);
         rotated.chunks_exact_mut(d).for_each(|q| c.rope.rotate(&self.turn, q));
         self.offsets.resize(n, 0.0);
-        (c.kernels.dots)(MatRef::new(rotated, d), MatRef::new(&basis.mean, d), MatMut::new(&mut self.offsets, 1), n, d, 1);
+        (c.kernels.dots)(MatRef::new(rotated, d), MatRef::new(&bases.k.mean, d), MatMut::new(&mut self.offsets, 1), n, d, 1);
         let p = &mut self.products;
         (p.n, p.widths, p.stride) = (n, place.k, rank.next_multiple_of(LANES));
         p.z.resize(n * p.stride * 4);
-        (c.kernels.dots)(MatRef::new(rotated, d), MatRef::new(&basis.decode, d), MatMut::new(p.z.floats_mut(), p.stride), n, d, rank);
+        p.z.floats_mut()[..n * p.stride].fill(0.0);
+        let projection = MatRef::new(bases.projection.floats(), bases.stride);
+        // Whole vectors: what lies behind a band's rank is not looked at.
+        (c.kernels.multiply)(MatRef::new(rotated, d), projection, MatMut::new(p.z.floats_mut(), p.stride), n, d, p.stride.min(bases.stride));
         (c.kernels.prepare)(p);
     }
 

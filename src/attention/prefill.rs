@@ -3,11 +3,11 @@
 //! A block has up to 64 rows; up to [`STEP`] blocks are looked at between two updates of the running maximum. What a query gets depends on its own row of
 //! every product only, never on the queries beside it, so callers may divide queries as they like. Must not know about cells, arenas or plans.
 
-use super::{Context, Turns, Visible};
-use crate::codec::{split_tile, Basis, TilePlace};
+use super::{Context, HeadBases, Turns, Visible};
+use crate::codec::{split_tile, TilePlace};
 use crate::config::TILE;
-use crate::rope::{Rope, Turn};
-use crate::simd::{quant, Kernels, Lines, MatMut, MatRef};
+use crate::rope::Turn;
+use crate::simd::{quant, Lines, MatMut, MatRef};
 
 /// Most blocks of one step of the softmax.
 pub const STEP: usize = 4;
@@ -39,35 +39,21 @@ impl RowBlock {
     }
 }
 
-/// Rebuilds tiles of one head.
+/// Rebuilds tiles.
 #[derive(Debug, Default)]
 pub struct Rebuilder {
-    bases: (Basis, Basis),
-    /// What each coefficient of a key adds, a coordinate to a row.
-    decode_k: Lines,
     coefficients: Lines,
+    /// Those of values, a row's together.
     by_row: Lines,
     turn: Turn,
     key: Vec<f32>,
 }
 
 impl Rebuilder {
-    /// Take the bases of a head, after `load` has put them in place.
-    pub fn load<E>(&mut self, load: impl FnOnce(&mut (Basis, Basis)) -> Result<(), E>) -> Result<(), E> {
-        load(&mut self.bases)?;
-        let (d, rank) = (self.bases.0.d, self.bases.0.rank());
-        self.decode_k.resize(d * rank * 4);
-        let transposed = self.decode_k.floats_mut();
-        for (j, row) in self.bases.0.decode.chunks_exact(d).enumerate().take(rank) {
-            row.iter().enumerate().for_each(|(i, x)| transposed[i * rank + j] = *x);
-        }
-        Ok(())
-    }
-
     /// Rebuild all rows of a tile.
-    pub fn tile(&mut self, kernels: &Kernels, rope: &Rope, place: &TilePlace, tile: &[u8], turns: Turns, out: &mut RowBlock) {
+    pub fn tile(&mut self, c: Context, bases: &HeadBases, place: &TilePlace, tile: &[u8], turns: Turns, out: &mut RowBlock) {
         let [(gk, ck), (gv, cv)] = split_tile(tile, place.k);
-        let (table, (k, v)) = (quant::gains(), &self.bases);
+        let (kernels, table, k, v) = (c.kernels, quant::gains(), &bases.k, &bases.v);
         let gains = |codes: &[u8]| -> [f32; TILE] { std::array::from_fn(|row| table[codes[row] as usize]) };
 
         let rank = place.k.rank();
@@ -80,20 +66,20 @@ impl Rebuilder {
         let keys = &mut out.keys.floats_mut()[..k.d * TILE];
         keys.chunks_exact_mut(TILE).zip(&k.mean).for_each(|(to, mean)| to.fill(*mean));
         if rank > 0 {
-            let decode = MatRef::new(self.decode_k.floats(), k.rank());
+            let decode = MatRef::new(bases.projection.floats(), bases.stride);
             (kernels.multiply)(decode, MatRef::new(self.coefficients.floats(), TILE), MatMut::new(keys, TILE), k.d, rank, TILE);
         }
         match turns {
             Turns::One(turn) => {
-                rope.turn(i64::from(turn), &mut self.turn);
-                rope.rotate_columns(&self.turn, keys, TILE);
+                c.rope.turn(i64::from(turn), &mut self.turn);
+                c.rope.rotate_columns(&self.turn, keys, TILE);
             }
             Turns::Each(turns) => {
                 self.key.resize(k.d, 0.0);
                 for (row, turn) in turns.iter().enumerate() {
-                    rope.turn(i64::from(*turn), &mut self.turn);
+                    c.rope.turn(i64::from(*turn), &mut self.turn);
                     self.key.iter_mut().zip(keys[row..].iter().step_by(TILE)).for_each(|(to, x)| *to = *x);
-                    rope.rotate(&self.turn, &mut self.key);
+                    c.rope.rotate(&self.turn, &mut self.key);
                     keys[row..].iter_mut().step_by(TILE).zip(&self.key).for_each(|(to, x)| *to = *x);
                 }
             }

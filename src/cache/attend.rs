@@ -6,8 +6,8 @@
 use super::arena::{self, ExactRows};
 use super::layer::{Layer, Mask, Rows};
 use super::plan::{Plan, Source, TileView};
-use crate::attention::{merge, partial_floats, Accumulator, Context, Scoring, Tile, Turns, Visible, BATCH};
-use crate::codec::{Basis, TileMap, TilePlace};
+use crate::attention::{merge, partial_floats, Accumulator, Context, HeadBases, Scoring, Tile, Turns, Visible, BATCH};
+use crate::codec::{TileMap, TilePlace};
 use crate::config::{LayerGeometry, CHUNKS, MAX_QUERIES, TILE};
 use crate::error::{argument, Error, Result};
 use crate::rope::Turn;
@@ -44,7 +44,7 @@ enum Block<'a> {
 
 #[derive(Default)]
 struct Scratch {
-    bases: (Basis, Basis),
+    bases: HeadBases,
     rows_k: Lines,
     rows_v: Lines,
     accumulator: Accumulator,
@@ -160,8 +160,9 @@ impl Layer {
                     }
                     if call.plan.fitted && call.plan.tiles().len() > 0 {
                         let (bk, bv) = call.arena[r.bases.clone()].split_at(LayerGeometry::basis_bytes_of(g.d_k));
-                        s.bases.0.load(bk, g.d_k, false)?;
-                        s.bases.1.load(bv, g.d_v, false)?;
+                        s.bases.k.load(bk, g.d_k, false)?;
+                        s.bases.v.load(bv, g.d_v, false)?;
+                        s.bases.prepare();
                     }
                 }
                 self.attend_unit(s, call, head, chunk, r, out)?;
@@ -179,7 +180,7 @@ impl Layer {
         let raw = if plan.fitted { &[] } else { &call.arena[r.raw.clone()] };
         let rows = ExactRows::new(g, self.geometry.exact, &call.arena[r.exact.clone()], raw)?;
         let (map, value_rank) = if plan.fitted && plan.tiles().len() > 0 {
-            (Some(TileMap::of(self.geometry.band_tiles, g, &call.arena[r.bases.clone()])), s.bases.1.rank())
+            (Some(TileMap::of(self.geometry.band_tiles, g, &call.arena[r.bases.clone()])), s.bases.v.rank())
         } else {
             (None, 0)
         };
@@ -217,7 +218,7 @@ impl Layer {
             waiting.push(place, turn, matches!(visible, Seen::All));
         }
         waiting.attend(s, context, &call.arena[r.tiles.clone()]);
-        s.accumulator.finish(context.kernels, (coded_seen > 0).then_some(&s.bases.1), out);
+        s.accumulator.finish(context.kernels, (coded_seen > 0).then_some(&s.bases.v), out);
         if head == 0 {
             self.counters.attended_exact.fetch_add(exact_seen, Relaxed);
             self.counters.attended_coded.fetch_add(coded_seen, Relaxed);
@@ -317,7 +318,7 @@ impl Batch {
                 visible: if *all { Visible::All } else { Visible::Some(&s.masks[i * per_tile..][..per_tile]) },
             }
         });
-        s.accumulator.tile_batch(context, (&s.bases.0, &s.bases.1), &place, &tiles[..self.n]);
+        s.accumulator.tile_batch(context, &s.bases, &place, &tiles[..self.n]);
         self.n = 0;
     }
 }

@@ -8,7 +8,7 @@ use super::attend::{Call, Seen};
 use super::layer::{Layer, Mask};
 use super::plan::{Plan, Source, TileView};
 use crate::attention::prefill::{Prefill, Rebuilder, RowBlock, STEP};
-use crate::attention::{Context, Turns, Visible};
+use crate::attention::{Context, HeadBases, Turns, Visible};
 use crate::codec::TileMap;
 use crate::config::{LayerGeometry, TILE};
 use crate::error::{argument, Error, Result};
@@ -103,6 +103,7 @@ impl Mask<'_> {
 
 #[derive(Default)]
 struct Scratch {
+    bases: HeadBases,
     rebuilder: Rebuilder,
     prefill: Prefill,
     blocks: [RowBlock; STEP],
@@ -150,7 +151,9 @@ impl Layer {
                 let end = pieces.end.min((head + 1) * per_head).min(at + together);
                 if loaded != Some(head) && plan.fitted && plan.tiles().len() > 0 {
                     let (bk, bv) = call.arena[ranges[head].bases.clone()].split_at(LayerGeometry::basis_bytes_of(g.d_k));
-                    s.rebuilder.load(|b| b.0.load(bk, g.d_k, false).and_then(|()| b.1.load(bv, g.d_v, false)))?;
+                    s.bases.k.load(bk, g.d_k, false)?;
+                    s.bases.v.load(bv, g.d_v, false)?;
+                    s.bases.prepare();
                 }
                 loaded = Some(head);
                 // Later tokens see more of the step: equal shares of this order are about equal work.
@@ -226,7 +229,7 @@ impl Layer {
                                     Turns::Each(&each)
                                 }
                             };
-                            s.rebuilder.tile(context.kernels, &self.rope, &place, &call.arena[r.tiles.clone()][place.bytes.clone()], turns, out);
+                            s.rebuilder.tile(context, &s.bases, &place, &call.arena[r.tiles.clone()][place.bytes.clone()], turns, out);
                         }
                     }
                 }

@@ -12,6 +12,7 @@
 //! applied by `commit`. Must not know what rows contain, nor how many layers there are.
 
 use super::plan::{self, Change, PlanData, SealRow, Source, FIT_ROWS_MAX};
+use crate::codec::anchor;
 use crate::config::{Geometry, BANDS, QUERY_SLOTS, TILE};
 use crate::error::{argument, Error, Result};
 use std::sync::Arc;
@@ -97,11 +98,11 @@ struct Candidate {
     stored_turn: i32,
 }
 
-/// The anchor of each row of a tile: the middle position of its run of near positions. A row far from its anchor would lie
-/// outside the frames the basis was fitted in; each further run costs attention one more projection.
+/// The anchor of each row of a tile: that of the middle of its run of near positions. A row far from its anchor would lie
+/// outside the frames the basis was fitted in; each further anchor costs attention one more projection.
 fn anchors(group: &[Candidate]) -> Vec<i32> {
     let near = |a: &Candidate, b: &Candidate| b.pos - a.pos <= TILE as i32;
-    group.chunk_by(near).flat_map(|run| std::iter::repeat_n(run[run.len() / 2].pos, run.len())).collect()
+    group.chunk_by(near).flat_map(|run| std::iter::repeat_n(anchor(run[run.len() / 2].pos), run.len())).collect()
 }
 
 impl Table {
@@ -506,7 +507,7 @@ impl Table {
                 return Err(full(new.len()));
             }
             let pos = r.places[i].0;
-            let anchor = pos / TILE as i32 * TILE as i32 + TILE as i32 / 2;
+            let anchor = anchor(pos);
             r.turns[i] = turns[i].wrapping_add(pos).wrapping_sub(anchor);
             r.row_turns[i] = anchor.wrapping_sub(pos);
         }

@@ -12,6 +12,7 @@
 //! the edges; per head K and V (mean in f32, variances in f64, both matrices as row scales in f32 and f16 with rows scaled to a largest element of
 //! 1, which is all that a cache's own stored basis keeps of them), spread and energies in f64; CRC-32 of all that.
 
+use super::anchor;
 use super::fit::{analyse, HeadSpectrum, Place, Sample, Spectrum, Transform};
 use crate::attention::Scoring;
 use crate::config::{Config, LayerGeometry, LayerShape, TILE};
@@ -21,7 +22,7 @@ use crate::simd;
 use half::f16;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"SKVBASIS");
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// First distance up to which energy is added up.
 const FIRST_EDGE: i64 = TILE as i64;
 const MAX_EDGES: usize = 64;
@@ -126,7 +127,7 @@ impl CalibratedLayer {
                 let n = t.k.len() / nk;
                 for first in (config.sinks as usize..n).step_by(TILE) {
                     let end = (first + TILE).min(n);
-                    rope.turn(-((first + (end - first) / 2) as i64), &mut turn);
+                    rope.turn(-i64::from(anchor((first + (end - first) / 2) as i32)), &mut turn);
                     for row in first..end {
                         let at = framed.len();
                         k.extend(t.k[row * nk + head * g.d_k..][..g.d_k].iter().map(|x| x.to_f32()));

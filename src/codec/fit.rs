@@ -13,7 +13,7 @@
 
 use super::bits::allocate;
 use super::Basis;
-use crate::config::{LayerGeometry, BANDS, TILE};
+use crate::config::{LayerGeometry, ANCHOR_GRID, BANDS, TILE};
 use crate::error::{Error, Result};
 use crate::rope::{Rope, Turn};
 use crate::simd::{Kernels, MatMut, MatRef, Widths};
@@ -229,8 +229,8 @@ fn query_moment(kernels: &Kernels, s: &Sample, g: &LayerGeometry, rope: &Rope, h
     let (mut turn, mut x) = (Turn::default(), vec![0.0f32; d]);
     for (i, place) in s.queries.iter().enumerate() {
         for (k, distance) in distances.iter().enumerate() {
-            // A fixed scatter over the positions inside a tile.
-            let inside = ((i * 37 + k * 23 + head * 11) % TILE) as i64;
+            // A fixed scatter over the distances of rows from their anchor.
+            let inside = (i * 37 + k * 23 + head * 11) as i64 % i64::from(ANCHOR_GRID) - i64::from(ANCHOR_GRID) / 2 + TILE as i64 / 2;
             rope.turn(distance + inside - i64::from(place.pos), &mut turn);
             for a in 0..group {
                 x.copy_from_slice(&s.q[head][(i * group + a) * d..][..d]);

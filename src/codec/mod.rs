@@ -7,11 +7,16 @@ pub mod bits;
 pub mod calibration;
 pub mod fit;
 
-use crate::config::{LayerGeometry, BANDS, BASIS_HEADER_BYTES, GAIN_BYTES, TILE};
+use crate::config::{LayerGeometry, ANCHOR_GRID, BANDS, BASIS_HEADER_BYTES, GAIN_BYTES, TILE};
 use crate::error::{Error, Result};
 use crate::simd::{self, quant, Kernels, MatMut, MatRef, Widths};
 use half::f16;
 use std::ops::Range;
+
+/// The position whose frame a key lies in, given the middle position of the rows around it.
+pub fn anchor(pos: i32) -> i32 {
+    pos.div_euclid(ANCHOR_GRID) * ANCHOR_GRID + ANCHOR_GRID / 2
+}
 
 /// What is fitted for one head, K or V. Coefficients are in the order of their variance, so each band codes the first few.
 #[derive(Debug, Clone, Default)]

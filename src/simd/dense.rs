@@ -119,31 +119,34 @@ pub unsafe fn multiply<V: Lanes, const C: usize>(a: MatRef, b: MatRef, c: MatMut
     }
 }
 
-/// `out[r][s] = a[r] . b[s]` for four rows of `b`.
+/// `c[R][4] = a[R] . b[4]`; only the first `keep` columns are written.
 #[inline(always)]
-unsafe fn dot_block<V: Lanes, const R: usize>(a: *const f32, sa: usize, b: [*const f32; 4], k: usize) -> [[f32; 4]; R] {
+unsafe fn dot_block<V: Lanes, const R: usize>(a: *const f32, sa: usize, b: [*const f32; 4], c: *mut f32, sc: usize, k: usize, keep: usize) {
     // SAFETY: `dots` checked that all of it is there; features are the caller's.
     unsafe {
         let mut acc = [[V::splat(0.0); 4]; R];
-        let whole = k / V::N * V::N;
-        for j in (0..whole).step_by(V::N) {
-            let y = b.map(|b| V::load(b.add(j)));
-            for (r, acc) in acc.iter_mut().enumerate() {
+        let mut j = 0;
+        while j + V::N <= k {
+            let y = [V::load(b[0].add(j)), V::load(b[1].add(j)), V::load(b[2].add(j)), V::load(b[3].add(j))];
+            for r in 0..R {
                 let x = V::load(a.add(r * sa + j));
-                for (acc, y) in acc.iter_mut().zip(y) {
-                    *acc = acc.add_product(x, y);
+                for i in 0..4 {
+                    acc[r][i] = acc[r][i].add_product(x, y[i]);
                 }
             }
+            j += V::N;
         }
-        let mut out = acc.map(|acc| V::sums(acc));
-        for j in whole..k {
-            for (r, out) in out.iter_mut().enumerate() {
-                for (out, b) in out.iter_mut().zip(b) {
-                    *out += *a.add(r * sa + j) * *b.add(j);
+        for r in 0..R {
+            let mut out = V::sums(acc[r]);
+            for j in j..k {
+                for i in 0..4 {
+                    out[i] += *a.add(r * sa + j) * *b[i].add(j);
                 }
             }
+            for (i, out) in out.into_iter().enumerate().take(keep) {
+                *c.add(r * sc + i) = out;
+            }
         }
-        out
     }
 }
 
@@ -156,25 +159,28 @@ pub unsafe fn dots<V: Lanes>(a: MatRef, b: MatRef, c: MatMut, n: usize, k: usize
     a.check(n, k);
     b.check(m, k);
     c.check(n, m);
-    for column in (0..m).step_by(4) {
-        // Rows that do not exist are computed from the last one and not written.
-        let rows: [*const f32; 4] = std::array::from_fn(|i| b.data[(column + i).min(m - 1) * b.stride..].as_ptr());
-        let mut put = |row: usize, x: [f32; 4]| {
-            let keep = (m - column).min(4);
-            c.data[row * c.stride + column..][..keep].copy_from_slice(&x[..keep]);
-        };
-        for row in (0..n).step_by(4) {
-            let pa = a.data[row * a.stride..].as_ptr();
+    let (pa, pb, pc) = (a.data.as_ptr(), b.data.as_ptr(), c.data.as_mut_ptr());
+    let (sa, sb, sc) = (a.stride, b.stride, c.stride);
+    let mut column = 0;
+    while column < m {
+        // Rows of `b` behind the last are the last again, and not written.
+        let keep = (m - column).min(4);
+        let mut row = 0;
+        while row < n {
             // SAFETY: rows and columns are inside of what was checked.
             unsafe {
+                let at = |i: usize| pb.add((column + i.min(keep - 1)) * sb);
+                let (a, b, c) = (pa.add(row * sa), [at(0), at(1), at(2), at(3)], pc.add(row * sc + column));
                 match n - row {
-                    1 => dot_block::<V, 1>(pa, a.stride, rows, k).into_iter().enumerate().for_each(|(i, x)| put(row + i, x)),
-                    2 => dot_block::<V, 2>(pa, a.stride, rows, k).into_iter().enumerate().for_each(|(i, x)| put(row + i, x)),
-                    3 => dot_block::<V, 3>(pa, a.stride, rows, k).into_iter().enumerate().for_each(|(i, x)| put(row + i, x)),
-                    _ => dot_block::<V, 4>(pa, a.stride, rows, k).into_iter().enumerate().for_each(|(i, x)| put(row + i, x)),
+                    1 => dot_block::<V, 1>(a, sa, b, c, sc, k, keep),
+                    2 => dot_block::<V, 2>(a, sa, b, c, sc, k, keep),
+                    3 => dot_block::<V, 3>(a, sa, b, c, sc, k, keep),
+                    _ => dot_block::<V, 4>(a, sa, b, c, sc, k, keep),
                 }
             }
+            row += 4;
         }
+        column += 4;
     }
 }
 
@@ -203,12 +209,14 @@ pub unsafe fn accumulate<V: Lanes>(matrix: &[f32], coefficients: &[f32], out: &m
 /// exp by 2^n * 2^f with a degree-6 polynomial for 2^f on [-1/2, 1/2] (Taylor, relative error under 2e-7).
 #[inline(always)]
 fn exp_lane<const FMA: bool>(x: f32) -> f32 {
-    // Under -87 the result is not a normal number and cannot matter beside the maximum's 1.
-    let x = x.clamp(-87.0, 88.0);
+    // Adding 1.5 * 2^23 rounds to a whole number, which then stands in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    // Under -87 the result is not a normal number and cannot matter beside the maximum's 1. Comparisons, unlike `max`, are one instruction.
+    let x = if x > -87.0 { x } else { -87.0 };
+    let x = if x < 88.0 { x } else { 88.0 };
     let t = x * std::f32::consts::LOG2_E;
-    // Adding 1.5 * 2^23 rounds to a whole number, whose low bits are then those of the sum: a conversion to integers is not made of vectors.
-    let rounded = t + 12_582_912.0;
-    let f = (t - (rounded - 12_582_912.0)) * std::f32::consts::LN_2;
+    let rounded = t + ROUND;
+    let f = (t - (rounded - ROUND)) * std::f32::consts::LN_2;
     let mut p = 1.0 / 720.0;
     for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         p = if FMA { f32::mul_add(p, f, c) } else { p * f + c };
@@ -216,19 +224,29 @@ fn exp_lane<const FMA: bool>(x: f32) -> f32 {
     f32::from_bits(p.to_bits().wrapping_add(rounded.to_bits() << 23))
 }
 
+/// The whole of 16 numbers at a time.
+#[inline(always)]
+fn exp_sixteen<const FMA: bool>(x: &mut [f32; LANES], shift: f32, sum: &mut [f32; LANES]) {
+    for i in 0..LANES {
+        let e = exp_lane::<FMA>(x[i] - shift);
+        x[i] = if x[i] > f32::NEG_INFINITY { e } else { 0.0 };
+        sum[i] += x[i];
+    }
+}
+
 /// `x[i] = exp(x[i] - shift)`; returns the sum.
 #[inline(always)]
 pub fn exp_sum<const FMA: bool>(x: &mut [f32], shift: f32) -> f32 {
-    let mut acc = [0.0f32; LANES];
-    let mut add = |x: &mut f32, acc: &mut f32| {
-        let e = exp_lane::<FMA>(*x - shift);
-        *x = if *x == f32::NEG_INFINITY { 0.0 } else { e };
-        *acc += *x;
-    };
+    let mut sum = [0.0f32; LANES];
     let (whole, rest) = x.as_chunks_mut::<LANES>();
-    whole.iter_mut().for_each(|x| x.iter_mut().zip(&mut acc).for_each(|(x, acc)| add(x, acc)));
-    rest.iter_mut().zip(&mut acc).for_each(|(x, acc)| add(x, acc));
-    acc.iter().sum()
+    for x in whole {
+        exp_sixteen::<FMA>(x, shift, &mut sum);
+    }
+    let mut last = [f32::NEG_INFINITY; LANES];
+    last[..rest.len()].copy_from_slice(rest);
+    exp_sixteen::<FMA>(&mut last, shift, &mut sum);
+    rest.copy_from_slice(&last[..rest.len()]);
+    sum.into_iter().sum()
 }
 
 /// The largest of `x`.
@@ -237,14 +255,12 @@ pub fn largest(x: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if a > b { a } else { b };
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let (whole, rest) = x.as_chunks::<LANES>();
-    whole.iter().for_each(|x| lanes.iter_mut().zip(x).for_each(|(l, x)| *l = larger(*x, *l)));
-    rest.iter().zip(&mut lanes).for_each(|(x, l)| *l = larger(*x, *l));
-    for n in [8, 4, 2, 1] {
-        for i in 0..n {
-            lanes[i] = larger(lanes[i], lanes[i + n]);
+    for x in whole {
+        for i in 0..LANES {
+            lanes[i] = larger(x[i], lanes[i]);
         }
     }
-    lanes[0]
+    rest.iter().chain(&lanes).copied().fold(f32::NEG_INFINITY, larger)
 }
 
 /// `out[i] = x[i]`; f16 as f32.

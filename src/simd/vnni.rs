@@ -107,8 +107,17 @@ unsafe fn join(sums: [__m512i; DIGITS], scale: __m512) -> __m512 {
     }
 }
 
-fn magnitude(x: &[f32]) -> f32 {
-    x.iter().fold(0.0, |a, x| a.max(x.abs()))
+/// The largest magnitude; lengths are whole multiples of 16.
+#[inline(always)]
+unsafe fn magnitude(x: &[f32]) -> f32 {
+    // SAFETY: the caller's features; pieces have 16 floats.
+    unsafe {
+        let mut largest = _mm512_setzero_ps();
+        for x in x.chunks_exact(LANES) {
+            largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(x.as_ptr())));
+        }
+        _mm512_reduce_max_ps(largest)
+    }
 }
 
 /// See [`super::Kernels::prepare`].
@@ -133,7 +142,8 @@ pub unsafe fn prepare(s: &mut Products) {
             }
             j += n;
         }
-        let largest = magnitude(&row[..padded]);
+        // SAFETY: features are the caller's.
+        let largest = unsafe { magnitude(&row[..padded]) };
         let up = if largest > 0.0 { FULL / largest } else { 0.0 };
         s.scales.push(if largest > 0.0 { largest / FULL } else { 0.0 });
         let out = &mut s.digits.bytes_mut()[q * DIGITS * padded..][..DIGITS * padded];
@@ -146,8 +156,16 @@ pub unsafe fn prepare(s: &mut Products) {
                 }
             }
         }
-        let offset = |digits: &[u8]| digits.iter().map(|d| i32::from(*d as i8)).sum::<i32>() * OFFSET;
-        s.offsets.extend(out.chunks_exact(padded.max(1)).map(offset));
+        for digits in out.chunks_exact(padded.max(1)) {
+            // SAFETY: `padded` is a multiple of 64; features are the caller's.
+            s.offsets.push(unsafe {
+                let mut sum = _mm512_setzero_si512();
+                for d in digits.chunks_exact(64) {
+                    sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(OFFSET as i8), _mm512_loadu_si512(d.as_ptr().cast()));
+                }
+                _mm512_reduce_add_epi32(sum)
+            });
+        }
     }
 }
 

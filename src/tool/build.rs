@@ -21,7 +21,7 @@ const PREFIX: &str = "llama-";
 const TOOLS: [&str; 7] =
     ["llama-cli", "llama-completion", "llama-server", "llama-perplexity", "llama-bench", "llama-batched-bench", super::probe::TOOL];
 /// What the stock tree is for: comparisons.
-const STOCK_TOOLS: [&str; 3] = ["llama-completion", "llama-perplexity", "llama-bench"];
+const STOCK_TOOLS: [&str; 4] = ["llama-completion", "llama-perplexity", "llama-bench", "llama-batched-bench"];
 
 /// A build to be made.
 pub struct Request {

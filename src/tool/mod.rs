@@ -1,6 +1,7 @@
 //! The parts of the command-line tool. They do not call the library, but build it into llama.cpp and look at
 //! what llama.cpp then does; only `calibrate` has it analyse rows, and `eval` takes its rotary frame from it, for a baseline.
 
+pub mod bench;
 pub mod build;
 pub mod calibrate;
 pub mod cmd;
@@ -16,5 +17,6 @@ pub mod probe;
 pub mod random;
 pub mod report;
 pub mod rope;
+pub mod text;
 pub mod toolchain;
 pub mod tree;

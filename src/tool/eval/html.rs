@@ -8,7 +8,8 @@ use anyhow::Result;
 
 use super::plots::{bars, heat_map, scatter, Mark, Scale};
 use super::summary::{Entry, PathResults, Row, Summary, BINS};
-use super::table::{self, number, or_dash, percent};
+use super::table;
+use crate::tool::text::{number, or_dash, percent};
 
 const STYLE: &str = "
 :root { color-scheme: light; }

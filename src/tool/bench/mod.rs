@@ -1,0 +1,253 @@
+//! Speed: stock and patched llama.cpp side by side, on the same model, prompt lengths and threads.
+//!
+//! Owns the options and the order of the measurements. Must not know how llama.cpp's tools are called, nor how results are shown.
+
+mod gguf;
+mod model;
+mod report;
+mod runs;
+
+use std::fs;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::build::{self, Request, Tree};
+use super::fetch::SourceKind;
+use super::layout::{Layout, Pin};
+use super::{cmd, text};
+
+use model::Shape;
+use report::{Row, Subject, Summary, Timing};
+use runs::{Cache, Case, Runs};
+
+/// Types of a KV cache that both tools know.
+const TYPES: [&str; 8] = ["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"];
+
+/// What is measured.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum What {
+    /// One token after the other, behind a context.
+    Decode,
+    /// Many tokens at once, behind a context.
+    Prefill,
+    /// One token of each of some sequences at once, behind a context that they share.
+    Batch,
+}
+
+/// An instruction-set level of the library.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Level {
+    /// AVX-512.
+    Avx512,
+    /// AVX2.
+    Avx2,
+    /// What every CPU has.
+    Portable,
+}
+
+#[derive(Clone)]
+enum Model {
+    Made(&'static Shape),
+    File(PathBuf),
+}
+
+/// What to measure, and how.
+#[derive(Args)]
+pub struct Options {
+    /// Models, comma-separated: attention (nearly nothing but attention), 8b (4 layers of an 8B model), or a GGUF file
+    #[arg(short, long = "model", value_name = "MODEL", value_delimiter = ',', default_value = "attention,8b", value_parser = parse_model)]
+    models: Vec<Model>,
+    /// What to measure, comma-separated (default: everything; for 8b decode)
+    #[arg(long, value_enum, value_delimiter = ',')]
+    what: Option<Vec<What>>,
+    /// Tokens before those that are decoded, comma-separated (default: 512,4096,16384; for 8b 0,16384)
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',')]
+    depths: Option<Vec<u32>>,
+    /// Decode at depth 65536 as well; to get there takes minutes for each cache
+    #[arg(long)]
+    long: bool,
+    /// Tokens before the prefilled ones, comma-separated
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "0,8192,32768")]
+    prefill_depths: Vec<u32>,
+    /// Tokens that the sequences of a batch share
+    #[arg(long, value_name = "TOKENS", default_value_t = 16384)]
+    batch_depth: u32,
+    /// Sequences of a batch: query tokens of a step
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=64))]
+    batch: u32,
+    /// Stock cache types, comma-separated (default: f16,q8_0,q4_0 to decode, f16 else and for 8b)
+    #[arg(long, value_delimiter = ',', value_parser = TYPES)]
+    types: Option<Vec<String>>,
+    /// How many times smaller than f16 the spectral cache shall be
+    #[arg(long, value_name = "RATIO", default_value_t = 8.0, value_parser = crate::parse_ratio)]
+    kv_spectral: f64,
+    /// Tokens to decode
+    #[arg(short = 'n', long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    tokens: u32,
+    /// Tokens to prefill
+    #[arg(short, long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    prompt: u32,
+    /// Repetitions; those of decode and prefill begin with the same, once filled cache
+    #[arg(short, long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    repetitions: u32,
+    /// How often to fill the caches and do all repetitions, every second time in reverse order: against slow changes of the machine
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Threads of llama.cpp
+    #[arg(short, long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+    threads: u32,
+    /// Instruction-set level of the library (default: the best of the CPU, or SPECTRAL_KV_CPU_LEVEL)
+    #[arg(long, value_enum)]
+    level: Option<Level>,
+    /// Write all numbers to this file, as JSON
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+}
+
+fn parse_model(s: &str) -> Result<Model, String> {
+    match [&model::ATTENTION, &model::EIGHT_B].into_iter().find(|m| m.name == s) {
+        Some(made) => Ok(Model::Made(made)),
+        None if PathBuf::from(s).is_file() => Ok(Model::File(s.into())),
+        None => Err("expected attention, 8b, or a GGUF file that is there".into()),
+    }
+}
+
+/// Something's name on the command line.
+fn value_name(x: &impl ValueEnum) -> String {
+    x.to_possible_value().map(|v| v.get_name().to_string()).unwrap_or_default()
+}
+
+/// Rows of one model, and the caches of each.
+fn plan(o: &Options, model: &Model) -> Vec<(Case, Vec<Cache>)> {
+    // Of this one the interest is what decoding is made of.
+    let is_large = matches!(model, Model::Made(m) if m.name == model::EIGHT_B.name);
+    let some = |few: &[What], all: &[What]| o.what.clone().unwrap_or_else(|| if is_large { few } else { all }.to_vec());
+    let mut decode = o.depths.clone().unwrap_or_else(|| if is_large { vec![0, 16384] } else { vec![512, 4096, 16384] });
+    decode.extend(o.long.then_some(65536));
+    let caches = |what: What| {
+        let default: &[&str] = if is_large || what != What::Decode { &["f16"] } else { &["f16", "q8_0", "q4_0"] };
+        let types = o.types.clone().unwrap_or_else(|| default.iter().map(|t| t.to_string()).collect());
+        let mut caches: Vec<Cache> = types.into_iter().map(Cache::Stock).collect();
+        // Next to the first type, the one that matters most.
+        caches.insert(1, Cache::Spectral);
+        caches
+    };
+    let rows = |what: What| {
+        let (depths, tokens, sequences) = match what {
+            What::Decode => (decode.clone(), o.tokens, 1),
+            What::Prefill => (o.prefill_depths.clone(), o.prompt, 1),
+            What::Batch => (vec![o.batch_depth], o.tokens, o.batch),
+        };
+        depths.into_iter().map(move |depth| (Case { what, depth, tokens, sequences }, caches(what)))
+    };
+    some(&[What::Decode], &[What::Decode, What::Prefill, What::Batch]).into_iter().flat_map(rows).collect()
+}
+
+/// Calls of a tool for one cache, and the repetitions in each. A batch is filled anew for each repetition.
+fn calls(o: &Options, case: &Case) -> (u32, u32) {
+    match case.what {
+        What::Batch => (o.rounds * o.repetitions, 1),
+        What::Decode | What::Prefill => (o.rounds, o.repetitions),
+    }
+}
+
+/// Measures, prints a table, and writes the numbers.
+pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCode> {
+    let layout = Layout::find()?;
+    let plans: Vec<_> = o.models.iter().map(|m| (m, plan(o, m))).collect();
+    let cases = || plans.iter().flat_map(|(_, rows)| rows);
+    let mut targets: Vec<&'static str> = cases().map(|(case, _)| runs::tool(case.what)).collect();
+    targets.sort_unstable();
+    targets.dedup();
+    let build = |tree| build::ensure(&Request { tree, targets: targets.clone(), source, jobs });
+    let level = o.level.map(|l| value_name(&l));
+    let mut runs = Runs {
+        stock: build(Tree::Stock)?,
+        patched: build(Tree::Patched)?,
+        model: PathBuf::new(),
+        threads: o.threads,
+        ratio: o.kv_spectral,
+        level: level.clone(),
+    };
+    let bar = progress(cases().map(|(case, caches)| u64::from(calls(o, case).0) * caches.len() as u64).sum());
+    let mut models = vec![];
+    for (model, rows) in &plans {
+        let (name, description) = match model {
+            Model::Made(shape) => {
+                runs.model = shape.file(&layout)?;
+                (shape.name.to_string(), shape.description())
+            }
+            Model::File(path) => {
+                runs.model = path.clone();
+                (path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(), path.display().to_string())
+            }
+        };
+        let measured = rows.iter().map(|(case, caches)| measure(o, &runs, &bar, &name, case, caches)).collect::<Result<_>>()?;
+        models.push(Subject::new(name, description, measured));
+    }
+    bar.finish_and_clear();
+
+    let summary = Summary {
+        version: env!("CARGO_PKG_VERSION"),
+        llama_cpp: Pin::read(&layout.root)?.commit,
+        cpu: cpu(),
+        threads: o.threads,
+        level: level.or_else(|| std::env::var("SPECTRAL_KV_CPU_LEVEL").ok()),
+        kv_spectral: o.kv_spectral,
+        repetitions: o.repetitions,
+        rounds: o.rounds,
+        models,
+    };
+    print!("{summary}");
+    if let Some(path) = &o.output {
+        let json = serde_json::to_string_pretty(&summary)? + "\n";
+        fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// One row: the caches take turns.
+fn measure(o: &Options, runs: &Runs, bar: &ProgressBar, name: &str, case: &Case, caches: &[Cache]) -> Result<Row> {
+    let (calls, repetitions) = calls(o, case);
+    let mut samples = vec![vec![]; caches.len()];
+    for call in 0..calls {
+        let mut order: Vec<usize> = (0..caches.len()).collect();
+        if call % 2 == 1 {
+            order.reverse();
+        }
+        for i in order {
+            let what = format!("{name}, {case}, {}", caches[i]);
+            bar.set_message(what.clone());
+            let new = runs.samples(case, &caches[i], repetitions).with_context(|| format!("cannot measure {what}"))?;
+            let shown = new.iter().map(|x| text::number(*x)).collect::<Vec<_>>().join(" ");
+            bar.suspend(|| eprintln!("{what}: {shown} t/s"));
+            bar.inc(1);
+            samples[i].extend(new);
+        }
+    }
+    Ok(Row::new(case, caches.iter().zip(samples).map(|(cache, samples)| Timing::new(cache, samples)).collect()))
+}
+
+/// A bar over the calls, hidden where there is no terminal. Nothing redraws it by itself: that would be another thread.
+fn progress(calls: u64) -> ProgressBar {
+    let bar = ProgressBar::new(calls);
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed}  {wide_msg}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    if !std::io::stderr().is_terminal() {
+        bar.set_draw_target(ProgressDrawTarget::hidden());
+    }
+    bar
+}
+
+/// The name of the CPU, on Linux and macOS.
+fn cpu() -> String {
+    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let named = info.lines().filter_map(|l| l.split_once(':')).find(|(key, _)| key.trim() == "model name").map(|(_, name)| name.trim().to_string());
+    let asked = || cmd::text(Command::new("sysctl").args(["-n", "machdep.cpu.brand_string"])).ok();
+    named.or_else(asked).unwrap_or_else(|| "unknown CPU".into())
+}
