@@ -714,6 +714,24 @@ skv_status skv_layer_combine(const struct skv_layer *layer,
                              uint32_t nth);
 
 /**
+ * Attention of any number of query tokens over the stored rows and the step's own rows, into `out[n_tokens][n_head][d_v]`, `n_out` floats. Rows are
+ * rebuilt as they are looked at and kept nowhere: for up to 64 tokens `skv_layer_attend` is faster. The result does not depend on the number of threads.
+ */
+skv_status skv_layer_prefill(const struct skv_layer *layer,
+                             const uint8_t *arena,
+                             size_t arena_bytes,
+                             const int32_t *plan,
+                             size_t plan_ints,
+                             const struct skv_rows *q,
+                             const struct skv_rows *k,
+                             const struct skv_rows *v,
+                             const struct skv_attend_params *params,
+                             float *out,
+                             size_t n_out,
+                             uint32_t ith,
+                             uint32_t nth);
+
+/**
  * Counters of a layer.
  */
 skv_status skv_layer_stats(const struct skv_layer *layer, struct skv_stats *out);
