@@ -41,8 +41,8 @@ pub const FIT_ROWS_MIN: usize = 512;
 pub const GAIN_BYTES: usize = 2 * TILE;
 /// Most query tokens of one decode attention call.
 pub const MAX_QUERIES: usize = 64;
-/// Chunks into which the rows of one attention call are split, whatever the number of threads.
-pub const CHUNKS: usize = 8;
+/// Pieces into which one attention call is cut at least, whatever the number of threads; see [`LayerGeometry::chunks`].
+pub const UNITS: usize = 32;
 
 /// Bands of tiles, finest rate first.
 pub const BANDS: usize = 3;
@@ -235,6 +235,10 @@ impl LayerGeometry {
     /// Elements of one row of one KV head, K and V.
     pub fn head_elements(&self) -> usize {
         self.d_k + self.d_v
+    }
+    /// Chunks into which the rows of one KV head are split in one attention call.
+    pub fn chunks(&self) -> usize {
+        UNITS.div_ceil(self.n_head_kv).max(2)
     }
     /// f16 bytes of one row of one KV head, K and V.
     pub fn row_bytes(&self) -> usize {

@@ -46,7 +46,7 @@ fn generate() -> String {
         "FIT_ROWS",
         "FIT_ROWS_MIN",
         "GAIN_BYTES",
-        "CHUNKS",
+        "UNITS",
         "FIT_ROWS_MAX",
         "WIDTHS",
         "DISTORTION",

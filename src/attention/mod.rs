@@ -9,11 +9,11 @@
 pub mod prefill;
 
 use crate::codec::{split_tile, Basis, TilePlace};
-use crate::config::TILE;
+use crate::config::{GAIN_BYTES, TILE};
 use crate::error::{argument, Result};
 use crate::rope::{Rope, Turn};
 use crate::simd::lanes::LANES;
-use crate::simd::{quant, Kernels, Lines, MatMut, MatRef, Products, Widths};
+use crate::simd::{prefetch, quant, Kernels, Lines, MatMut, MatRef, Products, Widths};
 
 pub use crate::simd::BATCH;
 
@@ -110,8 +110,12 @@ impl HeadBases {
         self.stride = rank.next_multiple_of(LANES);
         self.projection.resize(d * self.stride * 4);
         let out = self.projection.floats_mut();
-        for (j, row) in self.k.decode.chunks_exact(d).enumerate() {
-            row.iter().zip(out[j..].iter_mut().step_by(self.stride)).for_each(|(x, out)| *out = *x);
+        // A cache line of the result at a time, so that neither side is walked in steps that a cache maps to few of its sets.
+        for (block, rows) in self.k.decode.chunks(LANES * d).enumerate() {
+            for (i, out) in out.chunks_exact_mut(self.stride).enumerate().take(d) {
+                let line = &mut out[block * LANES..][..LANES];
+                line.iter_mut().zip(rows[i..].iter().step_by(d)).for_each(|(out, x)| *out = *x);
+            }
         }
     }
 }
@@ -134,11 +138,8 @@ pub struct Accumulator {
     /// Per query: probability on coded rows.
     coded_mass: Vec<f32>,
     scores: Lines,
-    /// Largest score of each query in the current block.
-    largest: Vec<f32>,
     rotated: Lines,
-    /// Per query: its product with the mean key.
-    offsets: Vec<f32>,
+    /// Projected queries; also has the largest score of each query in the current block.
     products: Products,
     /// Frame and widths that `products` is ready for.
     ready: Option<(i32, Widths)>,
@@ -153,7 +154,9 @@ impl Accumulator {
         (self.d_k, self.d_v, self.group, self.n, self.rank, self.ready) = (d_k, d_v, group, n, value_rank, None);
         self.queries.resize(n * d_k * 4);
         self.queries.floats_mut().chunks_exact_mut(d_k).zip(queries).for_each(|(to, q)| to.copy_from_slice(q));
-        for (buffer, value) in [(&mut self.max, f32::NEG_INFINITY), (&mut self.sum, 0.0), (&mut self.coded_mass, 0.0), (&mut self.largest, 0.0)] {
+        for (buffer, value) in
+            [(&mut self.max, f32::NEG_INFINITY), (&mut self.sum, 0.0), (&mut self.coded_mass, 0.0), (&mut self.products.largest, 0.0)]
+        {
             buffer.clear();
             buffer.resize(n, value);
         }
@@ -172,7 +175,7 @@ impl Accumulator {
     fn softmax(&mut self, kernels: &Kernels, rows: usize, stride: usize) {
         let (d_v, n, rank) = (self.d_v, self.n, self.rank);
         for (i, scores) in self.scores.floats_mut().chunks_mut(stride).enumerate().take(n) {
-            let largest = self.max[i].max(self.largest[i]);
+            let largest = self.max[i].max(self.products.largest[i]);
             if largest == f32::NEG_INFINITY {
                 scores[..rows].fill(0.0);
                 continue;
@@ -211,7 +214,7 @@ impl Accumulator {
             c.scoring.cap(&mut scores[..rows]);
         }
         self.show(0, rows, TILE, visible);
-        for (largest, scores) in self.largest.iter_mut().zip(self.scores.floats().chunks_exact(TILE)) {
+        for (largest, scores) in self.products.largest.iter_mut().zip(self.scores.floats().chunks_exact(TILE)) {
             *largest = scores[..rows].iter().copied().fold(f32::NEG_INFINITY, f32::max);
         }
         self.softmax(c.kernels, rows, TILE);
@@ -223,42 +226,36 @@ impl Accumulator {
     pub fn tile_batch(&mut self, c: Context, bases: &HeadBases, place: &TilePlace, tiles: &[Tile]) {
         let (table, n, stride) = (quant::gains(), self.n, tiles.len() * TILE);
         self.scores.resize(n * stride * 4);
-        self.largest.fill(f32::NEG_INFINITY);
+        self.products.largest.fill(f32::NEG_INFINITY);
+        let mut gains = [0.0; TILE];
         for (t, tile) in tiles.iter().enumerate() {
-            let [(gains, codes), _] = split_tile(tile.bytes, place.k);
-            let gains: [f32; TILE] = std::array::from_fn(|row| table[gains[row] as usize]);
+            prefetch(tiles.get(t + 1).map_or(&[], |next| &next.bytes[..GAIN_BYTES + place.k.bytes()]));
+            let [(gain_codes, codes), _] = split_tile(tile.bytes, place.k);
+            (c.kernels.lookup)(table, gain_codes, &mut gains);
             let at = t * TILE;
             match tile.turns {
                 Turns::One(turn) => {
                     self.project(c, turn, bases, place);
-                    (c.kernels.tile_scores)(&mut self.products, codes, &mut self.scores.floats_mut()[at..], stride);
-                    self.scale(c, &gains, at, stride);
+                    (c.kernels.tile_scores)(&mut self.products, codes, &gains, &mut self.scores.floats_mut()[at..], stride);
                 }
                 Turns::Each(turns) => self.score_rows(c, turns, bases, place, codes, &gains, at, stride),
             }
+            prefetch(&tile.bytes[GAIN_BYTES + place.k.bytes()..]);
             if c.scoring.softcap > 0.0 {
                 self.scores.floats_mut().chunks_exact_mut(stride).take(n).for_each(|s| c.scoring.cap(&mut s[at..at + TILE]));
             }
             self.show(at, TILE, stride, tile.visible);
             if c.scoring.softcap > 0.0 || matches!(tile.visible, Visible::Some(_)) || matches!(tile.turns, Turns::Each(_)) {
-                self.largest.fill(f32::INFINITY);
+                self.products.largest.fill(f32::INFINITY);
             }
         }
         // Where scores changed after their largest was noted, it is looked for again.
-        for (largest, scores) in self.largest.iter_mut().zip(self.scores.floats().chunks_exact(stride)).filter(|(l, _)| **l == f32::INFINITY) {
+        for (largest, scores) in self.products.largest.iter_mut().zip(self.scores.floats().chunks_exact(stride)).filter(|(l, _)| **l == f32::INFINITY)
+        {
             *largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         }
         self.softmax(c.kernels, stride, stride);
         self.add_values(c.kernels, &bases.v, place, tiles, stride);
-    }
-
-    /// Sums of products to scores of a tile whose rows share a frame.
-    fn scale(&mut self, c: Context, gains: &[f32; TILE], at: usize, stride: usize) {
-        for (i, scores) in self.scores.floats_mut().chunks_exact_mut(stride).enumerate().take(self.n) {
-            let scores = (&mut scores[at..at + TILE]).try_into().expect("invariant: the rows of a tile");
-            let largest = (c.kernels.scale_scores)(scores, gains, self.offsets[i], c.scoring.scale);
-            self.largest[i] = self.largest[i].max(largest);
-        }
     }
 
     /// A tile whose rows were shifted or moved apart: each distinct turn costs a projection.
@@ -281,11 +278,10 @@ impl Accumulator {
             let rows = (0..TILE).filter(|r| left >> r & 1 == 1 && turns[*r] == wanted).fold(0u64, |m, r| m | 1 << r);
             left &= !rows;
             self.project(c, wanted, bases, place);
-            (c.kernels.tile_scores)(&mut self.products, codes, self.few_rows.floats_mut(), TILE);
-            let scored = self.few_rows.floats().chunks_exact(TILE).zip(&self.offsets);
-            for ((raw, offset), scores) in scored.zip(self.scores.floats_mut().chunks_exact_mut(stride)) {
+            (c.kernels.tile_scores)(&mut self.products, codes, gains, self.few_rows.floats_mut(), TILE);
+            for (scored, scores) in self.few_rows.floats().chunks_exact(TILE).zip(self.scores.floats_mut().chunks_exact_mut(stride)).take(self.n) {
                 for row in (0..TILE).filter(|r| rows >> r & 1 == 1) {
-                    scores[at + row] = c.scoring.scale * (raw[row] * gains[row] + offset);
+                    scores[at + row] = scored[row];
                 }
             }
         }
@@ -303,11 +299,11 @@ impl Accumulator {
         let rotated = &mut self.rotated.floats_mut()[..n * d];
         rotated.copy_from_slice(&self.queries.floats()[..n * d]);
         rotated.chunks_exact_mut(d).for_each(|q| c.rope.rotate(&self.turn, q));
-        self.offsets.resize(n, 0.0);
-        (c.kernels.dots)(MatRef::new(rotated, d), MatRef::new(&bases.k.mean, d), MatMut::new(&mut self.offsets, 1), n, d, 1);
         let p = &mut self.products;
-        (p.n, p.widths, p.stride) = (n, place.k, rank.next_multiple_of(LANES));
-        p.z.resize(n * p.stride * 4);
+        p.means.resize(n, 0.0);
+        (c.kernels.dots)(MatRef::new(rotated, d), MatRef::new(&bases.k.mean, d), MatMut::new(&mut p.means, 1), n, d, 1);
+        (p.n, p.widths, p.stride, p.scale) = (n, place.k, rank.next_multiple_of(LANES), c.scoring.scale);
+        p.z.resize((n * p.stride + 64) * 4);
         p.z.floats_mut()[..n * p.stride].fill(0.0);
         let projection = MatRef::new(bases.projection.floats(), bases.stride);
         // Whole vectors: what lies behind a band's rank is not looked at.
@@ -319,15 +315,17 @@ impl Accumulator {
     fn add_values(&mut self, kernels: &Kernels, basis: &Basis, place: &TilePlace, tiles: &[Tile], stride: usize) {
         let table = quant::gains();
         let mut kept: [&[u8]; BATCH] = [&[]; BATCH];
-        let mut n_kept = 0;
+        let (mut n_kept, mut gains) = (0, [0.0; TILE]);
         for (t, tile) in tiles.iter().enumerate() {
-            let [(..), (gains, codes)] = split_tile(tile.bytes, place.k);
-            let gains: [f32; TILE] = std::array::from_fn(|row| table[gains[row] as usize]);
+            let [(..), (gain_codes, codes)] = split_tile(tile.bytes, place.k);
+            (kernels.lookup)(table, gain_codes, &mut gains);
             let mut matters = false;
             let scores = &mut self.scores.floats_mut()[..self.n * stride];
             for (i, p) in scores.chunks_exact_mut(stride).enumerate() {
                 // Probabilities move up beside those of the last tile that was kept.
-                p.copy_within(t * TILE..(t + 1) * TILE, n_kept * TILE);
+                if t > n_kept {
+                    p.copy_within(t * TILE..(t + 1) * TILE, n_kept * TILE);
+                }
                 let rows = (&mut p[n_kept * TILE..(n_kept + 1) * TILE]).try_into().expect("invariant: the rows of a tile");
                 let mass = (kernels.weigh)(rows, &gains);
                 self.coded_mass[i] += mass;
@@ -350,8 +348,7 @@ impl Accumulator {
         if let Some(b) = value_basis {
             self.scores.resize(2 * n * rank * 4);
             let (by_coefficient, by_query) = self.scores.floats_mut().split_at_mut(n * rank);
-            let sums = MatRef::new(self.sums.floats(), LANES);
-            (kernels.dots)(MatRef::new(&[1.0; LANES], LANES), sums, MatMut::new(by_coefficient, n * rank), 1, LANES, n * rank);
+            (kernels.lane_sums)(self.sums.floats(), by_coefficient);
             for (j, sums) in by_coefficient.chunks_exact(n.max(1)).enumerate() {
                 sums.iter().enumerate().for_each(|(i, x)| by_query[i * rank + j] = *x);
             }
@@ -366,6 +363,12 @@ impl Accumulator {
             partial[2..].copy_from_slice(&self.out.floats()[i * d_v..][..d_v]);
         }
     }
+}
+
+/// The partial result of a query that saw no row.
+pub fn no_rows(partial: &mut [f32]) {
+    partial.fill(0.0);
+    partial[0] = f32::NEG_INFINITY;
 }
 
 /// Merge partial results of one query, and an attention sink's logit, into its output. No visible row gives zeros.

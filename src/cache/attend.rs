@@ -1,20 +1,23 @@
 //! Attention of one layer over its arena, as the plan says: which rows, which of them are seen, in which pieces.
 //!
-//! Work is cut into units of one KV head and one of [`CHUNKS`] chunks of the rows, whatever the number of threads, so results do not depend on it.
+//! Work is cut into units of one KV head and one of [`LayerGeometry::chunks`] chunks of the rows, whatever the number of threads, so results do not depend on it.
 //! Must not know how scores are computed, nor about threads.
 
 use super::arena::{self, ExactRows};
 use super::layer::{Layer, Mask, Rows};
 use super::plan::{Plan, Source, TileView};
-use crate::attention::{merge, partial_floats, Accumulator, Context, HeadBases, Scoring, Tile, Turns, Visible, BATCH};
+use crate::attention::{merge, no_rows, partial_floats, Accumulator, Context, HeadBases, Scoring, Tile, Turns, Visible, BATCH};
 use crate::codec::{TileMap, TilePlace};
-use crate::config::{LayerGeometry, CHUNKS, MAX_QUERIES, TILE};
+use crate::config::{LayerGeometry, MAX_QUERIES, TILE};
 use crate::error::{argument, Error, Result};
 use crate::rope::Turn;
 use crate::simd::{self, Lines};
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::atomic::Ordering::Relaxed;
+
+/// Blocks of 64 rows that a chunk has at least, if there are as many.
+const LEAST_BLOCKS: usize = 4;
 
 /// One attention call.
 #[derive(Clone, Copy)]
@@ -117,9 +120,9 @@ impl Layer {
         self.units() * self.unit_floats(n_tokens)
     }
 
-    /// Independent pieces of one attention call, numbered `head * CHUNKS + chunk`.
+    /// Independent pieces of one attention call, numbered `head * chunks + chunk`.
     pub fn units(&self) -> usize {
-        self.shape().n_head_kv * CHUNKS
+        self.shape().n_head_kv * self.shape().chunks()
     }
 
     /// Floats of one unit's result.
@@ -151,7 +154,7 @@ impl Layer {
         SCRATCH.with_borrow_mut(|s| {
             let mut loaded = None;
             for (unit, out) in units.zip(out.chunks_exact_mut(size)) {
-                let (head, chunk) = (unit / CHUNKS, unit % CHUNKS);
+                let (head, chunk) = (unit / g.chunks(), unit % g.chunks());
                 let r = &ranges[head];
                 if loaded != Some(head) {
                     loaded = Some(head);
@@ -176,7 +179,13 @@ impl Layer {
         let (g, n, plan) = (self.shape(), call.q.len(), call.plan);
         let context = Context { kernels: simd::kernels(), scoring: call.scoring, rope: &self.rope };
         let count = plan.exact().len().div_ceil(TILE) + plan.tokens().len().div_ceil(TILE) + plan.tiles().len();
-        let (first, last) = (chunk * count / CHUNKS, (chunk + 1) * count / CHUNKS);
+        // In short contexts few chunks have all of it, as each costs a start and an end.
+        let chunks = count.div_ceil(LEAST_BLOCKS).min(g.chunks());
+        if chunk >= chunks {
+            out.chunks_exact_mut(partial_floats(g.d_v)).for_each(no_rows);
+            return Ok(());
+        }
+        let (first, last) = (chunk * count / chunks, (chunk + 1) * count / chunks);
         let raw = if plan.fitted { &[] } else { &call.arena[r.raw.clone()] };
         let rows = ExactRows::new(g, self.geometry.exact, &call.arena[r.exact.clone()], raw)?;
         let (map, value_rank) = if plan.fitted && plan.tiles().len() > 0 {
@@ -281,10 +290,10 @@ impl Layer {
             let (token, query_head) = (row / g.n_head, row % g.n_head);
             let (head, a) = (query_head / g.group(), query_head % g.group());
             let chunk = |c: usize| {
-                let unit = &partials[(head * CHUNKS + c) * self.unit_floats(n_tokens)..][..self.unit_floats(n_tokens)];
+                let unit = &partials[(head * g.chunks() + c) * self.unit_floats(n_tokens)..][..self.unit_floats(n_tokens)];
                 &unit[(token * g.group() + a) * size..][..size]
             };
-            merge((0..CHUNKS).map(chunk), sinks.get(query_head).copied(), out);
+            merge((0..g.chunks()).map(chunk), sinks.get(query_head).copied(), out);
         }
         Ok(())
     }

@@ -280,6 +280,43 @@ pub unsafe fn widen<V: Lanes>(x: &[f16], out: &mut [f32]) {
     }
 }
 
+/// `out[i] = table[index[i]]` for the rows of a tile.
+///
+/// # Safety
+/// The features of `V` are there.
+#[inline(always)]
+pub unsafe fn lookup<V: Lanes>(table: &[f32; 256], index: &[u8], out: &mut [f32; TILE]) {
+    let index = &index[..TILE];
+    for i in (0..TILE).step_by(V::N) {
+        // SAFETY: both have the rows of a tile; features are the caller's.
+        unsafe { V::lookup(table, index.as_ptr().add(i)).store(out.as_mut_ptr().add(i)) }
+    }
+}
+
+/// Sums of every 16 floats.
+///
+/// # Safety
+/// The features of `V` are there.
+#[inline(always)]
+pub unsafe fn lane_sums<V: Lanes>(x: &[f32], out: &mut [f32]) {
+    for (x, out) in x.chunks_exact(4 * LANES).zip(out.chunks_exact_mut(4)) {
+        // SAFETY: four times 16 floats are there; features are the caller's.
+        unsafe {
+            let mut sums = [V::splat(0.0); 4];
+            for (r, sum) in sums.iter_mut().enumerate() {
+                for i in (0..LANES).step_by(V::N) {
+                    *sum = sum.add_product(V::splat(1.0), V::load(x.as_ptr().add(r * LANES + i)));
+                }
+            }
+            out.copy_from_slice(&V::sums(sums));
+        }
+    }
+    let done = out.len() / 4 * 4;
+    for (x, out) in x.chunks_exact(LANES).zip(out).skip(done) {
+        *out = x.iter().sum();
+    }
+}
+
 /// `x[i] = scale * (x[i] * gains[i] + offset)`; returns the largest.
 #[inline(always)]
 pub fn scale_scores(x: &mut [f32; TILE], gains: &[f32; TILE], offset: f32, scale: f32) -> f32 {

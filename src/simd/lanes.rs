@@ -23,6 +23,11 @@ pub trait Lanes: Copy {
     /// # Safety
     /// As [`Lanes::splat`]; `N` halves are readable.
     unsafe fn load_half(p: *const f16) -> Self;
+    /// `table[index]` for each of `N` bytes.
+    ///
+    /// # Safety
+    /// As [`Lanes::splat`]; `N` bytes are readable.
+    unsafe fn lookup(table: &[f32; 256], index: *const u8) -> Self;
     /// # Safety
     /// As [`Lanes::splat`]; `N` floats are writable.
     unsafe fn store(self, p: *mut f32);
@@ -57,6 +62,11 @@ impl Lanes for Plain {
     unsafe fn load_half(p: *const f16) -> Self {
         // SAFETY: the caller's contract.
         Plain(unsafe { p.cast::<[f16; 8]>().read_unaligned() }.map(f16::to_f32))
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: &[f32; 256], index: *const u8) -> Self {
+        // SAFETY: the caller's contract.
+        Plain(unsafe { index.cast::<[u8; 8]>().read_unaligned() }.map(|i| table[usize::from(i)]))
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
@@ -118,6 +128,11 @@ mod x86 {
             Ymm(unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) })
         }
         #[inline(always)]
+        unsafe fn lookup(table: &[f32; 256], index: *const u8) -> Self {
+            // SAFETY: see above; the table has an entry for every byte.
+            Ymm(unsafe { _mm256_i32gather_ps::<4>(table.as_ptr(), _mm256_cvtepu8_epi32(_mm_loadl_epi64(index.cast()))) })
+        }
+        #[inline(always)]
         unsafe fn store(self, p: *mut f32) {
             // SAFETY: see above.
             unsafe { _mm256_storeu_ps(p, self.0) }
@@ -130,7 +145,7 @@ mod x86 {
         #[inline(always)]
         unsafe fn sums(v: [Self; 4]) -> [f32; 4] {
             // SAFETY: see above.
-            unsafe { sums_ymm(v.map(|v| v.0)) }
+            unsafe { sums_ymm([v[0].0, v[1].0, v[2].0, v[3].0]) }
         }
     }
 
@@ -156,6 +171,11 @@ mod x86 {
             Zmm(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) })
         }
         #[inline(always)]
+        unsafe fn lookup(table: &[f32; 256], index: *const u8) -> Self {
+            // SAFETY: see above; the table has an entry for every byte.
+            Zmm(unsafe { _mm512_i32gather_ps::<4>(_mm512_cvtepu8_epi32(_mm_loadu_si128(index.cast())), table.as_ptr()) })
+        }
+        #[inline(always)]
         unsafe fn store(self, p: *mut f32) {
             // SAFETY: see above.
             unsafe { _mm512_storeu_ps(p, self.0) }
@@ -168,7 +188,15 @@ mod x86 {
         #[inline(always)]
         unsafe fn sums(v: [Self; 4]) -> [f32; 4] {
             // SAFETY: see above.
-            unsafe { sums_ymm(v.map(|v| _mm256_add_ps(_mm512_castps512_ps256(v.0), _mm512_extractf32x8_ps::<1>(v.0)))) }
+            unsafe {
+                // Not by `map`: intrinsics in a closure of a function without their features may stay calls.
+                let [a, b, c, d] = v;
+                let a = _mm256_add_ps(_mm512_castps512_ps256(a.0), _mm512_extractf32x8_ps::<1>(a.0));
+                let b = _mm256_add_ps(_mm512_castps512_ps256(b.0), _mm512_extractf32x8_ps::<1>(b.0));
+                let c = _mm256_add_ps(_mm512_castps512_ps256(c.0), _mm512_extractf32x8_ps::<1>(c.0));
+                let d = _mm256_add_ps(_mm512_castps512_ps256(d.0), _mm512_extractf32x8_ps::<1>(d.0));
+                sums_ymm([a, b, c, d])
+            }
         }
     }
 }

@@ -118,6 +118,18 @@ impl Lines {
     }
 }
 
+/// Ask for memory that will be read soon: tiles lie too far apart for the hardware to guess.
+#[inline]
+pub fn prefetch(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in bytes.chunks(64) {
+        // SAFETY: a prefetch reads nothing.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.as_ptr().cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
+}
+
 /// Projected queries, made ready for the tiles of one band, and memory to work in.
 #[derive(Debug, Default)]
 pub struct Products {
@@ -127,8 +139,16 @@ pub struct Products {
     pub n: usize,
     /// Projected queries, a coefficient per float, `stride` apart.
     pub z: Lines,
-    /// See `z`.
+    /// See `z`. There is room for 64 floats behind the last query.
     pub stride: usize,
+    /// Per query: its product with the mean key.
+    pub means: Vec<f32>,
+    /// Factor on all scores.
+    pub scale: f32,
+    /// Per query: the largest score so far.
+    pub largest: Vec<f32>,
+    /// Step of each coefficient's levels, and of which widths.
+    steps: (Widths, Lines),
     digits: Lines,
     offsets: Vec<i32>,
     scales: Vec<f32>,
@@ -152,8 +172,10 @@ pub struct Kernels {
     pub largest: fn(x: &[f32]) -> f32,
     /// `out[i] = x[i]`, f16 as f32.
     pub widen: fn(x: &[f16], out: &mut [f32]),
-    /// `x[i] = scale * (x[i] * gains[i] + offset)` for the rows of a tile; returns the largest.
-    pub scale_scores: fn(x: &mut [f32; TILE], gains: &[f32; TILE], offset: f32, scale: f32) -> f32,
+    /// `out[i] = table[index[i]]` for the rows of a tile.
+    pub lookup: fn(table: &[f32; 256], index: &[u8], out: &mut [f32; TILE]),
+    /// Sums of every 16 floats.
+    pub lane_sums: fn(x: &[f32], out: &mut [f32]),
     /// `x[i] *= gains[i]` for the rows of a tile; returns the sum before.
     pub weigh: fn(x: &mut [f32; TILE], gains: &[f32; TILE]) -> f32,
     /// Cosines and sines of `delta * omega[i]`, to f32.
@@ -162,8 +184,9 @@ pub struct Kernels {
     pub unpack: fn(widths: Widths, codes: &[u8], out: &mut [[f32; TILE]]),
     /// Make queries ready for [`Kernels::tile_scores`], once their `widths`, `n`, `z` and `stride` are set.
     pub prepare: fn(&mut Products),
-    /// `out[q][row] = sum_j z[q][j] * value(code[j][row])` for the 64 rows of a tile; rows of `out` are `stride` apart.
-    pub tile_scores: fn(&mut Products, codes: &[u8], out: &mut [f32], stride: usize),
+    /// `out[q][row] = scale * (means[q] + gains[row] * sum_j z[q][j] * value(code[j][row]))` for the 64 rows of a tile; rows of `out` are `stride`
+    /// apart. The largest of each query is noted.
+    pub tile_scores: fn(&mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize),
     /// `sums[j][q] += sum_row p[q][row] * value(code[j][row])` over up to [`BATCH`] tiles of the same widths, each sum left in 16 lanes. Rows of `p` are
     /// `stride` apart, and have the tiles' rows one after another. Arguments `widths, tiles, p, stride, n, sums`, memory to work in.
     pub tile_values: fn(Widths, &[&[u8]], &[f32], usize, usize, &mut [f32], &mut Products),
@@ -204,8 +227,14 @@ macro_rules! level {
                 unsafe { dense::widen::<$lanes>(x, out) }
             }
             $(#[$feature])?
-            fn scale_scores(x: &mut [f32; TILE], gains: &[f32; TILE], offset: f32, scale: f32) -> f32 {
-                dense::scale_scores(x, gains, offset, scale)
+            fn lookup(table: &[f32; 256], index: &[u8], out: &mut [f32; TILE]) {
+                // SAFETY: this function is compiled for the features.
+                unsafe { dense::lookup::<$lanes>(table, index, out) }
+            }
+            $(#[$feature])?
+            fn lane_sums(x: &[f32], out: &mut [f32]) {
+                // SAFETY: this function is compiled for the features.
+                unsafe { dense::lane_sums::<$lanes>(x, out) }
             }
             $(#[$feature])?
             fn weigh(x: &mut [f32; TILE], gains: &[f32; TILE]) -> f32 {
@@ -221,10 +250,9 @@ macro_rules! level {
                 unsafe { tile::unpack_tile::<$lanes>(widths, codes, out) }
             }
             $(#[$feature])?
-            fn tile_scores(s: &mut Products, codes: &[u8], out: &mut [f32], stride: usize) {
-                let rank = s.widths.rank();
+            fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
                 // SAFETY: this function is compiled for the features.
-                unsafe { tile::wide_scores::<$lanes, $columns>(s, codes, rank, out, stride) }
+                unsafe { tile::tile_scores::<$lanes, $columns>(s, codes, gains, out, stride) }
             }
             $(#[$feature])?
             fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: usize, n: usize, sums: &mut [f32], work: &mut Products) {
@@ -242,12 +270,13 @@ macro_rules! level {
                 exp_sum: |x, s| unsafe { exp_sum(x, s) },
                 largest: |x| unsafe { largest(x) },
                 widen: |x, o| unsafe { widen(x, o) },
-                scale_scores: |x, g, o, s| unsafe { scale_scores(x, g, o, s) },
+                lookup: |t, i, o| unsafe { lookup(t, i, o) },
+                lane_sums: |x, o| unsafe { lane_sums(x, o) },
                 weigh: |x, g| unsafe { weigh(x, g) },
                 turn: |o, d, c, s| unsafe { turn(o, d, c, s) },
                 unpack: |w, c, o| unsafe { unpack(w, c, o) },
                 prepare: |_| {},
-                tile_scores: |s, c, o, n| unsafe { tile_scores(s, c, o, n) },
+                tile_scores: |s, c, g, o, n| unsafe { tile_scores(s, c, g, o, n) },
                 tile_values: |w, t, p, s, n, o, m| unsafe { tile_values(w, t, p, s, n, o, m) },
             };
         }
@@ -270,9 +299,9 @@ mod avx512vnni {
         unsafe { vnni::prepare(s) }
     }
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c")]
-    fn tile_scores(s: &mut Products, codes: &[u8], out: &mut [f32], stride: usize) {
+    fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
         // SAFETY: this function is compiled for the features.
-        unsafe { vnni::tile_scores(s, codes, out, stride) }
+        unsafe { vnni::tile_scores(s, codes, gains, out, stride) }
     }
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c")]
     fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: usize, n: usize, sums: &mut [f32], work: &mut Products) {
@@ -284,7 +313,7 @@ mod avx512vnni {
     pub(super) static KERNELS: Kernels = Kernels {
         level: Level::Avx512Vnni,
         prepare: |s| unsafe { prepare(s) },
-        tile_scores: |s, c, o, n| unsafe { tile_scores(s, c, o, n) },
+        tile_scores: |s, c, g, o, n| unsafe { tile_scores(s, c, g, o, n) },
         tile_values: |w, t, p, s, n, o, m| unsafe { tile_values(w, t, p, s, n, o, m) },
         ..avx512::KERNELS
     };
@@ -418,23 +447,32 @@ mod tests {
                 let codes: Vec<Vec<u8>> = (0..5).map(|t| codes(widths, 3 + t)).collect();
                 let stride = rank.next_multiple_of(16);
                 let mut s = Products { widths, n, stride, ..Products::default() };
-                s.z.resize(n * stride * 4);
+                s.z.resize((n * stride + 64) * 4);
                 // Queries differ in magnitude, as their coefficients do.
                 let z: Vec<f32> = noise(n * stride, 4).iter().enumerate().map(|(i, z)| z * 0.97f32.powi((i % stride.max(1)) as i32) * 30.0).collect();
                 s.z.floats_mut()[..n * stride].copy_from_slice(&z);
+                let gains: [f32; TILE] = std::array::from_fn(|row| 0.5 + row as f32 / 64.0);
+                (s.means, s.scale, s.largest) = (noise(n, 9), 1.7, vec![-3.0; n]);
                 (k.prepare)(&mut s);
                 let out_stride = TILE + 16;
                 let mut out = vec![7.0f32; n * out_stride];
-                (k.tile_scores)(&mut s, &codes[0], &mut out, out_stride);
+                (k.tile_scores)(&mut s, &codes[0], &gains, &mut out, out_stride);
                 for q in 0..n {
+                    let mean = f64::from(s.means[q]);
                     let want = (0..out_stride).map(|row| match row < TILE {
                         true => {
                             let terms = (0..rank).map(|j| f64::from(z[q * stride + j]) * value(widths, &codes[0], j, row));
-                            (terms.clone().sum(), terms.map(|x| x * x).sum::<f64>().sqrt())
+                            let (gain, scale) = (f64::from(gains[row]), f64::from(s.scale));
+                            (
+                                scale * (gain * terms.clone().sum::<f64>() + mean),
+                                scale * (gain * terms.map(|x| x * x).sum::<f64>().sqrt() + mean.abs()),
+                            )
                         }
                         false => (7.0, 1e-9),
                     });
-                    errors[0] = errors[0].max(worst(&out[q * out_stride..][..out_stride], want));
+                    let scores = &out[q * out_stride..][..out_stride];
+                    errors[0] = errors[0].max(worst(scores, want));
+                    assert_eq!(s.largest[q], scores[..TILE].iter().copied().fold(-3.0, f32::max));
                 }
                 let p: Vec<f32> = noise(n * 5 * TILE, 8 + case as u32).iter().map(|x| (x * 6.0 - 6.0).exp()).collect();
                 let mut sums = vec![0.125f32; rank * n * lanes::LANES];
@@ -502,10 +540,15 @@ mod tests {
 
             let (x, gains) = (noise(TILE, 6), noise(TILE, 7));
             let (x, gains): ([f32; TILE], [f32; TILE]) = (x.try_into().unwrap(), gains.try_into().unwrap());
-            let mut scores = x;
-            let largest = (k.scale_scores)(&mut scores, &gains, 0.3, 1.7);
-            assert!(worst(&scores, x.iter().zip(gains).map(|(x, g)| (1.7 * (f64::from(x * g) + 0.3), 1.0))) < 1e-6);
-            assert_eq!(largest, scores.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            let (table, index): ([f32; 256], [u8; TILE]) = (std::array::from_fn(|i| i as f32 * 0.37), std::array::from_fn(|i| (i * 41) as u8));
+            let mut found = [0.0; TILE];
+            (k.lookup)(&table, &index, &mut found);
+            assert!(found.iter().zip(index).all(|(x, i)| *x == table[usize::from(i)]));
+            for n in [1, 4, 6, 9] {
+                let (lanes, mut sums) = (noise(n * 16, 8), vec![0.0; n]);
+                (k.lane_sums)(&lanes, &mut sums);
+                assert!(worst(&sums, lanes.chunks(16).map(|l| (l.iter().map(|x| f64::from(*x)).sum(), 16.0))) < 1e-7);
+            }
             let mut weighed = x;
             let before = (k.weigh)(&mut weighed, &gains);
             assert!(weighed.iter().zip(x.iter().zip(gains)).all(|(w, (x, g))| *w == x * g));

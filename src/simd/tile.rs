@@ -104,7 +104,7 @@ pub unsafe fn add_values<V: Lanes>(values: &[[f32; TILE]], p: &[f32], stride: us
 /// # Safety
 /// The features of `V` are there.
 #[inline(always)]
-pub unsafe fn wide_scores<V: Unpack, const C: usize>(s: &mut Products, codes: &[u8], first: usize, out: &mut [f32], stride: usize) {
+pub unsafe fn wide_sums<V: Unpack, const C: usize>(s: &mut Products, codes: &[u8], first: usize, out: &mut [f32], stride: usize) {
     out.chunks_mut(stride).take(s.n).for_each(|out| out[..TILE].fill(0.0));
     s.values.resize(first * TILE * 4);
     let values = &mut s.values.floats_mut()[..first * TILE];
@@ -112,6 +112,26 @@ pub unsafe fn wide_scores<V: Unpack, const C: usize>(s: &mut Products, codes: &[
     unsafe {
         unpack_tile::<V>(s.widths, codes, values.as_chunks_mut().0);
         dense::multiply::<V, C>(MatRef::new(s.z.floats(), s.stride), MatRef::new(values, TILE), MatMut::new(out, stride), s.n, first, TILE);
+    }
+}
+
+/// See [`super::Kernels::tile_scores`].
+///
+/// # Safety
+/// The features of `V` are there.
+#[inline(always)]
+pub unsafe fn tile_scores<V: Unpack, const C: usize>(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
+    // SAFETY: features are the caller's.
+    unsafe { wide_sums::<V, C>(s, codes, s.widths.rank(), out, stride) }
+    scale_sums(s, gains, out, stride);
+}
+
+/// Sums of products to scores.
+#[inline(always)]
+pub fn scale_sums(s: &mut Products, gains: &[f32; TILE], out: &mut [f32], stride: usize) {
+    for (q, out) in out.chunks_mut(stride).enumerate().take(s.n) {
+        let out = (&mut out[..TILE]).try_into().expect("invariant: the rows of a tile");
+        s.largest[q] = s.largest[q].max(dense::scale_scores(out, gains, s.means[q], s.scale));
     }
 }
 

@@ -120,6 +120,19 @@ unsafe fn magnitude(x: &[f32]) -> f32 {
     }
 }
 
+/// Step of each narrow coefficient's levels, zeros behind the last up to `padded`.
+fn fill_steps(s: &mut Products, padded: usize) {
+    s.steps.0 = s.widths;
+    s.steps.1.resize(padded * 4);
+    let steps = s.steps.1.floats_mut();
+    let mut j = 0;
+    for (bits, n, _) in runs(s.widths) {
+        steps[j..j + n].fill(STEP[bits as usize]);
+        j += n;
+    }
+    steps[j..].fill(0.0);
+}
+
 /// See [`super::Kernels::prepare`].
 ///
 /// # Safety
@@ -128,43 +141,38 @@ unsafe fn magnitude(x: &[f32]) -> f32 {
 pub unsafe fn prepare(s: &mut Products) {
     let (first, rank) = (wide(s.widths), s.widths.rank());
     let padded = (rank - first).next_multiple_of(64);
+    if s.steps.0 != s.widths || s.steps.1.floats().len() < padded {
+        fill_steps(s, padded);
+    }
     s.digits.resize(s.n * DIGITS * padded);
-    s.offsets.clear();
-    s.scales.clear();
-    let mut row = [0.0f32; 1024];
+    (s.offsets.clear(), s.scales.clear());
+    assert!(s.n == 0 || s.z.floats().len() >= (s.n - 1) * s.stride + first + padded);
     for q in 0..s.n {
-        let z = &s.z.floats()[q * s.stride + first..][..rank - first];
-        row[..padded].fill(0.0);
-        let mut j = 0;
-        for (bits, n, _) in runs(s.widths) {
-            for (row, z) in row[j..j + n].iter_mut().zip(&z[j..]) {
-                *row = z * STEP[bits as usize];
+        // SAFETY: sizes were checked or made above; features are the caller's. What is read behind a query's last coefficient has a step of zero.
+        unsafe {
+            let (z, steps) = (s.z.floats().as_ptr().add(q * s.stride + first), s.steps.1.floats().as_ptr());
+            let at = |i: usize| _mm512_mul_ps(_mm512_loadu_ps(z.add(i)), _mm512_loadu_ps(steps.add(i)));
+            let mut largest = _mm512_setzero_ps();
+            for i in (0..padded).step_by(LANES) {
+                largest = _mm512_max_ps(largest, _mm512_abs_ps(at(i)));
             }
-            j += n;
-        }
-        // SAFETY: features are the caller's.
-        let largest = unsafe { magnitude(&row[..padded]) };
-        let up = if largest > 0.0 { FULL / largest } else { 0.0 };
-        s.scales.push(if largest > 0.0 { largest / FULL } else { 0.0 });
-        let out = &mut s.digits.bytes_mut()[q * DIGITS * padded..][..DIGITS * padded];
-        for i in (0..padded).step_by(LANES) {
-            // SAFETY: 16 floats and, per digit, 16 bytes are there; features are the caller's.
-            unsafe {
-                let d = digits(_mm512_mul_ps(_mm512_loadu_ps(row.as_ptr().add(i)), _mm512_set1_ps(up)));
-                for (k, d) in d.into_iter().enumerate() {
-                    _mm_storeu_si128(out.as_mut_ptr().add(k * padded + i).cast(), d);
+            let largest = _mm512_reduce_max_ps(largest);
+            s.scales.push(largest / FULL);
+            let up = _mm512_set1_ps(if largest > 0.0 { FULL / largest } else { 0.0 });
+            let out = s.digits.bytes_mut().as_mut_ptr().add(q * DIGITS * padded);
+            for i in (0..padded).step_by(LANES) {
+                let d = digits(_mm512_mul_ps(at(i), up));
+                for k in 0..DIGITS {
+                    _mm_storeu_si128(out.add(k * padded + i).cast(), d[k]);
                 }
             }
-        }
-        for digits in out.chunks_exact(padded.max(1)) {
-            // SAFETY: `padded` is a multiple of 64; features are the caller's.
-            s.offsets.push(unsafe {
+            for k in 0..DIGITS {
                 let mut sum = _mm512_setzero_si512();
-                for d in digits.chunks_exact(64) {
-                    sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(OFFSET as i8), _mm512_loadu_si512(d.as_ptr().cast()));
+                for i in (0..padded).step_by(64) {
+                    sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(OFFSET as i8), _mm512_loadu_si512(out.add(k * padded + i).cast()));
                 }
-                _mm512_reduce_add_epi32(sum)
-            });
+                s.offsets.push(_mm512_reduce_add_epi32(sum));
+            }
         }
     }
 }
@@ -196,9 +204,21 @@ unsafe fn interleave(c: [__m512i; 4]) -> [__m512i; 4] {
     }
 }
 
+/// Where scores go, and what makes them of sums.
+struct Scores<'a> {
+    out: *mut f32,
+    stride: usize,
+    /// What `out` holds is to be added first.
+    add: bool,
+    gains: &'a [f32; TILE],
+    means: &'a [f32],
+    scale: f32,
+    largest: &'a mut [f32],
+}
+
 /// Scores of `Q` queries: `rows` has four interleaved vectors for every four coefficients.
 #[inline(always)]
-unsafe fn scores<const Q: usize>(rows: &[u8], digits: *const u8, padded: usize, offsets: &[i32], scales: &[f32], out: *mut f32, stride: usize) {
+unsafe fn scores<const Q: usize>(rows: &[u8], digits: *const u8, padded: usize, offsets: &[i32], scales: &[f32], s: Scores) {
     // SAFETY: `tile_scores` checked what pointers cover; features are the caller's.
     unsafe {
         let mut acc: [[[__m512i; 4]; DIGITS]; Q] = std::array::from_fn(|q| std::array::from_fn(|d| [_mm512_set1_epi32(-offsets[q * DIGITS + d]); 4]));
@@ -226,10 +246,16 @@ unsafe fn scores<const Q: usize>(rows: &[u8], digits: *const u8, padded: usize, 
                 _mm512_shuffle_f32x4::<0xdd>(even[0], even[1]),
                 _mm512_shuffle_f32x4::<0xdd>(odd[0], odd[1]),
             ];
+            let mut largest = _mm512_set1_ps(s.largest[q]);
             for (l, x) in in_order.into_iter().enumerate() {
-                let out = out.add(q * stride + l * LANES);
-                _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), x));
+                let out = s.out.add(q * s.stride + l * LANES);
+                let x = if s.add { _mm512_add_ps(_mm512_loadu_ps(out), x) } else { x };
+                let gains = _mm512_loadu_ps(s.gains.as_ptr().add(l * LANES));
+                let x = _mm512_mul_ps(_mm512_fmadd_ps(x, gains, _mm512_set1_ps(s.means[q])), _mm512_set1_ps(s.scale));
+                largest = _mm512_max_ps(largest, x);
+                _mm512_storeu_ps(out, x);
             }
+            s.largest[q] = _mm512_reduce_max_ps(largest);
         }
     }
 }
@@ -239,15 +265,19 @@ unsafe fn scores<const Q: usize>(rows: &[u8], digits: *const u8, padded: usize, 
 /// # Safety
 /// As [`prepare`], which was called.
 #[inline(always)]
-pub unsafe fn tile_scores(s: &mut Products, codes: &[u8], out: &mut [f32], stride: usize) {
+pub unsafe fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
     let (first, rank) = (wide(s.widths), s.widths.rank());
     let (narrow, padded) = (rank - first, (rank - first).next_multiple_of(64));
     assert!(codes.len() >= s.widths.bytes() && s.n > 0 && out.len() >= (s.n - 1) * stride + TILE);
-    assert!(s.digits.bytes().len() >= s.n * DIGITS * padded && s.offsets.len() == s.n * DIGITS.min(DIGITS * padded));
+    assert!(s.digits.bytes().len() >= s.n * DIGITS * padded && s.offsets.len() == s.n * DIGITS);
+    assert!(s.means.len() >= s.n && s.largest.len() >= s.n);
     // SAFETY: features are the caller's, sizes were checked.
     unsafe {
-        tile::wide_scores::<Zmm, 4>(s, codes, first, out, stride);
+        if first > 0 || narrow == 0 {
+            tile::wide_sums::<Zmm, 4>(s, codes, first, out, stride);
+        }
         if narrow == 0 {
+            tile::scale_sums(s, gains, out, stride);
             return;
         }
         s.unpacked.resize(narrow.next_multiple_of(4) * TILE);
@@ -270,11 +300,13 @@ pub unsafe fn tile_scores(s: &mut Products, codes: &[u8], out: &mut [f32], strid
             v.into_iter().enumerate().for_each(|(r, v)| _mm512_storeu_si512(p.add(r * TILE).cast(), v));
         }
         for q in (0..s.n).step_by(2) {
-            let (digits, out) = (s.digits.bytes().as_ptr().add(q * DIGITS * padded), out.as_mut_ptr().add(q * stride));
+            let digits = s.digits.bytes().as_ptr().add(q * DIGITS * padded);
             let (offsets, scales) = (&s.offsets[q * DIGITS..], &s.scales[q..]);
+            let out = out.as_mut_ptr().add(q * stride);
+            let to = Scores { out, stride, add: first > 0, gains, means: &s.means[q..], scale: s.scale, largest: &mut s.largest[q..] };
             match s.n - q {
-                1 => scores::<1>(rows, digits, padded, offsets, scales, out, stride),
-                _ => scores::<2>(rows, digits, padded, offsets, scales, out, stride),
+                1 => scores::<1>(rows, digits, padded, offsets, scales, to),
+                _ => scores::<2>(rows, digits, padded, offsets, scales, to),
             }
         }
     }
@@ -292,44 +324,32 @@ struct Sums<'a> {
     n: usize,
 }
 
-/// Sums of `C` coefficients from byte `at` of each tile on.
+/// Sums of a run of coefficients, the first of which is number `j` and begins at byte `from` of each tile. One coefficient at a time: two would load
+/// probabilities half as often, but their sums do not fit the registers beside all else (measured: slower).
 #[inline(always)]
-unsafe fn value_block<const WIDTH: u32, const C: usize, const Q: usize>(tiles: &[&[u8]], at: usize, j: usize, s: &Sums) {
+unsafe fn value_run<const WIDTH: u32, const Q: usize>(tiles: &[&[u8]], from: usize, j: usize, n: usize, s: &Sums) {
     // SAFETY: `tile_values` checked what pointers cover; features are the caller's.
     unsafe {
-        let mut acc: [[[__m512i; DIGITS]; Q]; C] =
-            [std::array::from_fn(|q| std::array::from_fn(|d| _mm512_sub_epi32(_mm512_setzero_si512(), s.offsets[q * DIGITS + d]))); C];
-        for (t, tile) in tiles.iter().enumerate() {
-            let codes: [__m512i; C] = std::array::from_fn(|c| bytes::<WIDTH>(tile.as_ptr().add(at + c * quant::coefficient_bytes(WIDTH))));
-            for q in 0..Q {
-                for d in 0..DIGITS {
-                    let p = _mm512_loadu_si512(s.digits.add(((t * Q + q) * DIGITS + d) * TILE).cast());
-                    for (acc, codes) in acc.iter_mut().zip(codes) {
+        for i in 0..n {
+            let at = from + i * quant::coefficient_bytes(WIDTH);
+            let mut acc = [[_mm512_setzero_si512(); DIGITS]; Q];
+            for (t, tile) in tiles.iter().enumerate() {
+                let codes = bytes::<WIDTH>(tile.as_ptr().add(at));
+                for q in 0..Q {
+                    for d in 0..DIGITS {
+                        let p = _mm512_loadu_si512(s.digits.add(((t * Q + q) * DIGITS + d) * TILE).cast());
                         acc[q][d] = _mm512_dpbusd_epi32(acc[q][d], codes, p);
                     }
                 }
             }
-        }
-        for (c, acc) in acc.into_iter().enumerate() {
-            for (q, acc) in acc.into_iter().enumerate() {
-                let out = s.out.add(((j + c) * s.n + q) * LANES);
-                let x = join(acc, _mm512_set1_ps(s.scales[q] * STEP[WIDTH as usize]));
+            for q in 0..Q {
+                for d in 0..DIGITS {
+                    acc[q][d] = _mm512_sub_epi32(acc[q][d], s.offsets[q * DIGITS + d]);
+                }
+                let out = s.out.add(((j + i) * s.n + q) * LANES);
+                let x = join(acc[q], _mm512_set1_ps(s.scales[q] * STEP[WIDTH as usize]));
                 _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), x));
             }
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn value_run<const WIDTH: u32, const Q: usize>(tiles: &[&[u8]], from: usize, j: usize, n: usize, s: &Sums) {
-    let size = quant::coefficient_bytes(WIDTH);
-    // SAFETY: the caller's.
-    unsafe {
-        for i in (0..n / 2 * 2).step_by(2) {
-            value_block::<WIDTH, 2, Q>(tiles, from + i * size, j + i, s);
-        }
-        if n % 2 == 1 {
-            value_block::<WIDTH, 1, Q>(tiles, from + (n - 1) * size, j + n - 1, s);
         }
     }
 }
