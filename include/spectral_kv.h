@@ -418,15 +418,15 @@ typedef struct skv_stats {
    */
   uint64_t sealed_decode;
   /**
-   * Visible exact rows, summed over the query tokens that attended to them.
+   * Visible exact rows, summed over the query tokens of steps of up to 64 that attended to them.
    */
   uint64_t attended_exact;
   /**
-   * Visible coded rows, summed over the query tokens that attended to them.
+   * Visible coded rows, summed over the query tokens of steps of up to 64 that attended to them.
    */
   uint64_t attended_coded;
   /**
-   * Coded rows rebuilt for prefill or on request.
+   * Coded rows rebuilt: each once for a step of more than 64 tokens, or on request.
    */
   uint64_t reconstructed;
   /**

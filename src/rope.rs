@@ -223,6 +223,22 @@ mod tests {
     }
 
     #[test]
+    fn columns_rotate_as_heads_do() {
+        for pairing in [Pairing::None, Pairing::Adjacent, Pairing::Halves] {
+            let rope = Rope::new(&RopeParams { offset: 4, ..RopeParams::plain(pairing, 16, 10000.0) }, 24).unwrap();
+            for delta in [0, 1, -77] {
+                let mut turn = Turn::default();
+                rope.turn(delta, &mut turn);
+                let mut heads: Vec<Vec<f32>> = (0..5).map(|h| (0..24).map(|i| ((i * 5 + h) as f32 * 0.7).sin()).collect()).collect();
+                let mut columns: Vec<f32> = (0..24 * 5).map(|i| heads[i % 5][i / 5]).collect();
+                rope.rotate_columns(&turn, &mut columns, 5);
+                heads.iter_mut().for_each(|head| rope.rotate(&turn, head));
+                assert!(columns.iter().enumerate().all(|(i, x)| *x == heads[i % 5][i / 5]), "{pairing:?} {delta}");
+            }
+        }
+    }
+
+    #[test]
     fn bad_parameters_are_refused() {
         let ok = RopeParams::plain(Pairing::Halves, 64, 10000.0);
         assert!(Rope::new(&ok, 64).is_ok());

@@ -54,14 +54,14 @@ impl Rebuilder {
     pub fn tile(&mut self, c: Context, bases: &HeadBases, place: &TilePlace, tile: &[u8], turns: Turns, out: &mut RowBlock) {
         let [(gk, ck), (gv, cv)] = split_tile(tile, place.k);
         let (kernels, table, k, v) = (c.kernels, quant::gains(), &bases.k, &bases.v);
-        let gains = |codes: &[u8]| -> [f32; TILE] { std::array::from_fn(|row| table[codes[row] as usize]) };
+        let mut gains = [0.0; TILE];
 
         let rank = place.k.rank();
         self.coefficients.resize(k.rank().max(v.rank()) * TILE * 4);
         let (coefficients, _) = self.coefficients.floats_mut().as_chunks_mut::<TILE>();
         (kernels.unpack)(place.k, ck, &mut coefficients[..rank]);
-        let gain = gains(gk);
-        coefficients[..rank].iter_mut().for_each(|x| x.iter_mut().zip(&gain).for_each(|(x, gain)| *x *= gain));
+        (kernels.lookup)(table, gk, &mut gains);
+        coefficients[..rank].iter_mut().for_each(|x| x.iter_mut().zip(&gains).for_each(|(x, gain)| *x *= gain));
         out.keys.resize(k.d * TILE * 4);
         let keys = &mut out.keys.floats_mut()[..k.d * TILE];
         keys.chunks_exact_mut(TILE).zip(&k.mean).for_each(|(to, mean)| to.fill(*mean));
@@ -92,9 +92,10 @@ impl Rebuilder {
         let values = &mut out.values.floats_mut()[..TILE * v.d];
         values.chunks_exact_mut(v.d).for_each(|to| to.copy_from_slice(&v.mean));
         if rank > 0 {
+            (kernels.lookup)(table, gv, &mut gains);
             self.by_row.resize(TILE * rank * 4);
             let by_row = &mut self.by_row.floats_mut()[..TILE * rank];
-            for ((row, to), gain) in by_row.chunks_exact_mut(rank).enumerate().zip(gains(gv)) {
+            for ((row, to), gain) in by_row.chunks_exact_mut(rank).enumerate().zip(gains) {
                 to.iter_mut().zip(&*coefficients).for_each(|(to, x)| *to = x[row] * gain);
             }
             (kernels.multiply)(MatRef::new(by_row, rank), MatRef::new(&v.decode, v.d), MatMut::new(values, v.d), TILE, rank, v.d);

@@ -1,4 +1,5 @@
-//! What one layer does with its arenas: store, fit and rebuild, each as the plan says. Attention is in [`super::attend`].
+//! What one layer does with its arenas: store, fit and rebuild, each as the plan says. Attention is in [`super::attend`] and, for long steps, in
+//! [`super::prefill`].
 //!
 //! A layer is immutable but for its counters; arenas are passed in. Work is cut so that every piece touches bytes of its own:
 //! storing by KV head, attention by (KV head, chunk of rows), rebuilding by range of cells. Must not know how a plan is made,
@@ -110,11 +111,11 @@ counters! {
     sealed_prefill,
     /// Rows coded by steps of up to 64 tokens.
     sealed_decode,
-    /// Visible exact rows, summed over the query tokens that attended to them.
+    /// Visible exact rows, summed over the query tokens of steps of up to 64 that attended to them.
     attended_exact,
-    /// Visible coded rows, summed over the query tokens that attended to them.
+    /// Visible coded rows, summed over the query tokens of steps of up to 64 that attended to them.
     attended_coded,
-    /// Coded rows rebuilt for prefill or on request.
+    /// Coded rows rebuilt: each once for a step of more than 64 tokens, or on request.
     reconstructed,
     /// Times the bases were fitted.
     fits,

@@ -531,6 +531,9 @@ mod tests {
             let mut x: Vec<f32> = noise(1001, 5).iter().map(|x| x * 90.0 - 90.0).collect();
             x[17] = f32::NEG_INFINITY;
             let want: Vec<f64> = x.iter().map(|x| f64::from(*x).exp()).collect();
+            for n in [0, 1, 15, 16, 17, 64, 1001] {
+                assert_eq!((k.largest)(&x[..n]), x[..n].iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            }
             let sum = (k.exp_sum)(&mut x, 0.0);
             for (x, w) in x.iter().zip(&want).filter(|(_, w)| **w > 1e-37) {
                 assert!((f64::from(*x) / w - 1.0).abs() < 2e-5, "{x} {w}");

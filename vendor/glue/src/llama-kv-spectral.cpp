@@ -421,10 +421,10 @@ llama_kv_spectral::impl::~impl() {
         const auto st = stats();
 
         LLAMA_LOG_INFO("kv_spectral: sealed %" PRIu64 " rows in prefill and %" PRIu64 " in decode; attended %" PRIu64 " coded and %" PRIu64
-                " exact rows, rebuilt %" PRIu64 "; held %.1f MiB against %.1f MiB f16, ratio %.2f; encode %.1f ms, attend %.1f ms, rebuild %.1f ms\n",
+                " exact rows, rebuilt %" PRIu64 "; held %.1f MiB against %.1f MiB f16, ratio %.2f; encode %.1f ms, attend %.1f ms\n",
                 (uint64_t) st.sealed_prefill, (uint64_t) st.sealed_decode, (uint64_t) st.attended_coded, (uint64_t) st.attended_exact, (uint64_t) st.reconstructed,
                 bytes_held()/1024.0/1024.0, report.bytes_f16/1024.0/1024.0, (double) report.bytes_f16/bytes_held(),
-                st.ns_encode/1e6, st.ns_attend/1e6, st.ns_reconstruct/1e6);
+                st.ns_encode/1e6, st.ns_attend/1e6);
     }
     for (auto & l : layers) {
         skv_layer_free(l->skv);
@@ -514,7 +514,6 @@ skv_stats llama_kv_spectral::impl::stats() const {
         res.recoded          += cur.recoded;
         res.ns_encode        += cur.ns_encode;
         res.ns_attend        += cur.ns_attend;
-        res.ns_reconstruct   += cur.ns_reconstruct;
     }
 
     return res;
@@ -535,12 +534,12 @@ void llama_kv_spectral::impl::log_commit(const slot_info & sinfo) {
 
     fprintf(log, "{\"n_tokens\":%zu,\"path\":\"%s\",\"appended_prefill\":%" PRIu64 ",\"appended_decode\":%" PRIu64
             ",\"sealed_prefill\":%" PRIu64 ",\"sealed_decode\":%" PRIu64 ",\"attended_exact\":%" PRIu64 ",\"attended_coded\":%" PRIu64
-            ",\"reconstructed\":%" PRIu64 ",\"fits\":%" PRIu64 ",\"ns_encode\":%" PRIu64 ",\"ns_attend\":%" PRIu64 ",\"ns_reconstruct\":%" PRIu64
+            ",\"reconstructed\":%" PRIu64 ",\"fits\":%" PRIu64 ",\"ns_encode\":%" PRIu64 ",\"ns_attend\":%" PRIu64
             ",\"bytes_held\":%" PRIu64 ",\"bytes_f16\":%" PRIu64 ",\"ratio\":%.4f,\"code_bits\":%.4f}\n",
             sinfo.n_stream()*sinfo.size(), sinfo.size() <= SPECTRAL_MAX_DECODE_TOKENS ? "decode" : "prefill",
             (uint64_t) st.appended_prefill, (uint64_t) st.appended_decode, (uint64_t) st.sealed_prefill, (uint64_t) st.sealed_decode,
             (uint64_t) st.attended_exact, (uint64_t) st.attended_coded, (uint64_t) st.reconstructed, (uint64_t) st.fits,
-            (uint64_t) st.ns_encode, (uint64_t) st.ns_attend, (uint64_t) st.ns_reconstruct,
+            (uint64_t) st.ns_encode, (uint64_t) st.ns_attend,
             bytes_held(), (uint64_t) report.bytes_f16, (double) report.bytes_f16/bytes_held(), report.code_bits);
     fflush(log);
 }
