@@ -52,7 +52,9 @@ impl<'a> Rows<'a> {
     }
     /// True when one head of a row is finite, in f16 as well.
     pub fn is_finite(&self, row: usize, head: usize, d: usize) -> bool {
-        self.head(row, head, d).iter().all(|x| x.abs() <= f16::MAX.to_f32())
+        const LARGEST: f32 = f16::MAX.to_f32_const();
+        // No early end: a loop that may stop is not made of vectors.
+        self.head(row, head, d).iter().fold(true, |finite, x| finite & (x.abs() <= LARGEST))
     }
     pub(super) fn head(&self, row: usize, head: usize, d: usize) -> &'a [f32] {
         &self.data[row * self.row_stride + head * self.head_stride..][..d]
@@ -365,9 +367,13 @@ impl Layer {
                 (simd::kernels().widen)(&rows.row(slot)[g.d_k..], value);
             }
             (Source::Token(t), Some((k, v))) => {
-                key.copy_from_slice(k.head(t, head, g.d_k));
-                value.copy_from_slice(v.head(t, head, g.d_v));
-                key.iter_mut().chain(value).for_each(|x| *x = f16::from_f32(*x).to_f32());
+                for (to, from) in [(key, k.head(t, head, g.d_k)), (value, v.head(t, head, g.d_v))] {
+                    for (to, from) in to.chunks_mut(TILE).zip(from.chunks(TILE)) {
+                        let half = &mut [f16::ZERO; TILE][..from.len()];
+                        half.convert_from_f32_slice(from);
+                        (simd::kernels().widen)(half, to);
+                    }
+                }
             }
             (Source::Token(_), None) => {
                 key.fill(0.0);
