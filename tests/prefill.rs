@@ -113,7 +113,10 @@ fn step(s: &mut Stream, seed: u64, cells: &[u32], places: &[(i32, u32)], look: &
         let (error, other) = (rel_rms(part(&got), part(&want)), rel_rms(part(&decoded), part(&want)));
         let apart = rel_rms(part(&got), part(&decoded));
         // The reference sees rows rounded to f16; decode, like prefill, does not.
-        assert!(error < 3e-3 && error < 1.5 * other + 1e-4 && apart < 1e-4, "token {token} of {n}, head {head}: {error}, decode {other}, apart {apart}");
+        assert!(
+            error < 3e-3 && error < 1.5 * other + 1e-4 && apart < 1e-4,
+            "token {token} of {n}, head {head}: {error}, decode {other}, apart {apart}"
+        );
     }
 
     s.run(0, &ints, &t).unwrap();

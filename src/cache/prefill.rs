@@ -101,6 +101,14 @@ impl Mask<'_> {
     }
 }
 
+/// What one head has stored.
+struct Stored<'a> {
+    head: usize,
+    rows: ExactRows<'a>,
+    map: Option<TileMap>,
+    tiles: &'a [u8],
+}
+
 #[derive(Default)]
 struct Scratch {
     bases: HeadBases,
@@ -157,7 +165,7 @@ impl Layer {
                 }
                 loaded = Some(head);
                 // Later tokens see more of the step: equal shares of this order are about equal work.
-                let order = |i: usize| if i % 2 == 0 { i / 2 } else { per_head - 1 - i / 2 };
+                let order = |i: usize| if i.is_multiple_of(2) { i / 2 } else { per_head - 1 - i / 2 };
                 let parts: Vec<usize> = (at % per_head..at % per_head + (end - at)).map(order).collect();
                 self.prefill_head(s, call, head, &parts, &seating, &ranges[head], sinks, &mut put)?;
                 at = end;
@@ -189,8 +197,12 @@ impl Layer {
         let queries = (0..tokens.len() * group).map(|i| call.q.head(tokens[i / group], head * group + i % group, g.d_k));
         s.prefill.begin(g.d_k, g.d_v, group, call.scoring.scale, queries);
         let raw = if plan.fitted { &[] } else { &call.arena[r.raw.clone()] };
-        let rows = ExactRows::new(g, self.geometry.exact, &call.arena[r.exact.clone()], raw)?;
-        let map = plan.fitted.then(|| TileMap::of(self.geometry.band_tiles, g, &call.arena[r.bases.clone()]));
+        let stored = Stored {
+            head,
+            rows: ExactRows::new(g, self.geometry.exact, &call.arena[r.exact.clone()], raw)?,
+            map: plan.fitted.then(|| TileMap::of(self.geometry.band_tiles, g, &call.arena[r.bases.clone()])),
+            tiles: &call.arena[r.tiles.clone()],
+        };
         s.masks.resize(STEP * TOKENS * TILE, 0.0);
         let lengths = || parts.iter().map(|p| (*p, TOKENS.min(n - p * TOKENS)));
         for first in (0..seating.blocks.len()).step_by(STEP) {
@@ -203,35 +215,7 @@ impl Layer {
                     }
                 }
                 if parts.iter().any(|p| !matches!(seen[*p], Some(Seen::Nothing))) {
-                    let out = &mut s.blocks[i];
-                    match block {
-                        Block::Listed(range) => {
-                            out.clear(g.d_k, g.d_v);
-                            s.row.resize(g.d_k + g.d_v, 0.0);
-                            let (key, value) = s.row.split_at_mut(g.d_k);
-                            for (row, (source, _, turn)) in seating.listed[range.clone()].iter().enumerate() {
-                                self.fetch(head, *source, &rows, Some((call.k, call.v)), key, value);
-                                if *turn != 0 {
-                                    self.rope.turn(i64::from(*turn), &mut s.turn);
-                                    self.rope.rotate(&s.turn, key);
-                                }
-                                out.put(row, key, value);
-                            }
-                        }
-                        Block::Tile(t) => {
-                            let Some(map) = &map else { continue };
-                            let place = map.place(t.tile);
-                            let each: [i32; TILE];
-                            let turns = match t.run().map(|(_, turn)| turn).or_else(|| t.one_turn()) {
-                                Some(turn) => Turns::One(turn),
-                                None => {
-                                    each = std::array::from_fn(|row| t.turn(row));
-                                    Turns::Each(&each)
-                                }
-                            };
-                            s.rebuilder.tile(context, &s.bases, &place, &call.arena[r.tiles.clone()][place.bytes.clone()], turns, out);
-                        }
-                    }
+                    self.rebuild_block(s, i, call, seating, &stored, block);
                 }
             }
             let mut begin = 0;
@@ -259,5 +243,33 @@ impl Layer {
         let sinks = (!sinks.is_empty()).then(|| &sinks[head * group..(head + 1) * group]);
         s.prefill.finish(sinks, |i, out| put(tokens[i / group] * g.n_head + head * group + i % group, out));
         Ok(())
+    }
+
+    /// Rebuild block `i` of a step.
+    fn rebuild_block(&self, s: &mut Scratch, i: usize, call: &Call, seating: &Seating, stored: &Stored, block: &Block) {
+        let (g, out) = (self.shape(), &mut s.blocks[i]);
+        match block {
+            Block::Listed(range) => {
+                out.clear(g.d_k, g.d_v);
+                s.row.resize(g.d_k + g.d_v, 0.0);
+                let (key, value) = s.row.split_at_mut(g.d_k);
+                for (row, (source, _, turn)) in seating.listed[range.clone()].iter().enumerate() {
+                    self.fetch(stored.head, *source, &stored.rows, Some((call.k, call.v)), key, value);
+                    if *turn != 0 {
+                        self.rope.turn(i64::from(*turn), &mut s.turn);
+                        self.rope.rotate(&s.turn, key);
+                    }
+                    out.put(row, key, value);
+                }
+            }
+            Block::Tile(t) => {
+                let Some(map) = &stored.map else { return };
+                let place = map.place(t.tile);
+                let each: [i32; TILE] = std::array::from_fn(|row| t.turn(row));
+                let turns = t.run().map(|(_, turn)| turn).or_else(|| t.one_turn()).map_or(Turns::Each(&each), Turns::One);
+                let context = Context { kernels: simd::kernels(), scoring: call.scoring, rope: &self.rope };
+                s.rebuilder.tile(context, &s.bases, &place, &stored.tiles[place.bytes.clone()], turns, out);
+            }
+        }
     }
 }

@@ -189,13 +189,7 @@ impl Display for Report {
         writeln!(f, "  bytes held        {} ({held}) for {} tokens; f16: {} ({f16})", mib(held), self.ctx, mib(f16))?;
         writeln!(f, "  ratio             {:.2} ({} asked)", f16 as f64 / held.max(1) as f64, self.ratio)?;
         writeln!(f, "  code bits         {:.2} per element", last.code_bits)?;
-        writeln!(
-            f,
-            "  time              encode {} ({} fits), attention {}",
-            ms(last.ns_encode),
-            last.fits,
-            ms(last.ns_attend)
-        )?;
+        writeln!(f, "  time              encode {} ({} fits), attention {}", ms(last.ns_encode), last.fits, ms(last.ns_attend))?;
 
         writeln!(f, "\n  {:>5} {:>8} {:>8} {:>14} {:>14}", "step", "cached", "sealed", "exact attended", "coded attended")?;
         for (i, step) in self.sample(9) {
