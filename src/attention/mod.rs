@@ -9,11 +9,11 @@
 pub mod prefill;
 
 use crate::codec::{split_tile, Basis, TilePlace};
-use crate::config::{GAIN_BYTES, TILE};
+use crate::config::TILE;
 use crate::error::{argument, Result};
 use crate::rope::{Rope, Turn};
 use crate::simd::lanes::LANES;
-use crate::simd::{prefetch, quant, Kernels, Lines, MatMut, MatRef, Products, Widths};
+use crate::simd::{quant, Kernels, Lines, MatMut, MatRef, Products, Widths};
 
 pub use crate::simd::BATCH;
 
@@ -109,13 +109,27 @@ impl HeadBases {
         let (d, rank) = (self.k.d, self.k.rank());
         self.stride = rank.next_multiple_of(LANES);
         self.projection.resize(d * self.stride * 4);
-        let out = self.projection.floats_mut();
-        // A cache line of the result at a time, so that neither side is walked in steps that a cache maps to few of its sets.
-        for (block, rows) in self.k.decode.chunks(LANES * d).enumerate() {
-            for (i, out) in out.chunks_exact_mut(self.stride).enumerate().take(d) {
-                let line = &mut out[block * LANES..][..LANES];
-                line.iter_mut().zip(rows[i..].iter().step_by(d)).for_each(|(out, x)| *out = *x);
+        transpose(&self.k.decode, d, self.projection.floats_mut(), self.stride);
+    }
+}
+
+/// `out[i][j] = rows[j][i]` for rows of `d` floats. Four by four within a cache line of the result: in longer steps both sides would meet few sets of a cache.
+fn transpose(rows: &[f32], d: usize, out: &mut [f32], stride: usize) {
+    let n = rows.len() / d;
+    let whole = (n / 4 * 4, d / 4 * 4);
+    for line in (0..whole.0).step_by(LANES) {
+        for i in (0..whole.1).step_by(4) {
+            for j in (line..(line + LANES).min(whole.0)).step_by(4) {
+                let block: [[f32; 4]; 4] = std::array::from_fn(|r| rows[(j + r) * d + i..][..4].try_into().expect("invariant: four floats"));
+                for c in 0..4 {
+                    out[(i + c) * stride + j..][..4].copy_from_slice(&[block[0][c], block[1][c], block[2][c], block[3][c]]);
+                }
             }
+        }
+    }
+    for j in 0..n {
+        for i in if j < whole.0 { whole.1 } else { 0 }..d {
+            out[i * stride + j] = rows[j * d + i];
         }
     }
 }
@@ -181,7 +195,7 @@ impl Accumulator {
                 continue;
             }
             let shrink = (self.max[i] - largest).exp();
-            if shrink != 1.0 {
+            if shrink != 1.0 && self.sum[i] > 0.0 {
                 self.sum[i] *= shrink;
                 self.coded_mass[i] *= shrink;
                 self.out.floats_mut()[i * d_v..][..d_v].iter_mut().for_each(|x| *x *= shrink);
@@ -229,7 +243,6 @@ impl Accumulator {
         self.products.largest.fill(f32::NEG_INFINITY);
         let mut gains = [0.0; TILE];
         for (t, tile) in tiles.iter().enumerate() {
-            prefetch(tiles.get(t + 1).map_or(&[], |next| &next.bytes[..GAIN_BYTES + place.k.bytes()]));
             let [(gain_codes, codes), _] = split_tile(tile.bytes, place.k);
             (c.kernels.lookup)(table, gain_codes, &mut gains);
             let at = t * TILE;
@@ -240,7 +253,6 @@ impl Accumulator {
                 }
                 Turns::Each(turns) => self.score_rows(c, turns, bases, place, codes, &gains, at, stride),
             }
-            prefetch(&tile.bytes[GAIN_BYTES + place.k.bytes()..]);
             if c.scoring.softcap > 0.0 {
                 self.scores.floats_mut().chunks_exact_mut(stride).take(n).for_each(|s| c.scoring.cap(&mut s[at..at + TILE]));
             }

@@ -206,47 +206,29 @@ pub unsafe fn accumulate<V: Lanes>(matrix: &[f32], coefficients: &[f32], out: &m
     }
 }
 
-/// exp by 2^n * 2^f with a degree-6 polynomial for 2^f on [-1/2, 1/2] (Taylor, relative error under 2e-7).
-#[inline(always)]
-fn exp_lane<const FMA: bool>(x: f32) -> f32 {
-    // Adding 1.5 * 2^23 rounds to a whole number, which then stands in the low bits.
-    const ROUND: f32 = 12_582_912.0;
-    // Under -87 the result is not a normal number and cannot matter beside the maximum's 1. Comparisons, unlike `max`, are one instruction.
-    let x = if x > -87.0 { x } else { -87.0 };
-    let x = if x < 88.0 { x } else { 88.0 };
-    let t = x * std::f32::consts::LOG2_E;
-    let rounded = t + ROUND;
-    let f = (t - (rounded - ROUND)) * std::f32::consts::LN_2;
-    let mut p = 1.0 / 720.0;
-    for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        p = if FMA { f32::mul_add(p, f, c) } else { p * f + c };
-    }
-    f32::from_bits(p.to_bits().wrapping_add(rounded.to_bits() << 23))
-}
-
-/// The whole of 16 numbers at a time.
-#[inline(always)]
-fn exp_sixteen<const FMA: bool>(x: &mut [f32; LANES], shift: f32, sum: &mut [f32; LANES]) {
-    for i in 0..LANES {
-        let e = exp_lane::<FMA>(x[i] - shift);
-        x[i] = if x[i] > f32::NEG_INFINITY { e } else { 0.0 };
-        sum[i] += x[i];
-    }
-}
-
 /// `x[i] = exp(x[i] - shift)`; returns the sum.
+///
+/// # Safety
+/// The features of `V` are there.
 #[inline(always)]
-pub fn exp_sum<const FMA: bool>(x: &mut [f32], shift: f32) -> f32 {
-    let mut sum = [0.0f32; LANES];
-    let (whole, rest) = x.as_chunks_mut::<LANES>();
-    for x in whole {
-        exp_sixteen::<FMA>(x, shift, &mut sum);
-    }
+pub unsafe fn exp_sum<V: Lanes>(x: &mut [f32], shift: f32) -> f32 {
+    let whole = x.len() / V::N * V::N;
+    let (x, rest) = x.split_at_mut(whole);
     let mut last = [f32::NEG_INFINITY; LANES];
     last[..rest.len()].copy_from_slice(rest);
-    exp_sixteen::<FMA>(&mut last, shift, &mut sum);
-    rest.copy_from_slice(&last[..rest.len()]);
-    sum.into_iter().sum()
+    // SAFETY: vectors lie inside of slices; features are the caller's.
+    unsafe {
+        let (one, shift) = (V::splat(1.0), V::splat(-shift));
+        let mut sum = V::splat(0.0);
+        for x in x.chunks_exact_mut(V::N).chain(std::iter::once(&mut last[..V::N])) {
+            let e = V::load(x.as_ptr()).add_product(one, shift).exp();
+            e.store(x.as_mut_ptr());
+            sum = sum.add_product(one, e);
+        }
+        rest.copy_from_slice(&last[..rest.len()]);
+        let zero = V::splat(0.0);
+        V::sums([sum, zero, zero, zero])[0]
+    }
 }
 
 /// The largest of `x`.

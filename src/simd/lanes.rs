@@ -4,9 +4,17 @@
 //! Pointers need no alignment. Must not know about codes or attention.
 
 use half::f16;
+use std::f32::consts::{LN_2, LOG2_E};
 
 /// Lanes of every accumulator that kernels leave in memory, whatever a level's own width is.
 pub const LANES: usize = 16;
+
+/// Taylor coefficients of exp, highest degree first.
+const EXP: [f32; 7] = [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
+/// Arguments of exp outside of these give no normal numbers.
+const EXP_RANGE: [f32; 2] = [-87.0, 88.0];
+/// Adding 1.5 * 2^23 rounds to a whole number, which then stands in the low bits.
+const ROUND: f32 = 12_582_912.0;
 
 /// Some floats in a register.
 pub trait Lanes: Copy {
@@ -36,6 +44,12 @@ pub trait Lanes: Copy {
     /// # Safety
     /// As [`Lanes::splat`].
     unsafe fn add_product(self, a: Self, b: Self) -> Self;
+    /// exp by 2^n * 2^f with a degree-6 polynomial for 2^f on [-1/2, 1/2] (Taylor, relative error under 2e-7); 0 for minus infinity. Under -87 the
+    /// result is not a normal number, so what is given is unimportant.
+    ///
+    /// # Safety
+    /// As [`Lanes::splat`].
+    unsafe fn exp(self) -> Self;
     /// Sums over the lanes of four vectors.
     ///
     /// # Safety
@@ -81,6 +95,20 @@ impl Lanes for Plain {
         self
     }
     #[inline(always)]
+    unsafe fn exp(mut self) -> Self {
+        for x in &mut self.0 {
+            // Comparisons, unlike `max` and `min`, are one instruction.
+            let low = if *x > EXP_RANGE[0] { *x } else { EXP_RANGE[0] };
+            let t = if low < EXP_RANGE[1] { low } else { EXP_RANGE[1] } * LOG2_E;
+            let rounded = t + ROUND;
+            let f = (t - (rounded - ROUND)) * LN_2;
+            let p = EXP[1..].iter().fold(EXP[0], |p, c| p * f + c);
+            let e = f32::from_bits(p.to_bits().wrapping_add(rounded.to_bits() << 23));
+            *x = if *x > f32::NEG_INFINITY { e } else { 0.0 };
+        }
+        self
+    }
+    #[inline(always)]
     unsafe fn sums(v: [Self; 4]) -> [f32; 4] {
         v.map(|v| {
             let four: [f32; 4] = std::array::from_fn(|i| v.0[i] + v.0[i + 4]);
@@ -91,7 +119,7 @@ impl Lanes for Plain {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::Lanes;
+    use super::{Lanes, EXP, EXP_RANGE, LN_2, LOG2_E, ROUND};
     use half::f16;
     use std::arch::x86_64::*;
 
@@ -143,6 +171,22 @@ mod x86 {
             Ymm(unsafe { _mm256_fmadd_ps(a.0, b.0, self.0) })
         }
         #[inline(always)]
+        unsafe fn exp(self) -> Self {
+            // SAFETY: see above.
+            unsafe {
+                let x = _mm256_min_ps(_mm256_max_ps(self.0, _mm256_set1_ps(EXP_RANGE[0])), _mm256_set1_ps(EXP_RANGE[1]));
+                let t = _mm256_mul_ps(x, _mm256_set1_ps(LOG2_E));
+                let rounded = _mm256_add_ps(t, _mm256_set1_ps(ROUND));
+                let f = _mm256_mul_ps(_mm256_sub_ps(t, _mm256_sub_ps(rounded, _mm256_set1_ps(ROUND))), _mm256_set1_ps(LN_2));
+                let mut p = _mm256_set1_ps(EXP[0]);
+                for c in &EXP[1..] {
+                    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(*c));
+                }
+                let e = _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32::<23>(_mm256_castps_si256(rounded)));
+                Ymm(_mm256_and_ps(_mm256_castsi256_ps(e), _mm256_cmp_ps::<_CMP_GT_OQ>(self.0, _mm256_set1_ps(f32::NEG_INFINITY))))
+            }
+        }
+        #[inline(always)]
         unsafe fn sums(v: [Self; 4]) -> [f32; 4] {
             // SAFETY: see above.
             unsafe { sums_ymm([v[0].0, v[1].0, v[2].0, v[3].0]) }
@@ -184,6 +228,22 @@ mod x86 {
         unsafe fn add_product(self, a: Self, b: Self) -> Self {
             // SAFETY: see above.
             Zmm(unsafe { _mm512_fmadd_ps(a.0, b.0, self.0) })
+        }
+        #[inline(always)]
+        unsafe fn exp(self) -> Self {
+            // SAFETY: see above.
+            unsafe {
+                let x = _mm512_min_ps(_mm512_max_ps(self.0, _mm512_set1_ps(EXP_RANGE[0])), _mm512_set1_ps(EXP_RANGE[1]));
+                let t = _mm512_mul_ps(x, _mm512_set1_ps(LOG2_E));
+                let whole = _mm512_roundscale_ps::<0>(t);
+                let f = _mm512_mul_ps(_mm512_sub_ps(t, whole), _mm512_set1_ps(LN_2));
+                let mut p = _mm512_set1_ps(EXP[0]);
+                for c in &EXP[1..] {
+                    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(*c));
+                }
+                let seen = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(self.0, _mm512_set1_ps(f32::NEG_INFINITY));
+                Zmm(_mm512_maskz_scalef_ps(seen, p, whole))
+            }
         }
         #[inline(always)]
         unsafe fn sums(v: [Self; 4]) -> [f32; 4] {

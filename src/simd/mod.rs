@@ -118,18 +118,6 @@ impl Lines {
     }
 }
 
-/// Ask for memory that will be read soon: tiles lie too far apart for the hardware to guess.
-#[inline]
-pub fn prefetch(bytes: &[u8]) {
-    #[cfg(target_arch = "x86_64")]
-    for line in bytes.chunks(64) {
-        // SAFETY: a prefetch reads nothing.
-        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.as_ptr().cast()) }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = bytes;
-}
-
 /// Projected queries, made ready for the tiles of one band, and memory to work in.
 #[derive(Debug, Default)]
 pub struct Products {
@@ -194,7 +182,7 @@ pub struct Kernels {
 
 /// The functions of a level. They are safe to call through its table only, which [`at`] hands out after asking the CPU.
 macro_rules! level {
-    ($module:ident, $level:ident, $lanes:ty, $columns:literal, $fma:literal, $(#[$feature:meta])?) => {
+    ($module:ident, $level:ident, $lanes:ty, $columns:literal, $(#[$feature:meta])?) => {
         mod $module {
             use super::*;
 
@@ -215,7 +203,8 @@ macro_rules! level {
             }
             $(#[$feature])?
             fn exp_sum(x: &mut [f32], shift: f32) -> f32 {
-                dense::exp_sum::<$fma>(x, shift)
+                // SAFETY: this function is compiled for the features.
+                unsafe { dense::exp_sum::<$lanes>(x, shift) }
             }
             $(#[$feature])?
             fn largest(x: &[f32]) -> f32 {
@@ -283,11 +272,11 @@ macro_rules! level {
     };
 }
 
-level!(portable, Portable, Plain, 1, false,);
+level!(portable, Portable, Plain, 1,);
 #[cfg(target_arch = "x86_64")]
-level!(avx2, Avx2, lanes::Ymm, 2, true, #[target_feature(enable = "avx2,fma,f16c")]);
+level!(avx2, Avx2, lanes::Ymm, 2, #[target_feature(enable = "avx2,fma,f16c")]);
 #[cfg(target_arch = "x86_64")]
-level!(avx512, Avx512, lanes::Zmm, 4, true, #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]);
+level!(avx512, Avx512, lanes::Zmm, 4, #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]);
 
 #[cfg(target_arch = "x86_64")]
 mod avx512vnni {

@@ -324,32 +324,53 @@ struct Sums<'a> {
     n: usize,
 }
 
-/// Sums of a run of coefficients, the first of which is number `j` and begins at byte `from` of each tile. One coefficient at a time: two would load
-/// probabilities half as often, but their sums do not fit the registers beside all else (measured: slower).
+/// Sums of `C` coefficients, the first of which is number `j` and begins at byte `at` of each tile.
 #[inline(always)]
-unsafe fn value_run<const WIDTH: u32, const Q: usize>(tiles: &[&[u8]], from: usize, j: usize, n: usize, s: &Sums) {
+unsafe fn value_block<const WIDTH: u32, const C: usize, const Q: usize>(tiles: &[&[u8]], at: usize, j: usize, s: &Sums) {
     // SAFETY: `tile_values` checked what pointers cover; features are the caller's.
     unsafe {
-        for i in 0..n {
-            let at = from + i * quant::coefficient_bytes(WIDTH);
-            let mut acc = [[_mm512_setzero_si512(); DIGITS]; Q];
-            for (t, tile) in tiles.iter().enumerate() {
-                let codes = bytes::<WIDTH>(tile.as_ptr().add(at));
-                for q in 0..Q {
-                    for d in 0..DIGITS {
-                        let p = _mm512_loadu_si512(s.digits.add(((t * Q + q) * DIGITS + d) * TILE).cast());
-                        acc[q][d] = _mm512_dpbusd_epi32(acc[q][d], codes, p);
-                    }
-                }
+        let mut acc = [[[_mm512_setzero_si512(); C]; DIGITS]; Q];
+        let mut p = s.digits;
+        for tile in tiles {
+            let mut codes = [_mm512_setzero_si512(); C];
+            for c in 0..C {
+                codes[c] = bytes::<WIDTH>(tile.as_ptr().add(at + c * quant::coefficient_bytes(WIDTH)));
             }
             for q in 0..Q {
                 for d in 0..DIGITS {
-                    acc[q][d] = _mm512_sub_epi32(acc[q][d], s.offsets[q * DIGITS + d]);
+                    let x = _mm512_load_si512(p.add((q * DIGITS + d) * TILE).cast());
+                    for c in 0..C {
+                        acc[q][d][c] = _mm512_dpbusd_epi32(acc[q][d][c], codes[c], x);
+                    }
                 }
-                let out = s.out.add(((j + i) * s.n + q) * LANES);
-                let x = join(acc[q], _mm512_set1_ps(s.scales[q] * STEP[WIDTH as usize]));
+            }
+            p = p.add(Q * DIGITS * TILE);
+        }
+        for c in 0..C {
+            for q in 0..Q {
+                let mut sums = [_mm512_setzero_si512(); DIGITS];
+                for d in 0..DIGITS {
+                    sums[d] = _mm512_sub_epi32(acc[q][d][c], s.offsets[q * DIGITS + d]);
+                }
+                let out = s.out.add(((j + c) * s.n + q) * LANES);
+                let x = join(sums, _mm512_set1_ps(s.scales[q] * STEP[WIDTH as usize]));
                 _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), x));
             }
+        }
+    }
+}
+
+/// Sums of a run of coefficients: two at a time, so that each load of probabilities serves both.
+#[inline(always)]
+unsafe fn value_run<const WIDTH: u32, const Q: usize>(tiles: &[&[u8]], from: usize, j: usize, n: usize, s: &Sums) {
+    let at = |i: usize| from + i * quant::coefficient_bytes(WIDTH);
+    // SAFETY: the caller's.
+    unsafe {
+        for i in (0..n / 2 * 2).step_by(2) {
+            value_block::<WIDTH, 2, Q>(tiles, at(i), j + i, s);
+        }
+        if n % 2 == 1 {
+            value_block::<WIDTH, 1, Q>(tiles, at(n - 1), j + n - 1, s);
         }
     }
 }
