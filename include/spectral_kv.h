@@ -418,15 +418,15 @@ typedef struct skv_stats {
    */
   uint64_t sealed_decode;
   /**
-   * Visible exact rows, summed over the query tokens that attended to them.
+   * Visible exact rows, summed over the query tokens of steps of up to 64 that attended to them.
    */
   uint64_t attended_exact;
   /**
-   * Visible coded rows, summed over the query tokens that attended to them.
+   * Visible coded rows, summed over the query tokens of steps of up to 64 that attended to them.
    */
   uint64_t attended_coded;
   /**
-   * Coded rows rebuilt for prefill or on request.
+   * Coded rows rebuilt: each once for a step of more than 64 tokens, or on request.
    */
   uint64_t reconstructed;
   /**
@@ -714,6 +714,24 @@ skv_status skv_layer_combine(const struct skv_layer *layer,
                              const float *partials,
                              size_t n_partials,
                              size_t n_tokens,
+                             float *out,
+                             size_t n_out,
+                             uint32_t ith,
+                             uint32_t nth);
+
+/**
+ * Attention of any number of query tokens over the stored rows and the step's own rows, into `out[n_tokens][n_head][d_v]`, `n_out` floats. Rows are
+ * rebuilt as they are looked at and kept nowhere: for up to 64 tokens `skv_layer_attend` is faster. The result does not depend on the number of threads.
+ */
+skv_status skv_layer_prefill(const struct skv_layer *layer,
+                             const uint8_t *arena,
+                             size_t arena_bytes,
+                             const int32_t *plan,
+                             size_t plan_ints,
+                             const struct skv_rows *q,
+                             const struct skv_rows *k,
+                             const struct skv_rows *v,
+                             const struct skv_attend_params *params,
                              float *out,
                              size_t n_out,
                              uint32_t ith,

@@ -173,6 +173,29 @@ impl Rope {
             }
         }
     }
+
+    /// Rotate many heads in place, all by the same turn: `columns` of them, coordinate by coordinate.
+    pub fn rotate_columns(&self, turn: &Turn, heads: &mut [f32], columns: usize) {
+        if turn.identity {
+            return;
+        }
+        let x = &mut heads[self.offset * columns..(self.offset + self.n_dims) * columns];
+        let rotate = |a: &mut [f32], b: &mut [f32], i: usize| {
+            let (c, s) = (turn.cos[i], turn.sin[i]);
+            a.iter_mut().zip(b).for_each(|(a, b)| (*a, *b) = (*a * c - *b * s, *b * c + *a * s));
+        };
+        match self.pairing {
+            Pairing::None => {}
+            Pairing::Adjacent => x.chunks_exact_mut(2 * columns).enumerate().for_each(|(i, pair)| {
+                let (a, b) = pair.split_at_mut(columns);
+                rotate(a, b, i);
+            }),
+            Pairing::Halves => {
+                let (a, b) = x.split_at_mut(self.n_dims / 2 * columns);
+                a.chunks_exact_mut(columns).zip(b.chunks_exact_mut(columns)).enumerate().for_each(|(i, (a, b))| rotate(a, b, i));
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -195,6 +218,22 @@ mod tests {
                 for (a, b) in x.iter().zip(&before) {
                     assert!((a - b).abs() < 2e-6, "{pairing:?} {delta}: {a} {b}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn columns_rotate_as_heads_do() {
+        for pairing in [Pairing::None, Pairing::Adjacent, Pairing::Halves] {
+            let rope = Rope::new(&RopeParams { offset: 4, ..RopeParams::plain(pairing, 16, 10000.0) }, 24).unwrap();
+            for delta in [0, 1, -77] {
+                let mut turn = Turn::default();
+                rope.turn(delta, &mut turn);
+                let mut heads: Vec<Vec<f32>> = (0..5).map(|h| (0..24).map(|i| ((i * 5 + h) as f32 * 0.7).sin()).collect()).collect();
+                let mut columns: Vec<f32> = (0..24 * 5).map(|i| heads[i % 5][i / 5]).collect();
+                rope.rotate_columns(&turn, &mut columns, 5);
+                heads.iter_mut().for_each(|head| rope.rotate(&turn, head));
+                assert!(columns.iter().enumerate().all(|(i, x)| *x == heads[i % 5][i / 5]), "{pairing:?} {delta}");
             }
         }
     }

@@ -269,6 +269,24 @@ fn an_eighth_of_f16_is_what_the_process_holds() {
     check_bytes(lines.last().unwrap(), &log, 32768.0 * 3.0 * 2.0 * 256.0 * 2.0);
 }
 
+/// MiB of llama.cpp's compute buffer in a context of 131072 tokens, with steps of 512 tokens.
+fn compute_buffer(args: &[&str]) -> f64 {
+    let all = [&["-c", "131072", "-b", "512", "-ub", "512", "-npp", "16", "-ntg", "1", "-npl", "1", "-lv", "4"][..], args].concat();
+    let out = run(patched(), "llama-batched-bench", &all);
+    let log = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.success(), "{log}");
+    let size = log.lines().rev().find_map(|l| l.split("compute buffer size =").nth(1)).unwrap_or_else(|| panic!("no size in {log}"));
+    size.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn long_steps_need_no_copy_of_a_layer() {
+    let (stock, spectral) = (compute_buffer(&[]), compute_buffer(&["--kv-spectral"]));
+    println!("compute buffer: {stock} MiB with an f16 cache, {spectral} MiB with a compressed one");
+    // K and V of one layer are 128 MiB in f16. What the attention of 512 tokens gives, and a plan, are a few.
+    assert!(spectral < stock + 16.0, "{spectral} MiB, f16 {stock}");
+}
+
 /// Write a llama model with the attention of an 8B one (32 layers, 32 query and 8 KV heads of 128) and next to nothing else.
 fn write_8b_shaped(path: &Path) {
     let (layers, embed, heads, kv, head, ff, vocab) = (32u32, 64u64, 32u64, 8u64, 128u64, 64u64, 64u64);

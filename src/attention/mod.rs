@@ -6,6 +6,8 @@
 //! the running maximum of Milakov and Gimelshein (2018); partial results of different rows merge exactly. Semantics are those of
 //! `ggml_flash_attn_ext`. Must not know about cells, arenas or plans.
 
+pub mod prefill;
+
 use crate::codec::{split_tile, Basis, TilePlace};
 use crate::config::TILE;
 use crate::error::{argument, Result};

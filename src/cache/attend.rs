@@ -26,7 +26,7 @@ pub struct Call<'a> {
     pub arena: &'a [u8],
     /// The step.
     pub plan: &'a Plan<'a>,
-    /// Queries, 1 to 64 tokens.
+    /// Queries; decode takes 1 to 64 tokens.
     pub q: &'a Rows<'a>,
     /// Keys of the step's own tokens.
     pub k: &'a Rows<'a>,
@@ -62,7 +62,8 @@ thread_local! {
 }
 
 /// How the tokens see some rows.
-enum Seen {
+#[derive(Clone, Copy)]
+pub(super) enum Seen {
     Nothing,
     All,
     /// The mask has been written.
@@ -94,7 +95,7 @@ impl Mask<'_> {
 
     /// Write what `n` tokens see of rows in `cells` to `out[token * TILE + row]`, unless it is everything or nothing. `run` is the cells' first, when they
     /// follow each other without a gap.
-    fn see(&self, n: usize, rows: usize, run: Option<usize>, cell: impl Fn(usize) -> Option<usize>, out: &mut [f32]) -> Seen {
+    pub(super) fn see(&self, n: usize, rows: usize, run: Option<usize>, cell: impl Fn(usize) -> Option<usize>, out: &mut [f32]) -> Seen {
         if run.is_some_and(|first| (0..n).all(|t| self.shows(t, first..first + rows))) {
             return Seen::All;
         }

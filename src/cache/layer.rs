@@ -1,4 +1,5 @@
-//! What one layer does with its arenas: store, fit and rebuild, each as the plan says. Attention is in [`super::attend`].
+//! What one layer does with its arenas: store, fit and rebuild, each as the plan says. Attention is in [`super::attend`] and, for long steps, in
+//! [`super::prefill`].
 //!
 //! A layer is immutable but for its counters; arenas are passed in. Work is cut so that every piece touches bytes of its own:
 //! storing by KV head, attention by (KV head, chunk of rows), rebuilding by range of cells. Must not know how a plan is made,
@@ -52,7 +53,9 @@ impl<'a> Rows<'a> {
     }
     /// True when one head of a row is finite, in f16 as well.
     pub fn is_finite(&self, row: usize, head: usize, d: usize) -> bool {
-        self.head(row, head, d).iter().all(|x| x.abs() <= f16::MAX.to_f32())
+        const LARGEST: f32 = f16::MAX.to_f32_const();
+        // No early end: a loop that may stop is not made of vectors.
+        self.head(row, head, d).iter().fold(true, |finite, x| finite & (x.abs() <= LARGEST))
     }
     pub(super) fn head(&self, row: usize, head: usize, d: usize) -> &'a [f32] {
         &self.data[row * self.row_stride + head * self.head_stride..][..d]
@@ -111,11 +114,11 @@ counters! {
     sealed_prefill,
     /// Rows coded by steps of up to 64 tokens.
     sealed_decode,
-    /// Visible exact rows, summed over the query tokens that attended to them.
+    /// Visible exact rows, summed over the query tokens of steps of up to 64 that attended to them.
     attended_exact,
-    /// Visible coded rows, summed over the query tokens that attended to them.
+    /// Visible coded rows, summed over the query tokens of steps of up to 64 that attended to them.
     attended_coded,
-    /// Coded rows rebuilt for prefill or on request.
+    /// Coded rows rebuilt: each once for a step of more than 64 tokens, or on request.
     reconstructed,
     /// Times the bases were fitted.
     fits,
@@ -406,12 +409,11 @@ impl Layer {
                 (simd::kernels().widen)(&rows.row(slot)[g.d_k..], value);
             }
             (Source::Token(t), Some((k, v))) => {
-                let mut halves = [f16::ZERO; TILE];
-                for (rows, d, out) in [(k, g.d_k, key), (v, g.d_v, value)] {
-                    for (x, out) in rows.head(t, head, d).chunks(TILE).zip(out.chunks_mut(TILE)) {
-                        let halves = &mut halves[..x.len()];
-                        halves.convert_from_f32_slice(x);
-                        (simd::kernels().widen)(halves, out);
+                for (to, from) in [(key, k.head(t, head, g.d_k)), (value, v.head(t, head, g.d_v))] {
+                    for (to, from) in to.chunks_mut(TILE).zip(from.chunks(TILE)) {
+                        let half = &mut [f16::ZERO; TILE][..from.len()];
+                        half.convert_from_f32_slice(from);
+                        (simd::kernels().widen)(half, to);
                     }
                 }
             }

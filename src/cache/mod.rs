@@ -8,6 +8,7 @@ mod attend;
 mod handle;
 mod layer;
 pub mod plan;
+mod prefill;
 mod table;
 
 pub use attend::Call;

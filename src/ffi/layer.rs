@@ -448,6 +448,62 @@ pub unsafe extern "C" fn skv_layer_combine(
     }
 }
 
+/// Attention of any number of query tokens over the stored rows and the step's own rows, into `out[n_tokens][n_head][d_v]`, `n_out` floats. Rows are
+/// rebuilt as they are looked at and kept nowhere: for up to 64 tokens `skv_layer_attend` is faster. The result does not depend on the number of threads.
+///
+/// # Safety
+/// Pointers are valid for what they describe or NULL; nothing changes the arena during the call.
+#[no_mangle]
+pub unsafe extern "C" fn skv_layer_prefill(
+    layer: *const skv_layer,
+    arena: *const u8,
+    arena_bytes: usize,
+    plan: *const i32,
+    plan_ints: usize,
+    q: *const skv_rows,
+    k: *const skv_rows,
+    v: *const skv_rows,
+    params: *const skv_attend_params,
+    out: *mut f32,
+    n_out: usize,
+    ith: u32,
+    nth: u32,
+) -> skv_status {
+    // SAFETY: the caller's contract; each thread writes the output rows of its own share.
+    unsafe {
+        on_layer(layer, |l| {
+            check_threads(ith, nth)?;
+            let g = l.shape();
+            let arena = super::arena(arena, arena_bytes, g.arena_bytes)?;
+            let plan = checked_plan(l, plan, plan_ints)?;
+            let q = rows(q, g.n_head, g.d_k, "q")?;
+            let k = rows(k, g.n_head_kv, g.d_k, "k")?;
+            let v = rows(v, g.n_head_kv, g.d_v, "v")?;
+            let p = versioned(params, skv_attend_params::defaults(), "params")?;
+            let sinks = slice(p.sinks, if p.sinks.is_null() { 0 } else { g.n_head }, "sinks")?;
+            let n = q.len();
+            if n == 0 {
+                return Err(Error::Argument("no query tokens".into()).into());
+            }
+            let need = n.checked_mul(g.n_head * g.d_v).ok_or_else(|| Error::Argument("q is longer than memory".into()))?;
+            if n_out < need {
+                return Err(Error::Buffer { need, have: n_out }.into());
+            }
+            if out.is_null() {
+                return Err(Failure::Null("out"));
+            }
+            check_slice(out, n_out, "out")?;
+            let mask = mask(&p, n)?;
+            timed(ith == 0, &l.counters.ns_attend, || {
+                let call = Call { arena, plan: &plan, q: &q, k: &k, v: &v, scoring: scoring(&p), mask };
+                // Output rows of a share lie between those of others, so there is no slice of them.
+                let put = |row: usize, x: &[f32]| std::ptr::copy_nonoverlapping(x.as_ptr(), out.add(row * g.d_v), g.d_v);
+                Ok(l.prefill(share(l.prefill_pieces(n), ith, nth), &call, sinks, put)?)
+            })
+        })
+    }
+}
+
 /// Counters of a layer.
 ///
 /// # Safety

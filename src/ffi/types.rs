@@ -373,11 +373,11 @@ pub struct skv_stats {
     pub sealed_prefill: u64,
     /// Rows coded by steps of up to 64 tokens.
     pub sealed_decode: u64,
-    /// Visible exact rows, summed over the query tokens that attended to them.
+    /// Visible exact rows, summed over the query tokens of steps of up to 64 that attended to them.
     pub attended_exact: u64,
-    /// Visible coded rows, summed over the query tokens that attended to them.
+    /// Visible coded rows, summed over the query tokens of steps of up to 64 that attended to them.
     pub attended_coded: u64,
-    /// Coded rows rebuilt for prefill or on request.
+    /// Coded rows rebuilt: each once for a step of more than 64 tokens, or on request.
     pub reconstructed: u64,
     /// Times the bases were fitted.
     pub fits: u64,

@@ -231,6 +231,20 @@ pub unsafe fn exp_sum<V: Lanes>(x: &mut [f32], shift: f32) -> f32 {
     }
 }
 
+/// The largest of `x`.
+#[inline(always)]
+pub fn largest(x: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if a > b { a } else { b };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (whole, rest) = x.as_chunks::<LANES>();
+    for x in whole {
+        for i in 0..LANES {
+            lanes[i] = larger(x[i], lanes[i]);
+        }
+    }
+    rest.iter().chain(&lanes).copied().fold(f32::NEG_INFINITY, larger)
+}
+
 /// `out[i] = x[i]`; f16 as f32.
 ///
 /// # Safety

@@ -157,6 +157,8 @@ pub struct Kernels {
     pub accumulate: fn(matrix: &[f32], coefficients: &[f32], out: &mut [f32]),
     /// `x[i] = exp(x[i] - shift)`; returns the sum.
     pub exp_sum: fn(x: &mut [f32], shift: f32) -> f32,
+    /// The largest of `x`, -inf when it is empty.
+    pub largest: fn(x: &[f32]) -> f32,
     /// `out[i] = x[i]`, f16 as f32.
     pub widen: fn(x: &[f16], out: &mut [f32]),
     /// `out[i] = table[index[i]]` for the rows of a tile.
@@ -206,6 +208,10 @@ macro_rules! level {
             fn exp_sum(x: &mut [f32], shift: f32) -> f32 {
                 // SAFETY: this function is compiled for the features.
                 unsafe { dense::exp_sum::<$lanes>(x, shift) }
+            }
+            $(#[$feature])?
+            fn largest(x: &[f32]) -> f32 {
+                dense::largest(x)
             }
             $(#[$feature])?
             fn widen(x: &[f16], out: &mut [f32]) {
@@ -258,6 +264,7 @@ macro_rules! level {
                 dots: |a, b, c, n, k, m| unsafe { dots(a, b, c, n, k, m) },
                 accumulate: |m, c, o| unsafe { accumulate(m, c, o) },
                 exp_sum: |x, s| unsafe { exp_sum(x, s) },
+                largest: |x| unsafe { largest(x) },
                 widen: |x, o| unsafe { widen(x, o) },
                 lookup: |t, i, o| unsafe { lookup(t, i, o) },
                 lane_sums: |x, o| unsafe { lane_sums(x, o) },
@@ -521,6 +528,9 @@ mod tests {
             let mut x: Vec<f32> = noise(1001, 5).iter().map(|x| x * 90.0 - 90.0).collect();
             x[17] = f32::NEG_INFINITY;
             let want: Vec<f64> = x.iter().map(|x| f64::from(*x).exp()).collect();
+            for n in [0, 1, 15, 16, 17, 64, 1001] {
+                assert_eq!((k.largest)(&x[..n]), x[..n].iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            }
             let sum = (k.exp_sum)(&mut x, 0.0);
             for (x, w) in x.iter().zip(&want).filter(|(_, w)| **w > 1e-37) {
                 assert!((f64::from(*x) / w - 1.0).abs() < 2e-5, "{x} {w}");

@@ -33,6 +33,45 @@ static void check_step(const struct stream *s, int layer, const struct input *in
     }
 }
 
+/* A step of more than 64 tokens, looked at by different numbers of threads, before it is stored. */
+static void a_long_step_is_the_same_for_any_number_of_threads(void) {
+    enum { BEFORE = 700, N = 150 };
+    static struct stream s;
+    static uint16_t seen[N * N_CELLS];
+    static float out[N * Q_ROW], again[N * Q_ROW];
+    static const uint32_t counts[] = {1, 3, 7};
+    uint32_t cells[N];
+    double want[Q_ROW];
+    open_stream(&s);
+    store(&s, 0, BEFORE, 0, 0, 2);
+    for (uint32_t i = 0; i < N; i++) {
+        cells[i] = BEFORE + i;
+        s.pos[cells[i]] = (int32_t)cells[i];
+        s.seq[cells[i]] = 0;
+    }
+    plan_step(&s, cells, N);
+    for (uint32_t t = 0; t < N; t++)
+        for (uint32_t cell = 0; cell < N_CELLS; cell++)
+            seen[t * N_CELLS + cell] = cell <= cells[t] ? 0 : HIDDEN;
+    for (int layer = 0; layer < N_LAYERS; layer++) {
+        struct input in = make_input((uint32_t)layer, &s, cells, N);
+        prefill_layer(&s, layer, &in, &in.q, seen, 2, out);
+        for (int i = 0; i < 3; i++) {
+            prefill_layer(&s, layer, &in, &in.q, seen, counts[i], again);
+            CHECK(memcmp(out, again, sizeof out) == 0);
+        }
+        rebuild_layer(&s, layer, &in, 2, k_out, v_out);
+        for (size_t t = 0; t < N; t += 7) {
+            naive_attention(in.q.data + t * Q_ROW, k_out, v_out, N_CELLS, seen + t * N_CELLS, want);
+            CHECK(head_error(out + t * Q_ROW, want) < 5e-3);
+        }
+        append_layer(&s, layer, &in, 2);
+        free(in.data);
+    }
+    OK(skv_table_commit(s.table));
+    close_stream(&s);
+}
+
 /* Two sequences, mostly one token at a time; rows disappear and their cells are used again. */
 static void hundreds_of_steps(void) {
     static struct stream s;
@@ -166,6 +205,7 @@ static void a_step_that_stopped_leaves_the_rows_before_it(size_t before, size_t 
 
 int main(void) {
     hundreds_of_steps();
+    a_long_step_is_the_same_for_any_number_of_threads();
     storing_is_the_same_for_any_number_of_threads();
     a_step_that_stopped_leaves_the_rows_before_it(100, 20);
     a_step_that_stopped_leaves_the_rows_before_it(640, 70);

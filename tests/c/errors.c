@@ -95,6 +95,7 @@ static void configurations(void) {
 }
 
 static uint16_t k_before[N_CELLS * KV_ROW], v_before[N_CELLS * KV_ROW], k_after[N_CELLS * KV_ROW], v_after[N_CELLS * KV_ROW];
+static float prefilled[64 * Q_ROW];
 
 static void cache(void) {
     enum { N_ROWS = 700 };
@@ -245,7 +246,7 @@ struct call {
     struct input in;
     uint8_t *arena;
     const int32_t *plan;
-    size_t bytes, ints, n_partials;
+    size_t bytes, ints, n_partials, n_out;
     float *partials;
     skv_attend_params params;
     uint32_t ith, nth;
@@ -260,6 +261,11 @@ static skv_status do_attend(struct call *c) {
                             c->ith, c->nth);
 }
 
+static skv_status do_prefill(struct call *c) {
+    return skv_layer_prefill(c->s->layers[0], c->arena, c->bytes, c->plan, c->ints, &c->in.q, &c->in.k, &c->in.v, &c->params, prefilled, c->n_out, c->ith,
+                             c->nth);
+}
+
 static skv_status do_rebuild(struct call *c) {
     return skv_layer_reconstruct(c->s->layers[0], c->arena, c->bytes, c->plan, c->ints, &c->in.k, &c->in.v, k_after, v_after, N_CELLS, c->ith, c->nth);
 }
@@ -272,6 +278,7 @@ static void all_say(skv_status status, struct call *c, const char *part) {
     char text[200];
     STATUS(status, do_append(c));
     STATUS(status, do_attend(c));
+    STATUS(status, do_prefill(c));
     STATUS(status, do_rebuild(c));
     OK(skv_layer_last_error(c->s->layers[0], text, sizeof text));
     says(text, part);
@@ -297,6 +304,7 @@ static void layer_arguments(struct stream *s) {
     ok.nth = 1;
     ok.params.struct_size = sizeof ok.params;
     ok.params.scale = SCALE;
+    ok.n_out = Q_ROW;
     OK(skv_layer_partial_floats(s->layers[0], 1, &ok.n_partials));
     ok.partials = (float *)allocate(ok.n_partials * sizeof(float));
 
@@ -328,6 +336,19 @@ static void layer_arguments(struct stream *s) {
     c = ok;
     c.params.struct_size = 3;
     STATUS(SKV_STATUS_ARGUMENT, do_attend(&c));
+    STATUS(SKV_STATUS_ARGUMENT, do_prefill(&c));
+    c = ok;
+    c.params.scale = NAN;
+    STATUS(SKV_STATUS_ARGUMENT, do_prefill(&c));
+    c = ok;
+    c.in.q.n_rows = 0;
+    STATUS(SKV_STATUS_ARGUMENT, do_prefill(&c));
+    c = ok;
+    c.in.q.n_rows = SIZE_MAX / 4;
+    STATUS(SKV_STATUS_ARGUMENT, do_prefill(&c));
+    c = ok;
+    c.n_out--;
+    STATUS(SKV_STATUS_BUFFER, do_prefill(&c));
     c = ok;
     c.n_partials--;
     STATUS(SKV_STATUS_BUFFER, do_attend(&c));
@@ -382,6 +403,7 @@ static void damaged_plans(struct stream *s, size_t n_new) {
     c.nth = 1;
     c.params.struct_size = sizeof c.params;
     c.params.scale = SCALE;
+    c.n_out = n_new * Q_ROW;
     OK(skv_layer_partial_floats(s->layers[0], n_new, &c.n_partials));
     c.partials = (float *)allocate(c.n_partials * sizeof(float));
 
@@ -411,16 +433,17 @@ static void damaged_plans(struct stream *s, size_t n_new) {
     plan[0]--;
     for (size_t i = 0; i < s->plan_ints; i += i < 32 ? 1 : 11)
         for (int j = 0; j < 4; j++) {
-            skv_status status[4];
+            skv_status status[5];
             plan[i] = odd[j];
             status[0] = do_attend(&c);
             status[1] = do_rebuild(&c);
             status[2] = do_append(&c);
             memcpy(copy, s->arenas[0], s->arena_bytes);
-            status[3] = do_replay(&c);
+            status[3] = do_prefill(&c);
+            status[4] = do_replay(&c);
             memcpy(copy, s->arenas[0], s->arena_bytes);
             plan[i] = s->plan[i];
-            for (int k = 0; k < 4; k++)
+            for (int k = 0; k < 5; k++)
                 CHECK(status[k] == SKV_STATUS_OK || status[k] == SKV_STATUS_DATA || status[k] == SKV_STATUS_ARGUMENT);
         }
     free(plan);

@@ -155,8 +155,19 @@ static void layer(struct stream *s) {
     NULL_IS(skv_layer_combine(l, NULL, partials, floats, 1, out, Q_ROW, 0, 1));
     NULL_IS(skv_layer_combine(l, &params, NULL, floats, 1, out, Q_ROW, 0, 1));
     NULL_IS(skv_layer_combine(l, &params, partials, floats, 1, NULL, Q_ROW, 0, 1));
+    NULL_IS(skv_layer_prefill(NULL, arena, bytes, plan, ints, q, k, v, &params, out, Q_ROW, 0, 1));
+    NULL_IS(skv_layer_prefill(l, NULL, bytes, plan, ints, q, k, v, &params, out, Q_ROW, 0, 1));
+    NULL_IS(skv_layer_prefill(l, arena, bytes, NULL, ints, q, k, v, &params, out, Q_ROW, 0, 1));
+    NULL_IS(skv_layer_prefill(l, arena, bytes, plan, ints, NULL, k, v, &params, out, Q_ROW, 0, 1));
+    NULL_IS(skv_layer_prefill(l, arena, bytes, plan, ints, q, NULL, v, &params, out, Q_ROW, 0, 1));
+    NULL_IS(skv_layer_prefill(l, arena, bytes, plan, ints, q, k, NULL, &params, out, Q_ROW, 0, 1));
+    NULL_IS(skv_layer_prefill(l, arena, bytes, plan, ints, q, k, v, NULL, out, Q_ROW, 0, 1));
+    NULL_IS(skv_layer_prefill(l, arena, bytes, plan, ints, &gone, k, v, &params, out, Q_ROW, 0, 1));
+    NULL_IS(skv_layer_prefill(l, arena, bytes, plan, ints, q, k, v, &params, NULL, Q_ROW, 0, 1));
     CHECK(out[0] == 77.0f);
     OK(skv_layer_combine(l, &params, partials, floats, 1, out, Q_ROW, 0, 1));
+    OK(skv_layer_prefill(l, arena, bytes, plan, ints, q, k, v, &params, out, Q_ROW, 0, 1));
+    NULL_IS(skv_layer_combine(l, &params, partials, floats, 1, NULL, Q_ROW, 0, 1));
 
     memset(&stats, 0, sizeof stats);
     stats.struct_size = sizeof stats;

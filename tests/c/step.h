@@ -95,7 +95,7 @@ static inline void plan_step(struct stream *s, const uint32_t *cells, size_t n) 
 }
 
 /* One operation, carried out by several threads with the same arguments. */
-enum operation { APPEND, ATTEND, COMBINE, RECONSTRUCT };
+enum operation { APPEND, ATTEND, COMBINE, PREFILL, RECONSTRUCT };
 
 struct job {
     enum operation operation;
@@ -133,6 +133,10 @@ static inline void *work(void *argument) {
     case COMBINE:
         w->status = skv_layer_combine(layer, j->params, j->partials, j->n_partials, j->n_queries, j->out, j->n_queries * Q_ROW, w->ith, j->nth);
         break;
+    case PREFILL:
+        w->status = skv_layer_prefill(layer, arena, s->arena_bytes, s->plan, s->plan_ints, j->queries, &j->input->k, &j->input->v, j->params, j->out,
+                                      j->n_queries * Q_ROW, w->ith, j->nth);
+        break;
     case RECONSTRUCT:
         w->status = skv_layer_reconstruct(layer, arena, s->arena_bytes, s->plan, s->plan_ints, &j->input->k, &j->input->v, j->k_out, j->v_out, N_CELLS,
                                           w->ith, j->nth);
@@ -166,33 +170,49 @@ static inline void append_layer(const struct stream *s, int layer, const struct 
     run_job(&job);
 }
 
-/* Attention of queries over the stored rows and the step's own. `mask` covers all cells, one row per query, or is NULL. */
-static inline void attend_layer(const struct stream *s, int layer, const struct input *in, const skv_rows *queries, const uint16_t *mask, uint32_t nth,
-                                float *out) {
-    skv_attend_params params;
+/* What attention takes. `mask` covers all cells, one row per query, or is NULL. */
+static inline struct job attention(const struct stream *s, int layer, const struct input *in, const skv_rows *queries, skv_attend_params *params,
+                                   const uint16_t *mask, uint32_t nth, float *out) {
     struct job job;
-    memset(&params, 0, sizeof params);
-    params.struct_size = sizeof params;
-    params.scale = SCALE;
-    params.mask = mask;
-    params.mask_row_stride = N_CELLS * sizeof *mask;
-    params.n_kv = N_CELLS;
+    memset(params, 0, sizeof *params);
+    params->struct_size = sizeof *params;
+    params->scale = SCALE;
+    params->mask = mask;
+    params->mask_row_stride = N_CELLS * sizeof *mask;
+    params->n_kv = N_CELLS;
     memset(&job, 0, sizeof job);
-    job.operation = ATTEND;
     job.stream = s;
     job.layer = layer;
     job.input = in;
-    job.params = &params;
+    job.params = params;
     job.queries = queries;
     job.n_queries = queries->n_rows;
     job.nth = nth;
     job.out = out;
+    return job;
+}
+
+/* Attention of up to 64 queries over the stored rows and the step's own. */
+static inline void attend_layer(const struct stream *s, int layer, const struct input *in, const skv_rows *queries, const uint16_t *mask, uint32_t nth,
+                                float *out) {
+    skv_attend_params params;
+    struct job job = attention(s, layer, in, queries, &params, mask, nth, out);
+    job.operation = ATTEND;
     OK(skv_layer_partial_floats(s->layers[layer], queries->n_rows, &job.n_partials));
     job.partials = (float *)allocate(job.n_partials * sizeof(float));
     run_job(&job);
     job.operation = COMBINE;
     run_job(&job);
     free(job.partials);
+}
+
+/* The same of any number of queries. */
+static inline void prefill_layer(const struct stream *s, int layer, const struct input *in, const skv_rows *queries, const uint16_t *mask, uint32_t nth,
+                                 float *out) {
+    skv_attend_params params;
+    struct job job = attention(s, layer, in, queries, &params, mask, nth, out);
+    job.operation = PREFILL;
+    run_job(&job);
 }
 
 static inline void rebuild_layer(const struct stream *s, int layer, const struct input *in, uint32_t nth, uint16_t *k_out, uint16_t *v_out) {

@@ -185,7 +185,7 @@ pub struct Tokens {
     pub cells: Vec<u32>,
     rows: Vec<ModelRow>,
     /// Roped, per layer.
-    inputs: Vec<Input>,
+    pub inputs: Vec<Input>,
 }
 
 /// One stream as llama.cpp drives it, and beside it the plainest possible model of what it holds.
@@ -581,7 +581,7 @@ fn rotate_heads(rope: &RopeParams, pos: i32, x: &mut [f32], d: usize) {
     }
 }
 
-fn rows_of<'a>(l: &Layer, x: &'a Input, n: usize) -> [Rows<'a>; 3] {
+pub fn rows_of<'a>(l: &Layer, x: &'a Input, n: usize) -> [Rows<'a>; 3] {
     let g = l.shape();
     let rows = |data, heads: usize, d: usize| Rows::new(data, n, heads * d, d, heads, d).unwrap();
     [rows(&x.q, g.n_head, g.d_k), rows(&x.k, g.n_head_kv, g.d_k), rows(&x.v, g.n_head_kv, g.d_v)]

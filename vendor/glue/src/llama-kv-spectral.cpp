@@ -421,10 +421,10 @@ llama_kv_spectral::impl::~impl() {
         const auto st = stats();
 
         LLAMA_LOG_INFO("kv_spectral: sealed %" PRIu64 " rows in prefill and %" PRIu64 " in decode; attended %" PRIu64 " coded and %" PRIu64
-                " exact rows, rebuilt %" PRIu64 "; held %.1f MiB against %.1f MiB f16, ratio %.2f; encode %.1f ms, attend %.1f ms, rebuild %.1f ms\n",
+                " exact rows, rebuilt %" PRIu64 "; held %.1f MiB against %.1f MiB f16, ratio %.2f; encode %.1f ms, attend %.1f ms\n",
                 (uint64_t) st.sealed_prefill, (uint64_t) st.sealed_decode, (uint64_t) st.attended_coded, (uint64_t) st.attended_exact, (uint64_t) st.reconstructed,
                 bytes_held()/1024.0/1024.0, report.bytes_f16/1024.0/1024.0, (double) report.bytes_f16/bytes_held(),
-                st.ns_encode/1e6, st.ns_attend/1e6, st.ns_reconstruct/1e6);
+                st.ns_encode/1e6, st.ns_attend/1e6);
     }
     for (auto & l : layers) {
         skv_layer_free(l->skv);
@@ -514,7 +514,6 @@ skv_stats llama_kv_spectral::impl::stats() const {
         res.recoded          += cur.recoded;
         res.ns_encode        += cur.ns_encode;
         res.ns_attend        += cur.ns_attend;
-        res.ns_reconstruct   += cur.ns_reconstruct;
     }
 
     return res;
@@ -535,12 +534,12 @@ void llama_kv_spectral::impl::log_commit(const slot_info & sinfo) {
 
     fprintf(log, "{\"n_tokens\":%zu,\"path\":\"%s\",\"appended_prefill\":%" PRIu64 ",\"appended_decode\":%" PRIu64
             ",\"sealed_prefill\":%" PRIu64 ",\"sealed_decode\":%" PRIu64 ",\"attended_exact\":%" PRIu64 ",\"attended_coded\":%" PRIu64
-            ",\"reconstructed\":%" PRIu64 ",\"fits\":%" PRIu64 ",\"ns_encode\":%" PRIu64 ",\"ns_attend\":%" PRIu64 ",\"ns_reconstruct\":%" PRIu64
+            ",\"reconstructed\":%" PRIu64 ",\"fits\":%" PRIu64 ",\"ns_encode\":%" PRIu64 ",\"ns_attend\":%" PRIu64
             ",\"bytes_held\":%" PRIu64 ",\"bytes_f16\":%" PRIu64 ",\"ratio\":%.4f,\"code_bits\":%.4f}\n",
             sinfo.n_stream()*sinfo.size(), sinfo.size() <= SPECTRAL_MAX_DECODE_TOKENS ? "decode" : "prefill",
             (uint64_t) st.appended_prefill, (uint64_t) st.appended_decode, (uint64_t) st.sealed_prefill, (uint64_t) st.sealed_decode,
             (uint64_t) st.attended_exact, (uint64_t) st.attended_coded, (uint64_t) st.reconstructed, (uint64_t) st.fits,
-            (uint64_t) st.ns_encode, (uint64_t) st.ns_attend, (uint64_t) st.ns_reconstruct,
+            (uint64_t) st.ns_encode, (uint64_t) st.ns_attend,
             bytes_held(), (uint64_t) report.bytes_f16, (double) report.bytes_f16/bytes_held(), report.code_bits);
     fflush(log);
 }
@@ -702,7 +701,8 @@ bool llama_kv_spectral_get_info(const llama_context * ctx, llama_kv_spectral_inf
 // The sources of the ops. The tensors of the ubatch hold its streams one after the other.
 //   attend:      arena, q, k, v, plan, mask [, sinks]
 //   combine:     partials, mask [, sinks]
-//   reconstruct: arena, k, v, plan, mask (for its shape, and so that nothing is left out of the graph)
+//   prefill:     as attend
+//   check:       result of the prefill, in place
 //   append:      arena, k, v, q, plan, k_idxs, result of the attention
 
 using spectral_layer = llama_kv_spectral::impl::layer;
@@ -766,6 +766,13 @@ static void op_attend(ggml_tensor * dst, int ith, int nth, void * userdata) {
     }
 }
 
+// ops cannot fail: NaN is what tells the caller that this ubatch is lost
+static void set_nan_if_failed(const spectral_layer & l, float * out, size_t n_out, int ith, int nth) {
+    if (l.owner.failed) {
+        std::fill(out + n_out*ith/nth, out + n_out*(ith + 1)/nth, NAN);
+    }
+}
+
 static void op_combine(ggml_tensor * dst, int ith, int nth, void * userdata) {
     auto & l = *(spectral_layer *) userdata;
 
@@ -783,45 +790,36 @@ static void op_combine(ggml_tensor * dst, int ith, int nth, void * userdata) {
         l.owner.ok(skv_layer_combine(l.skv, &params, (const float *) partials->data + s*partials->ne[0], partials->ne[0], n_tok,
                     (float *) dst->data + s*n_out, n_out, ith, nth), "attention", l);
 
-        // ops cannot fail: NaN is what tells the caller that this ubatch is lost
-        if (l.owner.failed) {
-            const size_t i0 = n_out*ith/nth;
-            const size_t i1 = n_out*(ith + 1)/nth;
-
-            std::fill((float *) dst->data + s*n_out + i0, (float *) dst->data + s*n_out + i1, NAN);
-        }
+        set_nan_if_failed(l, (float *) dst->data + s*n_out, n_out, ith, nth);
     }
 }
 
-static void op_reconstruct(ggml_tensor * dst, int ith, int nth, void * userdata) {
+static void op_prefill(ggml_tensor * dst, int ith, int nth, void * userdata) {
     auto & l = *(spectral_layer *) userdata;
 
-    const ggml_tensor * mask = dst->src[4];
+    const ggml_tensor * mask = dst->src[5];
 
-    const int64_t ns   = mask->ne[3];
-    const int64_t n_kv = mask->ne[0];
+    const int64_t ns = mask->ne[3];
 
-    const int64_t n_k = n_kv*l.n_head_kv*l.d_k;
-    const int64_t n_v = n_kv*l.n_head_kv*l.d_v;
-
-    uint16_t * data = (uint16_t *) dst->data;
+    const size_t n_tok = dst->ne[1]/ns;
+    const size_t n_out = n_tok*dst->ne[0];
 
     for (int64_t s = 0; s < ns; ++s) {
-        const auto plan = get_plan(dst->src[3], s);
+        const auto plan = get_plan(dst->src[4], s);
 
-        const auto k = get_rows(dst->src[1], s, ns);
-        const auto v = get_rows(dst->src[2], s, ns);
+        const auto q = get_rows(dst->src[1], s, ns);
+        const auto k = get_rows(dst->src[2], s, ns);
+        const auto v = get_rows(dst->src[3], s, ns);
 
-        l.owner.ok(skv_layer_reconstruct(l.skv, l.stream(plan.strm), l.arena_bytes, plan.data, plan.size, &k, &v,
-                    data + s*n_k, data + ns*n_k + s*n_v, n_kv, ith, nth), "rebuilding of K and V", l);
+        const auto params = get_attend_params(l, mask, dst->src[6], s);
 
-        if (l.owner.failed) {
-            const int64_t n_v0 = n_v*ith/nth;
-            const int64_t n_v1 = n_v*(ith + 1)/nth;
-
-            std::fill(data + ns*n_k + s*n_v + n_v0, data + ns*n_k + s*n_v + n_v1, 0x7e00); // NaN
-        }
+        l.owner.ok(skv_layer_prefill(l.skv, l.stream(plan.strm), l.arena_bytes, plan.data, plan.size, &q, &k, &v, &params,
+                    (float *) dst->data + s*n_out, n_out, ith, nth), "attention", l);
     }
+}
+
+static void op_check(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    set_nan_if_failed(*(spectral_layer *) userdata, (float *) dst->data, ggml_nelements(dst), ith, nth);
 }
 
 static void op_append(ggml_tensor * dst, int ith, int nth, void * userdata) {
@@ -889,9 +887,11 @@ ggml_tensor * llm_graph_context::build_attn_spectral(
         }
     }
 
-    const int64_t n_kv   = kq_mask->ne[0];
     const int64_t n_tok  = kq_mask->ne[1];
     const int64_t ns     = kq_mask->ne[3];
+
+    ggml_tensor * args[] = { l.arena, q, k, v, plan, kq_mask, sinks };
+    const int n_args = sinks ? 7 : 6;
 
     ggml_tensor * cur;
 
@@ -902,37 +902,27 @@ ggml_tensor * llm_graph_context::build_attn_spectral(
             throw std::runtime_error("kv_spectral: cannot size the attention");
         }
 
-        ggml_tensor * args[] = { l.arena, q, k, v, plan, kq_mask, sinks };
-        ggml_tensor * partials = ggml_custom_4d(ctx0, GGML_TYPE_F32, n_partial, ns, 1, 1, args, sinks ? 7 : 6, op_attend, GGML_N_TASKS_MAX, &l);
+        ggml_tensor * partials = ggml_custom_4d(ctx0, GGML_TYPE_F32, n_partial, ns, 1, 1, args, n_args, op_attend, GGML_N_TASKS_MAX, &l);
         ggml_backend_sched_set_tensor_backend(sched, partials, backend_cpu);
         cb(partials, "spectral_partials", il);
 
         ggml_tensor * args_out[] = { partials, kq_mask, sinks };
         cur = ggml_custom_4d(ctx0, GGML_TYPE_F32, l.n_head*l.d_v, n_tok*ns, 1, 1, args_out, sinks ? 3 : 2, op_combine, GGML_N_TASKS_MAX, &l);
-        ggml_backend_sched_set_tensor_backend(sched, cur, backend_cpu);
     } else {
-        const int64_t n_row_k = (int64_t) l.n_head_kv*l.d_k;
-        const int64_t n_row_v = (int64_t) l.n_head_kv*l.d_v;
+        cur = ggml_custom_4d(ctx0, GGML_TYPE_F32, l.n_head*l.d_v, n_tok*ns, 1, 1, args, n_args, op_prefill, GGML_N_TASKS_MAX, &l);
+        ggml_backend_sched_set_tensor_backend(sched, cur, backend_cpu);
+        cb(cur, "spectral_prefill", il);
 
-        ggml_tensor * args[] = { l.arena, k, v, plan, kq_mask };
-        ggml_tensor * kv_cur = ggml_custom_4d(ctx0, GGML_TYPE_F16, (n_row_k + n_row_v)*n_kv, ns, 1, 1, args, 5, op_reconstruct, GGML_N_TASKS_MAX, &l);
-        ggml_backend_sched_set_tensor_backend(sched, kv_cur, backend_cpu);
-        cb(kv_cur, "spectral_kv", il);
-
-        const size_t es = ggml_element_size(kv_cur);
-
-        // K of all streams comes first
-        ggml_tensor * k_all = ggml_view_4d(ctx0, kv_cur, l.d_k, l.n_head_kv, n_kv, ns, l.d_k*es, n_row_k*es, n_row_k*n_kv*es, 0);
-        ggml_tensor * v_all = ggml_view_4d(ctx0, kv_cur, l.d_v, l.n_head_kv, n_kv, ns, l.d_v*es, n_row_v*es, n_row_v*n_kv*es, n_row_k*n_kv*ns*es);
-
-        cur = build_attn_mha(q, k_all, v_all, nullptr, kq_mask, sinks, nullptr, 0, kq_scale, il);
+        // that one thread failed is known to all of them only after this op
+        cur = ggml_custom_inplace(ctx0, cur, nullptr, 0, op_check, GGML_N_TASKS_MAX, &l);
     }
+    ggml_backend_sched_set_tensor_backend(sched, cur, backend_cpu);
 
     ggml_build_forward_expand(gf, cur);
 
     // after the attention, which reads the rows of the ubatch from k and v: its result is a source for backends that reorder
-    ggml_tensor * args[] = { k, v, q, plan, k_idxs, cur };
-    ggml_tensor * stored = ggml_custom_inplace(ctx0, l.arena, args, 6, op_append, GGML_N_TASKS_MAX, &l);
+    ggml_tensor * args_stored[] = { k, v, q, plan, k_idxs, cur };
+    ggml_tensor * stored = ggml_custom_inplace(ctx0, l.arena, args_stored, 6, op_append, GGML_N_TASKS_MAX, &l);
     ggml_backend_sched_set_tensor_backend(sched, stored, backend_cpu);
     cb(stored, "spectral_append", il);
 
