@@ -13,7 +13,7 @@ use crate::config::TILE;
 use crate::error::{argument, Result};
 use crate::rope::{Rope, Turn};
 use crate::simd::lanes::LANES;
-use crate::simd::{quant, Kernels, Lines, MatMut, MatRef, Products, Widths};
+use crate::simd::{prefetch, quant, Kernels, Lines, MatMut, MatRef, Products, Widths};
 
 pub use crate::simd::BATCH;
 
@@ -243,6 +243,7 @@ impl Accumulator {
         self.products.largest.fill(f32::NEG_INFINITY);
         let mut gains = [0.0; TILE];
         for (t, tile) in tiles.iter().enumerate() {
+            prefetch(tiles.get(t + 1).map_or(&[], |next| next.bytes));
             let [(gain_codes, codes), _] = split_tile(tile.bytes, place.k);
             (c.kernels.lookup)(table, gain_codes, &mut gains);
             let at = t * TILE;

@@ -119,6 +119,18 @@ impl Lines {
     }
 }
 
+/// Ask for memory that will be read soon: tiles are read in pieces too short for the hardware to guess the next.
+#[inline]
+pub fn prefetch(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    for at in (0..bytes.len()).step_by(64) {
+        // SAFETY: the address is inside of the slice, and a prefetch reads nothing.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(bytes.as_ptr().add(at).cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
+}
+
 /// Projected queries, made ready for the tiles of one band, and memory to work in.
 #[derive(Debug, Default)]
 pub struct Products {

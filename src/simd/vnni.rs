@@ -13,9 +13,9 @@ use crate::config::TILE;
 use std::arch::x86_64::*;
 
 /// Digits of base 256 of a factor.
-const DIGITS: usize = 3;
+const DIGITS: usize = 2;
 /// What the largest element of a factor becomes: its digits then lie between -128 and 127.
-const FULL: f32 = 8_355_000.0;
+const FULL: f32 = 32_630.0;
 /// What is added to a level to make it unsigned.
 const OFFSET: i32 = 128;
 
@@ -101,9 +101,8 @@ unsafe fn digits(x: __m512) -> [__m128i; DIGITS] {
 unsafe fn join(sums: [__m512i; DIGITS], scale: __m512) -> __m512 {
     // SAFETY: the caller's features.
     unsafe {
-        let [low, middle, high] = sums.map(|s| _mm512_cvtepi32_ps(s));
-        let base = _mm512_set1_ps(256.0);
-        _mm512_mul_ps(_mm512_fmadd_ps(_mm512_fmadd_ps(high, base, middle), base, low), scale)
+        let (low, high) = (_mm512_cvtepi32_ps(sums[0]), _mm512_cvtepi32_ps(sums[1]));
+        _mm512_mul_ps(_mm512_fmadd_ps(high, _mm512_set1_ps(256.0), low), scale)
     }
 }
 
