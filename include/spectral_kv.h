@@ -630,13 +630,19 @@ skv_status skv_layer_set_calibration(struct skv_layer *layer,
                                      size_t model_layer);
 
 /**
- * Whether storing this plan wants the output projection: `*wants` becomes 0 or 1.
+ * Whether the `ith` of `nth` threads that store this plan wants the output projection: `*wants` becomes 0 or 1.
  */
-skv_status skv_plan_wants_projection(const int32_t *plan, size_t plan_ints, int32_t *wants);
+skv_status skv_layer_wants_projection(const struct skv_layer *layer,
+                                      const int32_t *plan,
+                                      size_t plan_ints,
+                                      uint32_t ith,
+                                      uint32_t nth,
+                                      int32_t *wants);
 
 /**
  * Store the step: seal tiles, move rows, write exact rows, fit the bases when the plan says so. Runs after the attention of
- * the same step. `projection` may be NULL. A fit is done by thread 0 alone and allocates temporary memory.
+ * the same step. `projection` may be NULL; only threads that `skv_layer_wants_projection` look at it. A fit is done by thread 0
+ * alone and allocates temporary memory; steps of few tokens before it do part of its work.
  */
 skv_status skv_layer_append(const struct skv_layer *layer,
                             uint8_t *arena,

@@ -35,6 +35,8 @@ pub const QUERY_SLOTS: usize = 256;
 pub const BASIS_HEADER_BYTES: usize = 48;
 /// Rows a basis is fitted on. 1024 rows measured better than 512, and with 256 no query looks behind the window yet.
 pub const FIT_ROWS: usize = 1024;
+/// Rows that come in while a fit is spread over decode steps, if there are slots for them.
+pub const FIT_LEAD: usize = 96;
 /// The fewest rows a basis is fitted on, in small contexts.
 pub const FIT_ROWS_MIN: usize = 512;
 /// Gain bytes of one head in one tile: a byte per row for K and for V.
@@ -359,6 +361,11 @@ impl Geometry {
             (exact + spare.unwrap_or(0)).min(most_raw)
         };
         Ok(Geometry { config: c.clone(), exact, raw, fit_rows, tiles, band_tiles, layers })
+    }
+
+    /// KV heads of all layers, which are counted one layer after another.
+    pub fn n_heads(&self) -> usize {
+        self.layers.iter().map(|l| l.n_head_kv).sum()
     }
 
     /// Whether queries are kept for a fit.

@@ -45,6 +45,7 @@ fn generate() -> String {
         "QUERY_SLOTS",
         "FIT_ROWS",
         "FIT_ROWS_MIN",
+        "FIT_LEAD",
         "GAIN_BYTES",
         "UNITS",
         "FIT_ROWS_MAX",

@@ -57,6 +57,11 @@ enum Op {
         n: usize,
         scattered: bool,
     },
+    /// Steps of a token each.
+    Decode {
+        seq: u32,
+        steps: usize,
+    },
     RemoveRange {
         seq: u32,
         from: usize,
@@ -106,6 +111,7 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         8 => (1u32..16, n(), any::<bool>()).prop_map(|(seqs, n, scattered)| Op::Append { seqs, n, scattered }),
         4 => (seq(), n(), any::<bool>()).prop_map(|(seq, n, scattered)| Op::Append { seqs: 1 << seq, n, scattered }),
+        2 => (seq(), 1usize..80).prop_map(|(seq, steps)| Op::Decode { seq, steps }),
         2 => (seq(), 0usize..900, n()).prop_map(|(seq, from, n)| Op::RemoveRange { seq, from, n }),
         1 => (seq(), 0usize..900).prop_map(|(seq, keep)| Op::RemoveTail { seq, keep }),
         1 => seq().prop_map(|seq| Op::RemoveSequence { seq }),
@@ -161,6 +167,10 @@ fn apply(s: &mut Stream, r: &mut Random, op: &Op) {
         Op::Append { seqs, n, scattered } => {
             let (cells, places) = fresh_tokens(s, r, seqs, n, scattered);
             s.step(r.next() >> 16, &cells, &places).unwrap();
+        }
+        Op::Decode { seq, steps } => {
+            let steps = steps.min(s.free().len());
+            s.append(r.next() >> 16, seq, steps, 1).unwrap();
         }
         Op::RemoveRange { seq, from, n } => {
             let (gone, _) = cut(s.cells_of(seq), from, n);
@@ -304,6 +314,27 @@ fn rows_lose_precision_as_they_age_and_only_then() {
 }
 
 #[test]
+fn a_decode_step_changes_one_tile_at_most() {
+    let mut s = stream_of(&Config { bits: 4.0, fine_rows: 128, n_seqs: 1, ..config(2000) });
+    // A long step leaves many rows waiting and no room made for them.
+    s.append(1, 0, 1200, 100).unwrap();
+    s.append(2, 0, 30, 1).unwrap();
+    let total = |s: &Stream| {
+        let c = s.layers[0].counters.read();
+        (c.sealed_decode + c.recoded) / 64
+    };
+    let (mut before, first) = (total(&s), s.layers[0].counters.read());
+    for token in 0..400 {
+        s.append(3 + token, 0, 1, 1).unwrap();
+        assert!(total(&s) - before <= 1, "token {token}");
+        before = total(&s);
+    }
+    let last = s.layers[0].counters.read();
+    assert!(last.sealed_decode - first.sealed_decode >= 6 * 64 && last.recoded - first.recoded >= 12 * 64);
+    s.check(0.3);
+}
+
+#[test]
 fn a_full_context_always_finds_tiles() {
     // No slack: tiles hold exactly what window and sinks leave over.
     for (n_cells, fine_rows) in [(16 + 4 + 64 * 16, 0), (16 + 4 + 64 * 16, 64), (16 + 4 + 64 * 16 + 1, 200), (1100, u32::MAX)] {
@@ -371,6 +402,104 @@ fn a_shift_turns_keys_without_touching_them() {
     }
     assert!(s.bits(&cells) == before, "there and back again");
     assert!((0..2).all(|i| s.arena(i) == arenas[i]));
+}
+
+/// Single tokens of sequence 0 until the bases are there; the heads looked at in each step before.
+fn study(s: &mut Stream) -> Vec<usize> {
+    let mut looked = Vec::new();
+    while !s.table.is_fitted() {
+        let (cells, places) = (s.free()[..1].to_vec(), [(s.next_pos(0), 0)]);
+        let t = s.tokens(looked.len() as u64, &cells, &places);
+        s.enter(&t);
+        let ints = s.plan(&cells).unwrap();
+        let study = Plan::parse(&ints).unwrap().study;
+        looked.push((study.to - study.from) as usize);
+        (0..2).for_each(|layer| s.run(layer, &ints, &t).unwrap());
+        s.table.commit().unwrap();
+        s.age();
+    }
+    looked
+}
+
+#[test]
+fn a_fit_is_spread_over_the_steps_before_it_and_no_head_is_looked_at_twice() {
+    // Of the two threads, either may be the one that finds the last head.
+    let filled = |backwards: bool| {
+        let mut s = stream();
+        s.backwards = backwards;
+        s.append(1, 0, 450, 90).unwrap();
+        let looked = study(&mut s);
+        assert_eq!(s.cells_of(0).len(), s.table.geometry().fit_rows);
+        assert_eq!((looked.iter().sum::<usize>(), looked.iter().max()), (3, Some(&1)), "{looked:?}");
+        s.check(NEAR);
+        s.append(3, 0, 300, 7).unwrap();
+        s.check(NEAR);
+        (s.arena(0).to_vec(), s.arena(1).to_vec())
+    };
+    assert!(filled(false) == filled(true));
+}
+
+#[test]
+fn a_fit_that_has_to_hurry_takes_what_a_study_knows_and_looks_at_the_rest() {
+    for known in [1, 30, 60, 99] {
+        let mut s = stream();
+        s.append(1, 0, 450, 90).unwrap();
+        s.append(2, 0, known, 1).unwrap();
+        assert!(!s.table.is_fitted());
+        s.append(3, 0, 100, 100).unwrap();
+        assert!(s.table.is_fitted() && s.layers[0].counters.read().fits == 1);
+        s.check(NEAR);
+    }
+}
+
+#[test]
+fn a_study_is_not_known_to_a_copy_nor_to_what_comes_after_a_clear() {
+    let mut s = stream();
+    s.append(1, 0, 450, 90).unwrap();
+    s.append(2, 0, 90, 1).unwrap();
+    let of = |s: &mut Stream| {
+        let cell = s.free()[0];
+        let t = s.tokens(1, &[cell], &[(s.next_pos(0), 0)]);
+        s.enter(&t);
+        let study = Plan::parse(&s.plan(&[cell]).unwrap()).unwrap().study;
+        s.rows[cell as usize] = None;
+        study
+    };
+    let known = of(&mut s);
+    assert!(known.id != 0 && known.to == 3);
+    s.table = s.table.copied();
+    let other = of(&mut s);
+    assert!(other.id != known.id && other.from == 0 && other.to < 3);
+    s.append(3, 0, 60, 1).unwrap();
+    assert!(s.table.is_fitted());
+    s.check(NEAR);
+    s.remove(0, &s.cells_of(0));
+    assert_eq!(of(&mut s).id, 0);
+    assert!(script(&mut s) == script(&mut stream()));
+}
+
+#[test]
+fn a_study_survives_an_aborted_step_and_a_saved_state_goes_on_without() {
+    for done in 0..=2 {
+        let mut s = stream();
+        s.append(1, 0, 450, 90).unwrap();
+        for round in 0..30 {
+            s.append(2 + round, 0, 2, 1).unwrap();
+            let (cell, place) = (s.free()[0], (s.next_pos(0), 0));
+            s.abort(100 + round, &[cell], &[place], done).unwrap();
+        }
+        assert!(!s.table.is_fitted());
+        let cells = s.live();
+        let saved = s.save(&cells).unwrap();
+        let rows: Vec<_> = cells.iter().map(|c| s.rows[*c as usize].clone().unwrap()).collect();
+        let mut other = stream();
+        other.restore(&cells, &rows, &saved).unwrap();
+        for s in [&mut s, &mut other] {
+            s.append(200, 0, 100, 1).unwrap();
+            assert!(s.table.is_fitted());
+            s.check(NEAR);
+        }
+    }
 }
 
 #[test]
@@ -507,8 +636,8 @@ fn plans() -> [Vec<i32>; 2] {
     let mut s = stream();
     // So few tokens complete the fit that rows before them are in the window and have to leave their temporary slots.
     s.append(1, 0, 520, 65).unwrap();
-    let cells = s.free()[..35].to_vec();
-    let places: Vec<_> = (520..555).map(|i| (i, 0)).collect();
+    let cells = s.free()[..65].to_vec();
+    let places: Vec<_> = (520..585).map(|i| (i, 0)).collect();
     let t = s.tokens(1, &cells, &places);
     s.enter(&t);
     let fit = s.plan(&cells).unwrap();

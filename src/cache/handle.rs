@@ -139,7 +139,7 @@ impl Cache {
             let body = &mut back[body.start - base..body.end - base];
             let (raw, tiles): (&mut [u8], &mut [u8]) = if plan.fitted { (&mut [], body) } else { (body, &mut []) };
             let m = HeadMut { exact: &mut front[r.exact], raw, bases: &bases, tiles };
-            self.layer.append_head(head, m, &plan, q, k, v)?;
+            self.layer.append_head(head, m, &plan, q, k, v, &self.projection)?;
         }
         Ok(())
     }

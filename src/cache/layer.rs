@@ -8,7 +8,8 @@
 use super::arena::{self, ExactRows};
 use super::plan::{self, Change, Plan, SealRow, Source};
 use crate::attention::Scoring;
-use crate::codec::{self, calibration::Calibration, fit, Basis, TileMap};
+use crate::codec::fit::{self, HeadRows, HeadSpectrum, Spectrum};
+use crate::codec::{self, calibration::Calibration, Basis, TileMap, TileWork};
 use crate::config::{Geometry, LayerGeometry, MAX_QUERIES, TILE};
 use crate::error::{argument, Error, Result};
 use crate::rope::{Rope, RopeParams, Turn};
@@ -18,7 +19,7 @@ use half::slice::HalfFloatSliceExt;
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// Rows of queries, keys or values of one ubatch, f32, with strides in floats.
 #[derive(Debug, Clone, Copy)]
@@ -144,8 +145,22 @@ pub struct Layer {
     calibrated: Option<Vec<u8>>,
     /// Rows were stored in some arena.
     used: AtomicBool,
+    /// The layer's first KV head, counted over all layers.
+    first_head: usize,
+    /// What studies found so far, the latest last. It is never more than time saved: who misses it looks again.
+    studies: Mutex<Vec<Studied>>,
     /// What this layer has done.
     pub counters: Counters,
+}
+
+/// What the steps of a study have found.
+#[derive(Debug)]
+struct Studied {
+    id: i32,
+    /// Heads that were looked at, until all were.
+    heads: Vec<Option<HeadSpectrum>>,
+    /// Then all heads' bases as an arena has them.
+    bases: Option<Vec<u8>>,
 }
 
 #[derive(Default)]
@@ -154,6 +169,7 @@ struct Scratch {
     rows_k: Vec<f32>,
     rows_v: Vec<f32>,
     work: Vec<f32>,
+    tile: TileWork,
 }
 
 thread_local! {
@@ -175,6 +191,14 @@ pub struct HeadMut<'a> {
 /// Copies of what each head keeps before a fit: record and permanent exact rows, further exact rows and queries.
 type Waiting = Vec<(Vec<u8>, Vec<u8>)>;
 
+/// The rows and queries that a plan names for a fit, and where each stands.
+struct Material {
+    from: Vec<SealRow>,
+    rows: Vec<fit::Place>,
+    slots: Vec<usize>,
+    queries: Vec<fit::Place>,
+}
+
 /// Write a head's bases as an arena has them.
 fn store_bases(g: &LayerGeometry, (k, v): &(Basis, Basis), bytes: &mut [u8]) {
     let (bk, bv) = bytes.split_at_mut(LayerGeometry::basis_bytes_of(g.d_k));
@@ -189,7 +213,17 @@ impl Layer {
             return argument(format!("layer {index} of {}", geometry.layers.len()));
         };
         let scoring = Scoring { scale: 1.0 / (l.d_k as f32).sqrt(), softcap: 0.0 };
-        Ok(Layer { geometry, index, rope: Rope::identity(), scoring, calibrated: None, used: AtomicBool::new(false), counters: Counters::default() })
+        Ok(Layer {
+            rope: Rope::identity(),
+            scoring,
+            calibrated: None,
+            used: AtomicBool::new(false),
+            first_head: geometry.layers[..index].iter().map(|l| l.n_head_kv).sum(),
+            studies: Mutex::default(),
+            counters: Counters::default(),
+            geometry,
+            index,
+        })
     }
 
     /// Sizes of this layer.
@@ -282,12 +316,20 @@ impl Layer {
         arena::ranges(arena, self.shape(), &self.geometry.band_tiles, plan.fitted)
     }
 
-    /// Store one KV head's part of a step that does not fit. `q` is only looked at before the fit.
-    pub fn append_head(&self, head: usize, m: HeadMut, plan: &Plan, q: &Rows, k: &Rows, v: &Rows) -> Result<()> {
+    /// Store one KV head's part of a step that does not fit. `q` is only looked at before the fit, `projection` (as in
+    /// [`Layer::append_fit`]) where [`Layer::wants_projection`].
+    #[expect(clippy::too_many_arguments, reason = "a step, where it goes and what a fit looks at")]
+    pub fn append_head(&self, head: usize, m: HeadMut, plan: &Plan, q: &Rows, k: &Rows, v: &Rows, projection: &[f32]) -> Result<()> {
         self.check_rows(plan, &[q, k, v])?;
         self.check_finite(head, k, v)?;
         if head == 0 {
             self.count_append(plan);
+        }
+        if plan.studies(self.first_head + head) {
+            self.check_projection(projection)?;
+            let material = self.material(plan, true);
+            let found = self.look_at(head, &material, (m.exact, m.raw), plan, Some((q, k, v)), projection)?;
+            self.note(plan.study.id, head, found);
         }
         self.store_head(head, m, plan, Some((q, k, v)))
     }
@@ -367,11 +409,12 @@ impl Layer {
                 (simd::kernels().widen)(&rows.row(slot)[g.d_k..], value);
             }
             (Source::Token(t), Some((k, v))) => {
-                for (to, from) in [(key, k.head(t, head, g.d_k)), (value, v.head(t, head, g.d_v))] {
-                    for (to, from) in to.chunks_mut(TILE).zip(from.chunks(TILE)) {
-                        let half = &mut [f16::ZERO; TILE][..from.len()];
-                        half.convert_from_f32_slice(from);
-                        (simd::kernels().widen)(half, to);
+                let mut halves = [f16::ZERO; TILE];
+                for (rows, d, out) in [(k, g.d_k, key), (v, g.d_v, value)] {
+                    for (x, out) in rows.head(t, head, d).chunks(TILE).zip(out.chunks_mut(TILE)) {
+                        let halves = &mut halves[..x.len()];
+                        halves.convert_from_f32_slice(x);
+                        (simd::kernels().widen)(halves, out);
                     }
                 }
             }
@@ -395,10 +438,11 @@ impl Layer {
         let (bk, bv) = bases.split_at(LayerGeometry::basis_bytes_of(g.d_k));
         let map = TileMap::of(self.geometry.band_tiles, g, bases);
         SCRATCH.with_borrow_mut(|s| {
-            s.bases.0.load(bk, g.d_k, true)?;
-            s.bases.1.load(bv, g.d_v, true)?;
+            s.bases.0.load_encoder(bk, g.d_k)?;
+            s.bases.1.load_encoder(bv, g.d_v)?;
             let mut turn = Turn::default();
-            s.rows_k.resize(g.head_elements(), 0.0);
+            s.rows_k.resize(TILE * g.d_k, 0.0);
+            s.rows_v.resize(TILE * g.d_v, 0.0);
             for change in plan.changes() {
                 let (tile, rows) = match change {
                     Change::Move { from, to } => {
@@ -407,24 +451,84 @@ impl Layer {
                         continue;
                     }
                     Change::Recode { from, to } => {
-                        codec::recode_tile((&s.bases.0, &s.bases.1), &map, tiles, from, to);
+                        codec::recode_tile(kernels, (&s.bases.0, &s.bases.1), &map, tiles, (from, to), &mut s.tile);
                         continue;
                     }
                     Change::Seal { tile, rows } => (tile, rows),
                 };
                 let place = map.place(tile);
                 let [(gk, ck), (gv, cv)] = codec::split_tile_mut(&mut tiles[place.bytes], place.k);
-                for (row, SealRow { source: from, turn: t }) in rows.enumerate() {
-                    let (k, v) = s.rows_k.split_at_mut(g.d_k);
-                    source(from, k, v);
-                    self.rope.turn(i64::from(t), &mut turn);
+                let mut last = None;
+                for ((row, k), v) in rows.zip(s.rows_k.chunks_exact_mut(g.d_k)).zip(s.rows_v.chunks_exact_mut(g.d_v)) {
+                    source(row.source, k, v);
+                    // Rows that nothing was done to since they were stored share their turn.
+                    if last != Some(row.turn) {
+                        self.rope.turn(i64::from(row.turn), &mut turn);
+                        last = Some(row.turn);
+                    }
                     self.rope.rotate(&turn, k);
-                    codec::encode_row(kernels, &s.bases.0, place.band, k, row, gk, ck, &mut s.work);
-                    codec::encode_row(kernels, &s.bases.1, place.band, v, row, gv, cv, &mut s.work);
                 }
+                codec::encode_tile(kernels, &s.bases.0, place.band, &s.rows_k[..TILE * g.d_k], gk, ck, &mut s.tile);
+                codec::encode_tile(kernels, &s.bases.1, place.band, &s.rows_v[..TILE * g.d_v], gv, cv, &mut s.tile);
             }
             Ok(())
         })
+    }
+
+    fn check_projection(&self, projection: &[f32]) -> Result<()> {
+        if !projection.iter().all(|x| x.is_finite()) || !projection.len().is_multiple_of(self.shape().n_head * self.shape().d_v) {
+            return argument("the output projection is not finite or does not consist of whole rows");
+        }
+        Ok(())
+    }
+
+    /// Whether storing the heads `ith, ith + nth, ..` of this plan looks at the output projection; a fit is the first thread's.
+    pub fn wants_projection(&self, plan: &Plan, ith: usize, nth: usize) -> bool {
+        if plan.fit {
+            let studies = self.studies.lock().unwrap_or_else(|e| e.into_inner());
+            let is_known = studies.iter().any(|s| s.id == plan.study.id && s.bases.is_some());
+            return ith == 0 && self.calibrated.is_none() && !is_known;
+        }
+        (ith..self.shape().n_head_kv).step_by(nth).any(|head| plan.studies(self.first_head + head))
+    }
+
+    /// Note what a study found in a head. Who finds the last one makes the bases.
+    fn note(&self, id: i32, head: usize, found: HeadSpectrum) {
+        let lock = || self.studies.lock().unwrap_or_else(|e| e.into_inner());
+        let complete = {
+            let mut studies = lock();
+            let at = studies.iter().position(|s| s.id == id).unwrap_or_else(|| {
+                // A stream has one study at a time: what is more was given up.
+                if studies.len() >= self.geometry.config.n_streams as usize {
+                    studies.remove(0);
+                }
+                studies.push(Studied { id, heads: vec![None; self.shape().n_head_kv], bases: None });
+                studies.len() - 1
+            });
+            let heads = &mut studies[at].heads;
+            heads[head] = Some(found);
+            heads.iter().all(Option::is_some).then(|| heads.iter_mut().filter_map(Option::take).collect())
+        };
+        let Some(heads) = complete else { return };
+        let bases = self.spend(heads);
+        if let Some(study) = lock().iter_mut().find(|s| s.id == id) {
+            study.bases = Some(bases);
+        }
+    }
+
+    /// All heads' bases, as an arena has them.
+    fn spend(&self, heads: Vec<HeadSpectrum>) -> Vec<u8> {
+        let (g, ends) = (self.shape(), self.geometry.band_ends());
+        let mut bytes = vec![0; g.n_head_kv * g.basis_bytes()];
+        let bases = Spectrum::new(ends.to_vec(), heads).bases(g, ends);
+        bytes.chunks_exact_mut(g.basis_bytes()).zip(bases).for_each(|(bytes, b)| store_bases(g, &b, bytes));
+        bytes
+    }
+
+    /// What a study found, which is over.
+    fn take_study(&self, id: i32) -> Option<Studied> {
+        let mut studies = self.studies.lock().unwrap_or_else(|e| e.into_inner());
+        studies.iter().position(|s| s.id == id).map(|at| studies.remove(at))
     }
 
     /// Store a whole step that fits the bases first. Single-threaded; allocates temporary copies of the waiting rows.
@@ -434,9 +538,7 @@ impl Layer {
         for head in 0..self.shape().n_head_kv {
             self.check_finite(head, k, v)?;
         }
-        if !projection.iter().all(|x| x.is_finite()) || !projection.len().is_multiple_of(self.shape().n_head * self.shape().d_v) {
-            return argument("the output projection is not finite or does not consist of whole rows");
-        }
+        self.check_projection(projection)?;
         self.count_append(plan);
         self.fit_and_store(arena, plan, Some((q, k, v)), projection)
     }
@@ -445,16 +547,16 @@ impl Layer {
         let (g, slots, kernels) = (self.shape(), self.geometry.exact, simd::kernels());
         let before = arena::ranges(arena, g, &self.geometry.band_tiles, false)?;
         let calibrated = self.calibrated_bases()?;
-        // Bases and tiles are about to take the place of the waiting rows: work from copies.
-        let raw = |r: &arena::HeadRanges| if calibrated.is_some() { Vec::new() } else { arena[r.raw.clone()].to_vec() };
+        let study = self.take_study(plan.study.id);
+        let is_known = calibrated.is_some() || study.as_ref().is_some_and(|s| s.bases.is_some());
+        // Bases and tiles are about to take the place of the waiting rows: work from copies. Queries are for a fit alone.
+        let rows = (self.geometry.raw - slots) * g.row_bytes();
+        let raw = |r: &arena::HeadRanges| arena[r.raw.start..if is_known { r.raw.start + rows } else { r.raw.end }].to_vec();
         let waiting: Waiting = before.iter().map(|r| (arena[r.exact.clone()].to_vec(), raw(r))).collect();
         let at = g.body_offset()..g.body_offset() + g.n_head_kv * g.basis_bytes();
         match calibrated {
             Some(bases) => arena[at].copy_from_slice(bases),
-            None => {
-                let bases = self.fit(&waiting, plan, input, projection)?;
-                arena[at].chunks_exact_mut(g.basis_bytes()).zip(bases).for_each(|(bytes, b)| store_bases(g, &b, bytes));
-            }
+            None => arena[at].copy_from_slice(&self.fit(study, &waiting, plan, input, projection)?),
         }
         arena::write_header(arena);
         let stored = input.map(|(_, k, v)| (k, v));
@@ -476,22 +578,77 @@ impl Layer {
         Ok(())
     }
 
-    /// Bases of all heads for the rows and queries that the plan names.
-    fn fit(&self, waiting: &Waiting, plan: &Plan, input: Option<(&Rows, &Rows, &Rows)>, projection: &[f32]) -> Result<Vec<(Basis, Basis)>> {
-        let (g, slots) = (self.shape(), self.geometry.exact);
-        let places = |v: Vec<(i32, i32)>| v.into_iter().map(|(pos, seq)| fit::Place { pos, seq }).collect::<Vec<_>>();
-        let fit_rows: Vec<_> = plan.fit_rows().filter(|(r, ..)| input.is_some() || matches!(r.source, Source::Slot(_))).collect();
-        let rows = places(fit_rows.iter().map(|(_, pos, seq)| (*pos, *seq)).collect());
+    /// Bases of all heads, as an arena has them. Heads that no study has looked at are looked at now.
+    fn fit(
+        &self,
+        study: Option<Studied>,
+        waiting: &Waiting,
+        plan: &Plan,
+        input: Option<(&Rows, &Rows, &Rows)>,
+        projection: &[f32],
+    ) -> Result<Vec<u8>> {
+        let known = match study {
+            Some(Studied { bases: Some(bases), .. }) => return Ok(bases),
+            Some(Studied { heads, .. }) => heads,
+            None => vec![None; waiting.len()],
+        };
+        let material = self.material(plan, input.is_some());
+        let heads = known.into_iter().zip(waiting).enumerate().map(|(head, (known, (exact, raw)))| match known {
+            Some(known) => Ok(known),
+            None => self.look_at(head, &material, (exact, raw), plan, input, projection),
+        });
+        Ok(self.spend(heads.collect::<Result<Vec<_>>>()?))
+    }
+
+    /// Without input, the step's own rows and queries are missing.
+    fn material(&self, plan: &Plan, has_input: bool) -> Material {
+        let place = |pos: i32, seq: i32| fit::Place { pos, seq };
         let recorded: Vec<usize> = plan.records().map(|(_, slot)| slot).collect();
-        let kept: Vec<_> = plan.fit_queries().filter(|(slot, ..)| input.is_some() || !recorded.contains(slot)).collect();
-        let queries = places(kept.iter().map(|(_, pos, seq)| (*pos, *seq)).collect());
-        let mut sample = fit::Sample {
-            rows: &rows,
-            k: Vec::new(),
-            k_framed: Vec::new(),
-            v: Vec::new(),
-            queries: &queries,
-            q: Vec::new(),
+        let rows = plan.fit_rows().filter(|(r, ..)| has_input || matches!(r.source, Source::Slot(_)));
+        let (from, rows) = rows.map(|(r, pos, seq)| (r, place(pos, seq))).unzip();
+        let queries = plan.fit_queries().filter(|(slot, ..)| has_input || !recorded.contains(slot));
+        let (slots, queries) = queries.map(|(slot, pos, seq)| (slot, place(pos, seq))).unzip();
+        Material { from, rows, slots, queries }
+    }
+
+    /// What a head's rows and queries say; `exact` and `raw` are what it has stored.
+    fn look_at(
+        &self,
+        head: usize,
+        material: &Material,
+        (exact, raw): (&[u8], &[u8]),
+        plan: &Plan,
+        input: Option<(&Rows, &Rows, &Rows)>,
+        projection: &[f32],
+    ) -> Result<HeadSpectrum> {
+        let g = self.shape();
+        let source = ExactRows::new(g, self.geometry.exact, exact, raw)?;
+        let n = material.from.len();
+        let mut own = HeadRows { k: vec![0.0; n * g.d_k], k_framed: Vec::new(), v: vec![0.0; n * g.d_v], q: Vec::new() };
+        for ((r, k), v) in material.from.iter().zip(own.k.chunks_exact_mut(g.d_k)).zip(own.v.chunks_exact_mut(g.d_v)) {
+            self.fetch(head, r.source, &source, input.map(|(_, k, v)| (k, v)), k, v);
+        }
+        own.k_framed.clone_from(&own.k);
+        let (mut turn, mut last) = (Turn::default(), None);
+        for (r, key) in material.from.iter().zip(own.k_framed.chunks_exact_mut(g.d_k)) {
+            if last != Some(r.turn) {
+                self.rope.turn(i64::from(r.turn), &mut turn);
+                last = Some(r.turn);
+            }
+            self.rope.rotate(&turn, key);
+        }
+        let n = g.group() * g.d_k;
+        let mut kept = arena::queries(g, raw)?.to_vec();
+        if let Some((q, ..)) = input {
+            self.keep_queries(head, &mut kept, plan, q);
+        }
+        own.q.resize(material.slots.len() * n, 0.0);
+        for (slot, q) in material.slots.iter().zip(own.q.chunks_exact_mut(n)) {
+            (simd::kernels().widen)(&kept[slot * n..(slot + 1) * n], q);
+        }
+        let sample = fit::Sample {
+            rows: &material.rows,
+            queries: &material.queries,
             projection,
             scale: self.scoring.scale,
             softcap: self.scoring.softcap,
@@ -499,32 +656,7 @@ impl Layer {
             n_cells: i64::from(self.geometry.config.n_cells),
             edges: self.geometry.band_ends().to_vec(),
         };
-        let stored = input.map(|(_, k, v)| (k, v));
-        let mut row = vec![0.0f32; g.head_elements()];
-        let mut turn = Turn::default();
-        for (head, (exact, raw)) in waiting.iter().enumerate() {
-            let source = ExactRows::new(g, slots, exact, raw)?;
-            let (mut k, mut framed, mut v) = (Vec::new(), Vec::new(), Vec::new());
-            for (r, ..) in &fit_rows {
-                let (key, value) = row.split_at_mut(g.d_k);
-                self.fetch(head, r.source, &source, stored, key, value);
-                k.extend_from_slice(key);
-                v.extend_from_slice(value);
-                self.rope.turn(i64::from(r.turn), &mut turn);
-                self.rope.rotate(&turn, key);
-                framed.extend_from_slice(key);
-            }
-            let n = g.group() * g.d_k;
-            let mut kept_queries = arena::queries(g, raw)?.to_vec();
-            if let Some((q, ..)) = input {
-                self.keep_queries(head, &mut kept_queries, plan, q);
-            }
-            sample.q.push(kept.iter().flat_map(|(slot, ..)| kept_queries[slot * n..(slot + 1) * n].iter().map(|x| x.to_f32())).collect());
-            sample.k.push(k);
-            sample.k_framed.push(framed);
-            sample.v.push(v);
-        }
-        Ok(fit::analyse(simd::kernels(), g, &self.rope, &sample)?.bases(g, self.geometry.band_ends()))
+        fit::analyse(simd::kernels(), g, &self.rope, &sample, head, &own)
     }
 
     /// After a graph that stopped part-way: do what the plan does to rows already stored, unless this arena has done it.

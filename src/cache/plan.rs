@@ -7,7 +7,7 @@ use crate::config::{Geometry, BANDS, FIT_ROWS_MIN, QUERY_SLOTS, TILE};
 use crate::error::{Error, Result};
 
 const MAGIC: i32 = 0x534b_5650;
-const VERSION: i32 = 2;
+const VERSION: i32 = 3;
 const HEADER: usize = 16;
 const TILE_INTS: usize = 1 + 2 * TILE;
 const MOVE: i32 = 0;
@@ -80,6 +80,17 @@ pub enum Change<Rows> {
     },
 }
 
+/// A fit that is prepared in the steps before it: each looks at some heads. A study whose id a layer does not know has seen nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Study {
+    /// Tells studies apart, in a process; 0 for none.
+    pub id: i32,
+    /// First KV head to look at in this step, counted over all layers.
+    pub from: i32,
+    /// The one after the last.
+    pub to: i32,
+}
+
 /// Owned contents of a plan, as the table makes it.
 #[derive(Debug, Clone, Default)]
 pub struct PlanData {
@@ -89,6 +100,8 @@ pub struct PlanData {
     pub fit: bool,
     /// Bases exist before this step.
     pub fitted: bool,
+    /// What is known already of the heads to be fitted, or becomes known in this step.
+    pub study: Study,
     /// New tokens: `(cell, slot)`, slot -1 when the token is sealed at once.
     pub tokens: Vec<(u32, i32)>,
     /// Live exact rows before this step: `(slot, cell, turn)`.
@@ -169,9 +182,9 @@ impl PlanData {
             counts[6],
             counts[7],
             used as i32,
-            0,
-            0,
-            0,
+            self.study.id,
+            self.study.from,
+            self.study.to,
         ]);
         Ok(used)
     }
@@ -211,6 +224,8 @@ pub struct Plan<'a> {
     pub fit: bool,
     /// Bases exist before this step.
     pub fitted: bool,
+    /// See [`PlanData::study`].
+    pub study: Study,
     tokens: &'a [i32],
     exact: &'a [i32],
     tiles: &'a [i32],
@@ -286,6 +301,7 @@ impl<'a> Plan<'a> {
             epoch: ints[2],
             fit: ints[3] & 1 != 0,
             fitted: ints[3] & 2 != 0,
+            study: Study { id: ints[13], from: ints[14], to: ints[15] },
             tokens,
             exact,
             tiles,
@@ -310,6 +326,8 @@ impl<'a> Plan<'a> {
         let good = self.epoch != 0
             && !(self.fit && self.fitted)
             && (g.tiles > 0 || !(self.fit || self.fitted))
+            && (0..=self.study.to).contains(&self.study.from)
+            && (self.study.from == self.study.to || g.keeps_queries() && self.study.id != 0 && !(self.fit || self.fitted))
             && self.tokens.chunks_exact(2).all(|t| t[0] >= 0 && t[1] >= -1 && t[1] < stored as i32)
             && self.exact().all(|(slot, ..)| slot < slots)
             && self.tiles().all(|t| self.fitted && t.tile < g.tiles)
@@ -329,6 +347,10 @@ impl<'a> Plan<'a> {
         } else {
             Err(Error::Data("plan: a slot, tile, row or token is out of range".into()))
         }
+    }
+    /// Whether a head, counted over all layers, is looked at in this step.
+    pub fn studies(&self, head: usize) -> bool {
+        (self.study.from as usize..self.study.to as usize).contains(&head)
     }
     /// New tokens: `(cell, slot)`.
     pub fn tokens(&self) -> impl ExactSizeIterator<Item = (usize, Option<usize>)> + 'a {

@@ -4,21 +4,29 @@
 //! reused) by comparing, never by being told, so every sequence operation is exact without a hook of its own. New rows enter
 //! exact slots or, when a ubatch is longer than the window, tiles directly. Rows that leave their sequence's window are sealed
 //! 64 at a time into a tile of the finest band. A freed row is a hole; when a band runs out of tiles, rows of its sparse tiles
-//! move, bit for bit, into holes of others; without enough holes its oldest tile is coded again in the next band.
+//! move, bit for bit, into holes of others; without enough holes its oldest tile is coded again in the next band. That happens while
+//! the rows for a tile gather, one change in a step.
 //! A table whose cells are all gone forgets its basis: what comes next gets the output it would get alone. With a calibration the
 //! first step with rows is the one that "fits": it has nothing to look at, it stores the bases that the layers have.
+//!
+//! The fit is too much work for one decode step. From some rows before it on, plans say which heads to look at (a study), so that
+//! the step that fits finds that done; a step of many tokens fits at once, and so does one after which the waiting rows have no slots.
 //!
 //! A plan is pending until `commit`. Freeing the rows of vanished cells is a fact and is not rolled back; everything else is
 //! applied by `commit`. Must not know what rows contain, nor how many layers there are.
 
-use super::plan::{self, Change, PlanData, SealRow, Source, FIT_ROWS_MAX};
+use super::plan::{self, Change, PlanData, SealRow, Source, Study, FIT_ROWS_MAX};
 use crate::codec::anchor;
-use crate::config::{Geometry, BANDS, QUERY_SLOTS, TILE};
+use crate::config::{Geometry, BANDS, FIT_LEAD, MAX_QUERIES, QUERY_SLOTS, TILE};
 use crate::error::{argument, Error, Result};
+use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
 use std::sync::Arc;
 
 const NOWHERE: u32 = u32::MAX;
 const CODED: u32 = 1 << 31;
+
+/// The next [`Study::id`]: layers know studies of all tables of a process.
+static STUDIES: AtomicI32 = AtomicI32::new(1);
 
 /// What the caller knows about the cells of a stream, after the new tokens were put into them.
 #[derive(Debug, Clone, Copy)]
@@ -56,12 +64,16 @@ pub struct Table {
     epoch: i32,
     queries: Vec<Option<(i32, i32)>>,
     seen: u64,
+    /// The fit that is being prepared: its study so far, and the rows of a sequence at which it should be over.
+    study: Option<(Study, usize)>,
     pending: Option<Pending>,
 }
 
 #[derive(Debug, Clone)]
 struct Pending {
     data: PlanData,
+    /// [`Table::study`] after it.
+    study: Option<(Study, usize)>,
     /// Position and sequence of every new token.
     token_places: Vec<(i32, i32)>,
     /// Cell of every sealed row and its `turn - position`, in the order of the seals.
@@ -122,9 +134,15 @@ impl Table {
             epoch: 0,
             queries: vec![None; QUERY_SLOTS],
             seen: 0,
+            study: None,
             pending: None,
             geometry,
         }
+    }
+
+    /// A copy for another arena: what layers know of this one's rows stays with it.
+    pub fn copied(&self) -> Self {
+        Table { study: None, ..self.clone() }
     }
 
     /// The geometry this table belongs to.
@@ -207,6 +225,7 @@ impl Table {
             self.fitted = false;
             self.queries.fill(None);
             self.seen = 0;
+            self.study = None;
         }
     }
 
@@ -264,9 +283,18 @@ impl Table {
         let sequences: Vec<&[Candidate]> = candidates.chunk_by(|a, b| a.seq == b.seq).collect();
         let sinks = |s: &[Candidate]| s.iter().take(g.config.sinks as usize).take_while(|c| c.pos < g.config.sinks as i32).count();
 
-        if g.tiles > 0 && !self.fitted {
+        let mut study = self.study;
+        if g.tiles > 0 && !self.fitted && !new.is_empty() {
             let longest = sequences.iter().map(|s| s.len()).max().unwrap_or(0);
-            data.fit = longest >= g.fit_rows || candidates.len() > g.raw;
+            let next = self.next_study(&sequences, candidates.len(), longest, new.len());
+            study = next.or(study.map(|(s, end)| (Study { from: s.to, ..s }, end)));
+            data.study = study.map_or(Study::default(), |(study, _)| study);
+            data.fit = candidates.len() > g.raw || longest >= g.fit_rows && (next.is_none() || data.study.from == data.study.to);
+            if data.fit {
+                // What is left is looked at in the fit.
+                data.study.from = data.study.to;
+                study = None;
+            }
         }
         if g.keeps_queries() && !self.fitted {
             let stride = (g.fit_rows / QUERY_SLOTS).max(1) as u64;
@@ -276,7 +304,7 @@ impl Table {
                     data.records.push((i as u32, (n / stride % QUERY_SLOTS as u64) as u32));
                 }
             }
-            if data.fit {
+            if data.fit || data.study.from < data.study.to {
                 self.fit_on(&mut data, &sequences, sinks, &at, new);
             }
         }
@@ -285,9 +313,14 @@ impl Table {
         let mut leaving = vec![false; new.len()];
         if self.fitted || data.fit {
             let (window, mut tiles) = (g.config.window as usize, Tiles::new(self));
+            let waiting = |rest: &[Candidate]| rest.len().saturating_sub(window);
+            let most = sequences.iter().map(|s| waiting(&s[sinks(s)..])).max().unwrap_or(0);
+            if most < TILE && !new.is_empty() {
+                tiles.prepare(most);
+            }
             for s in &sequences {
                 let rest = &s[sinks(s)..];
-                let n = rest.len().saturating_sub(window) / TILE;
+                let n = waiting(rest) / TILE;
                 for group in rest.chunks_exact(TILE).take(n) {
                     let tile = tiles.take(0)?;
                     let anchors = anchors(group);
@@ -305,7 +338,32 @@ impl Table {
         }
         self.slots(&mut data, new, &leaving)?;
         let token_places = new.iter().map(|c| (cells.pos[*c as usize], cells.seq[*c as usize])).collect();
-        Ok(Pending { data, token_places, sealed_rows })
+        Ok(Pending { data, study, token_places, sealed_rows })
+    }
+
+    /// What this step does for a fit to come; `None` when nothing can be prepared: it is early, or rows come in faster than that.
+    fn next_study(&self, sequences: &[&[Candidate]], rows: usize, longest: usize, tokens: usize) -> Option<(Study, usize)> {
+        let g = &self.geometry;
+        if !g.keeps_queries() || tokens > MAX_QUERIES {
+            return None;
+        }
+        let has_new = |s: &&&[Candidate]| s.iter().any(|c| matches!(c.source, Source::Token(_)));
+        let growth = tokens.div_ceil(sequences.iter().filter(has_new).count().max(1));
+        let (study, end) = match self.study {
+            Some((study, end)) => (Study { from: study.to, ..study }, end),
+            None if longest + FIT_LEAD >= g.fit_rows || rows + FIT_LEAD >= g.raw => {
+                let id = STUDIES.fetch_add(1, Relaxed).max(1);
+                (Study { id, ..Study::default() }, g.fit_rows.max(longest + FIT_LEAD))
+            }
+            None => return None,
+        };
+        // Steps like this one until the fit is wanted, or has to be.
+        let steps = (end.saturating_sub(longest) / growth).min(g.raw.saturating_sub(rows) / tokens);
+        let left = g.n_heads() - study.from as usize;
+        if steps == 0 {
+            return (left == 0).then_some((study, end));
+        }
+        Some((Study { to: study.from + left.div_ceil(steps) as i32, ..study }, end))
     }
 
     /// Give slots to the tokens that stay exact and, at the fit, to the rows that must leave the temporary ones.
@@ -399,6 +457,9 @@ impl Table {
         };
         self.epoch = p.data.epoch;
         self.fitted |= p.data.fit;
+        if with_tokens || p.data.fit {
+            self.study = p.study;
+        }
         let mut sealed_rows = p.sealed_rows.iter();
         for change in &p.data.changes {
             match change {
@@ -531,6 +592,7 @@ impl Table {
     /// The rows of a state are in their places.
     pub fn commit_restore(&mut self, r: &Restore, new: &[u32]) {
         self.fitted = r.fitted;
+        self.study = None;
         for (from, to) in &r.relocations {
             let cell = std::mem::replace(&mut self.slot_cell[*from as usize], NOWHERE);
             self.put_exact(cell, *to as usize, self.slot_pos[*from as usize]);
@@ -614,6 +676,21 @@ impl<'a> Tiles<'a> {
         self.sealed_at[to] = self.sealed_at[oldest];
         self.live[to] = std::mem::take(&mut self.live[oldest]);
         Ok(oldest)
+    }
+
+    /// With `waiting` rows of a tile to come, make room for it a change at a time, so that the step that seals it only seals.
+    fn prepare(&mut self, waiting: usize) {
+        if self.geometry.band(0).any(|t| self.live[t] == 0) || self.geometry.band_tiles[0] == 0 {
+            return;
+        }
+        let holes: usize = self.geometry.band(0).map(|t| self.live[t].count_zeros() as usize).sum();
+        let band = match waiting {
+            n if n >= TILE * 2 / 3 => 0,
+            n if n >= TILE / 3 && holes < TILE => 1,
+            _ => return,
+        };
+        // Where there is no room yet, rows may be removed until the seal.
+        let _ = self.take(band);
     }
 
     /// Empty the sparsest tile of a band into holes of its others.

@@ -13,7 +13,7 @@
 //! 1, which is all that a cache's own stored basis keeps of them), spread and energies in f64; CRC-32 of all that.
 
 use super::anchor;
-use super::fit::{analyse, HeadSpectrum, Place, Sample, Spectrum, Transform};
+use super::fit::{analyse, HeadRows, HeadSpectrum, Place, Sample, Spectrum, Transform};
 use crate::attention::Scoring;
 use crate::config::{Config, LayerGeometry, LayerShape, TILE};
 use crate::error::{argument, Error, Result};
@@ -106,13 +106,9 @@ impl CalibratedLayer {
             edges.push(edges[edges.len() - 1] * 2);
         }
         edges.push(i64::MAX);
-        let mut sample = Sample {
+        let sample = Sample {
             rows: &rows,
-            k: Vec::new(),
-            k_framed: Vec::new(),
-            v: Vec::new(),
             queries: &queries,
-            q: Vec::new(),
             projection: model.projection,
             scale: model.scoring.scale,
             softcap: model.scoring.softcap,
@@ -120,8 +116,9 @@ impl CalibratedLayer {
             n_cells: i64::from(model.distance),
             edges,
         };
+        let mut heads = Vec::with_capacity(g.n_head_kv);
         for head in 0..g.n_head_kv {
-            let (mut k, mut framed, mut v, mut q) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+            let HeadRows { mut k, k_framed: mut framed, mut v, mut q } = HeadRows::default();
             let mut turn = Turn::default();
             for t in texts {
                 let n = t.k.len() / nk;
@@ -139,12 +136,9 @@ impl CalibratedLayer {
                 let group = g.group() * g.d_k;
                 q.extend(t.q.chunks_exact(nq).flat_map(|q| &q[head * group..(head + 1) * group]).map(|x| x.to_f32()));
             }
-            sample.k.push(k);
-            sample.k_framed.push(framed);
-            sample.v.push(v);
-            sample.q.push(q);
+            heads.push(analyse(simd::kernels(), &g, &rope, &sample, head, &HeadRows { k, k_framed: framed, v, q })?);
         }
-        let spectrum = analyse(simd::kernels(), &g, &rope, &sample)?;
+        let spectrum = Spectrum::new(sample.edges, heads);
         Ok(CalibratedLayer { shape: model.shape, rope: rope.to_bytes(), spectrum })
     }
 }

@@ -1,7 +1,8 @@
 //! Fit of one layer: second moments, weighted Karhunen-Loeve bases and the layer's bit widths.
 //!
-//! In two halves: [`analyse`] finds in rows and queries what can be found without knowing a cache, [`Spectrum::bases`] spends the
-//! bits of one. The second may happen elsewhere, see [`super::calibration`].
+//! In two halves: [`analyse`] finds in rows and queries of a head what can be found without knowing a cache, [`Spectrum::bases`] spends
+//! the bits of one on the heads of a layer. The second may happen elsewhere, see [`super::calibration`], and later: heads need not be
+//! analysed in one step.
 //!
 //! Keys are weighted by the second moment of the queries as tiles see them, which makes the *score* error diagonal; values by
 //! the output projection. One bit budget covers all heads, K and V: a coefficient counts by what its error does to the layer's
@@ -40,20 +41,25 @@ pub struct Place {
     pub seq: i32,
 }
 
-/// Rows and queries a layer is fitted on; `k`, `k_framed` and `v` hold one vector per KV head, rows one after another.
+/// Rows and queries of one KV head.
+#[derive(Debug, Default)]
+pub struct HeadRows {
+    /// Keys as the model gives them (roped), one row after another.
+    pub k: Vec<f32>,
+    /// Keys in the frames of the tiles they will lie in.
+    pub k_framed: Vec<f32>,
+    /// Values.
+    pub v: Vec<f32>,
+    /// Roped queries: query-major, then the heads of the group.
+    pub q: Vec<f32>,
+}
+
+/// What the rows and queries are that the heads of a layer are fitted on.
 pub struct Sample<'a> {
     /// Where each row stands.
     pub rows: &'a [Place],
-    /// Keys as the model gives them (roped).
-    pub k: Vec<Vec<f32>>,
-    /// Keys in the frames of the tiles they will lie in.
-    pub k_framed: Vec<Vec<f32>>,
-    /// Values.
-    pub v: Vec<Vec<f32>>,
     /// Where each query stands.
     pub queries: &'a [Place],
-    /// Roped queries, one vector per KV head: query-major, then the heads of its group.
-    pub q: Vec<Vec<f32>>,
     /// Rows of the output projection, `n_head * d_v` each; empty for identity.
     pub projection: &'a [f32],
     /// Scale of the scores.
@@ -99,11 +105,57 @@ fn to_matrix(d: usize, upper: &[f32], scale: f64) -> Mat<f64> {
     Mat::from_fn(d, d, |i, j| f64::from(upper[i.min(j) * d + i.max(j)]) * scale)
 }
 
-/// `sum += weight * x x^T`, upper triangle.
-fn add_outer(kernels: &Kernels, sum: &mut [f32], x: &[f32], weight: f32) {
-    let d = x.len();
-    for (i, xi) in x.iter().enumerate() {
-        (kernels.accumulate)(&x[i..], &[weight * xi], &mut sum[i * d + i..(i + 1) * d]);
+/// Sum of `x x^T` over rows that come one by one; its upper triangle is what [`to_matrix`] looks at.
+struct Gram<'a> {
+    kernels: &'a Kernels,
+    d: usize,
+    sum: Vec<f32>,
+    rows: Vec<f32>,
+    columns: Vec<f32>,
+}
+
+impl<'a> Gram<'a> {
+    /// Rows of one product: these and their transposed copy stay in a core's cache.
+    const BLOCK: usize = 128;
+
+    fn new(kernels: &'a Kernels, d: usize) -> Self {
+        Gram { kernels, d, sum: vec![0.0; d * d], rows: Vec::with_capacity(Self::BLOCK * d), columns: Vec::new() }
+    }
+
+    /// The next row, to be written.
+    fn next(&mut self) -> &mut [f32] {
+        if self.rows.len() == Self::BLOCK * self.d {
+            self.add();
+        }
+        let at = self.rows.len();
+        self.rows.resize(at + self.d, 0.0);
+        &mut self.rows[at..]
+    }
+
+    fn add(&mut self) {
+        let (d, n) = (self.d, self.rows.len() / self.d);
+        transpose(&self.rows, d, &mut self.columns);
+        (self.kernels.multiply)(MatRef::new(&self.columns, n), MatRef::new(&self.rows, d), MatMut::new(&mut self.sum, d), d, n, d);
+        self.rows.clear();
+    }
+
+    fn finish(mut self, scale: f64) -> Mat<f64> {
+        self.add();
+        to_matrix(self.d, &self.sum, scale)
+    }
+}
+
+/// `columns[j][i] = rows[i][j]` for rows of `d` floats.
+fn transpose(rows: &[f32], d: usize, columns: &mut Vec<f32>) {
+    const BLOCK: usize = 16;
+    let n = rows.len() / d;
+    columns.resize(d * n, 0.0);
+    for (from, block) in rows.chunks(BLOCK * d).enumerate() {
+        for (j, column) in columns.chunks_exact_mut(n.max(1)).enumerate() {
+            for (out, row) in column[from * BLOCK..].iter_mut().zip(block.chunks_exact(d)) {
+                *out = row[j];
+            }
+        }
     }
 }
 
@@ -111,15 +163,14 @@ fn moments(kernels: &Kernels, rows: &[f32], d: usize) -> Moments {
     let n = (rows.len() / d).max(1) as f64;
     let mut mean = vec![0.0f64; d];
     for row in rows.chunks_exact(d) {
-        mean.iter_mut().zip(row).for_each(|(m, x)| *m += f64::from(*x) / n);
+        mean.iter_mut().zip(row).for_each(|(m, x)| *m += f64::from(*x));
     }
-    let mean: Vec<f32> = mean.iter().map(|m| *m as f32).collect();
-    let (mut sum, mut centred) = (vec![0.0f32; d * d], vec![0.0f32; d]);
+    let mean: Vec<f32> = mean.iter().map(|m| (m / n) as f32).collect();
+    let mut gram = Gram::new(kernels, d);
     for row in rows.chunks_exact(d) {
-        centred.iter_mut().zip(row).zip(&mean).for_each(|((c, x), m)| *c = x - m);
-        add_outer(kernels, &mut sum, &centred, 1.0);
+        gram.next().iter_mut().zip(row).zip(&mean).for_each(|((c, x), m)| *c = x - m);
     }
-    Moments { mean, covariance: to_matrix(d, &sum, 1.0 / n) }
+    Moments { covariance: gram.finish(1.0 / n), mean }
 }
 
 fn eigen(m: &Mat<f64>) -> Result<(Vec<f64>, Mat<f64>)> {
@@ -144,15 +195,13 @@ pub struct Transform {
 fn transform(moments: Moments, weight: &Mat<f64>) -> Result<Transform> {
     let covariance = &moments.covariance;
     let d = covariance.nrows();
-    let (values, vectors) = eigen(weight)?;
-    let mean = values.iter().sum::<f64>() / d as f64;
-    let root: Vec<f64> = values.iter().map(|v| v.max(mean * DAMP).max(1e-30).sqrt()).collect();
-    let scaled = |power: i32| {
-        let left = Mat::from_fn(d, d, |i, j| vectors[(i, j)] * root[j].powi(power));
-        &left * vectors.transpose()
-    };
-    let (half, inverse) = (scaled(1), scaled(-1));
-    let (values, vectors) = eigen(&(&half * covariance * &half))?;
+    // Any root of the weights gives the same coefficients, up to signs: `L^T` of a Cholesky factor is the cheapest.
+    let mean = (0..d).map(|i| weight[(i, i)]).sum::<f64>() / d as f64;
+    let damp = (mean * DAMP).max(1e-30);
+    let damped = Mat::from_fn(d, d, |i, j| weight[(i, j)] + if i == j { damp } else { 0.0 });
+    let factor = damped.llt(Side::Lower).map_err(|e| Error::Numeric(format!("weights without a root: {e:?}")))?;
+    let root = factor.L().to_owned();
+    let (values, vectors) = eigen(&(root.transpose() * covariance * &root))?;
     // A floor relative to the largest eigenvalue: a direction without variance gets no bits, but must divide safely.
     let floor = values.iter().fold(0.0f64, |a, x| a.max(*x)) * 1e-12;
     let variance: Vec<f64> = values.iter().rev().map(|v| v.max(floor).max(1e-30)).collect();
@@ -160,8 +209,11 @@ fn transform(moments: Moments, weight: &Mat<f64>) -> Result<Transform> {
     let rows = |m: Mat<f64>, scale: &dyn Fn(f64, f64) -> f64| -> Vec<f32> {
         (0..d).flat_map(|i| (0..d).map(move |j| (i, j))).map(|(i, j)| scale(m[(i, j)], variance[i].sqrt()) as f32).collect()
     };
-    let encode = rows(flipped.transpose() * &half, &|x, deviation| x / deviation);
-    let decode = rows(flipped.transpose() * &inverse, &|x, deviation| x * deviation);
+    let encode = rows(flipped.transpose() * root.transpose(), &|x, deviation| x / deviation);
+    // What undoes it: `U^T L^-1`.
+    let mut undo = flipped;
+    faer::linalg::triangular_solve::solve_upper_triangular_in_place(root.transpose(), undo.as_mut(), faer::Par::Seq);
+    let decode = rows(undo.transpose().to_owned(), &|x, deviation| x * deviation);
     Ok(Transform { mean: moments.mean, variance, encode, decode })
 }
 
@@ -176,66 +228,116 @@ fn build_basis(t: &Transform, widths: [&[u32]; BANDS]) -> Basis {
     basis
 }
 
+/// Sum of squares, in lanes.
+fn squares(x: &[f32]) -> f64 {
+    let (chunks, rest) = x.as_chunks::<16>();
+    let mut sums = [0.0f32; 16];
+    for chunk in chunks {
+        sums.iter_mut().zip(chunk).for_each(|(sum, x)| *sum += x * x);
+    }
+    sums.into_iter().chain(rest.iter().map(|x| x * x)).map(f64::from).sum()
+}
+
+/// The largest, in lanes.
+fn largest(x: &[f32]) -> f32 {
+    let (chunks, rest) = x.as_chunks::<16>();
+    let mut most = [f32::NEG_INFINITY; 16];
+    for chunk in chunks {
+        most.iter_mut().zip(chunk).for_each(|(most, x)| *most = if *x > *most { *x } else { *most });
+    }
+    most.iter().chain(rest).fold(f32::NEG_INFINITY, |a, x| a.max(*x))
+}
+
 /// Attention energy of each query head of a group on rows that will be coded: `E[sum of p^2 over rows outside the window]`, up to
 /// each edge.
-fn energies(kernels: &Kernels, s: &Sample, g: &LayerGeometry, head: usize) -> Vec<Vec<f64>> {
-    let (group, d) = (g.group(), g.d_k);
+fn energies(kernels: &Kernels, s: &Sample, g: &LayerGeometry, own: &HeadRows) -> Vec<Vec<f64>> {
+    /// Queries of one product.
+    const QUERIES: usize = 16;
+    let (group, d, n) = (g.group(), g.d_k, s.rows.len());
     let mut energy = vec![vec![0.0; s.edges.len()]; group];
-    let mut squares = vec![0.0; s.edges.len()];
-    let mut scores = vec![0.0f32; s.rows.len()];
-    for (i, place) in s.queries.iter().enumerate() {
-        for (a, energy) in energy.iter_mut().enumerate() {
-            let q = &s.q[head][(i * group + a) * d..][..d];
-            (kernels.dots)(MatRef::new(q, d), MatRef::new(&s.k[head], d), MatMut::new(&mut scores, s.rows.len()), 1, d, s.rows.len());
-            let mut largest = f32::NEG_INFINITY;
-            for (score, row) in scores.iter_mut().zip(s.rows) {
-                *score *= s.scale;
-                if s.softcap > 0.0 {
-                    *score = s.softcap * (*score / s.softcap).tanh();
-                }
-                if row.seq != place.seq || row.pos > place.pos {
-                    *score = f32::NEG_INFINITY;
-                }
-                largest = largest.max(*score);
-            }
-            if largest == f32::NEG_INFINITY {
+    // Keys in panels of 64, transposed, so that a panel stays near while all queries of a product meet it.
+    let panels: Vec<Vec<f32>> = own
+        .k
+        .chunks(TILE * d)
+        .map(|rows| {
+            let mut columns = Vec::new();
+            transpose(rows, d, &mut columns);
+            columns
+        })
+        .collect();
+    let mut scores = vec![0.0f32; QUERIES * group * n];
+    let mut hidden = vec![0.0f32; n];
+    // Runs of rows between the same edges, and which: those of the window have none.
+    let mut runs: Vec<(std::ops::Range<usize>, usize)> = Vec::new();
+    for (block, places) in s.queries.chunks(QUERIES).enumerate() {
+        let sees = |place: &Place, row: &Place| row.seq == place.seq && row.pos <= place.pos;
+        let q = &own.q[block * QUERIES * group * d..];
+        let seen = |rows: &[Place]| places.iter().any(|place| rows.iter().any(|row| sees(place, row)));
+        for (i, (panel, rows)) in panels.iter().zip(s.rows.chunks(TILE)).enumerate() {
+            if !seen(rows) {
                 continue;
             }
-            let sum = f64::from((kernels.exp_sum)(&mut scores, largest));
-            squares.fill(0.0);
-            for (p, row) in scores.iter().zip(s.rows) {
+            let (m, nq) = (rows.len(), places.len() * group);
+            (0..nq).for_each(|q| scores[q * n + i * TILE..][..m].fill(0.0));
+            let out = MatMut::new(&mut scores[i * TILE..], n);
+            (kernels.multiply)(MatRef::new(q, d), MatRef::new(panel, m), out, nq, d, m);
+        }
+        for (i, place) in places.iter().enumerate() {
+            hidden.iter_mut().zip(s.rows).for_each(|(h, row)| *h = if sees(place, row) { 0.0 } else { f32::NEG_INFINITY });
+            let Some(first) = hidden.iter().position(|h| *h == 0.0) else { continue };
+            let end = n - hidden.iter().rev().take_while(|h| **h != 0.0).count();
+            runs.clear();
+            for (at, row) in s.rows.iter().enumerate().take(end).skip(first) {
                 let behind = i64::from(place.pos) - i64::from(row.pos) - i64::from(s.window);
-                for (sum, end) in squares.iter_mut().zip(&s.edges) {
-                    if (0..*end).contains(&behind) {
-                        *sum += f64::from(*p) * f64::from(*p);
-                    }
+                let edge = if behind < 0 { s.edges.len() } else { s.edges.partition_point(|end| *end <= behind) };
+                match runs.last_mut() {
+                    Some((run, e)) if *e == edge => run.end = at + 1,
+                    _ => runs.push((at..at + 1, edge)),
                 }
             }
-            energy.iter_mut().zip(&squares).for_each(|(e, x)| *e += x / (sum * sum) / s.queries.len() as f64);
+            for (a, energy) in energy.iter_mut().enumerate() {
+                let scores = &mut scores[(i * group + a) * n..][..end];
+                let seen = &mut scores[first..];
+                for (score, hidden) in seen.iter_mut().zip(&hidden[first..end]) {
+                    // What is hidden may not have been computed.
+                    *score = if *hidden == 0.0 { *score * s.scale } else { f32::NEG_INFINITY };
+                }
+                if s.softcap > 0.0 {
+                    seen.iter_mut().filter(|x| x.is_finite()).for_each(|x| *x = s.softcap * (*x / s.softcap).tanh());
+                }
+                let largest = largest(seen);
+                let sum = f64::from((kernels.exp_sum)(seen, largest));
+                for (run, edge) in &runs {
+                    let share = squares(&scores[run.clone()]) / (sum * sum) / s.queries.len() as f64;
+                    energy.iter_mut().skip(*edge).for_each(|e| *e += share);
+                }
+            }
         }
     }
     energy
 }
 
-/// Second moment of the group's queries in the frames of tiles at all distances, in units of squared score.
-fn query_moment(kernels: &Kernels, s: &Sample, g: &LayerGeometry, rope: &Rope, head: usize) -> Mat<f64> {
+/// Second moment of the group's queries in the frames of tiles at all distances, in units of squared score. A query is seen from a
+/// quarter of the distances only, its neighbours from the others: that is enough to tell the moment.
+fn query_moment(kernels: &Kernels, s: &Sample, g: &LayerGeometry, rope: &Rope, head: usize, own: &HeadRows) -> Mat<f64> {
+    const SHARE: usize = 4;
     let (group, d) = (g.group(), g.d_k);
     let mut distances: Vec<i64> = DISTANCES.to_vec();
     while distances[distances.len() - 1] * 2 <= s.n_cells {
         distances.push(distances[distances.len() - 1] * 2);
     }
-    let distances: &[i64] = if rope.is_identity() { &distances[..1] } else { &distances };
-    let (mut sum, mut n) = (vec![0.0f32; d * d], 0usize);
-    let (mut turn, mut x) = (Turn::default(), vec![0.0f32; d]);
+    let (distances, share) = if rope.is_identity() { (&distances[..1], 1) } else { (&distances[..], SHARE) };
+    let (mut gram, mut n) = (Gram::new(kernels, d), 0usize);
+    let mut turn = Turn::default();
     for (i, place) in s.queries.iter().enumerate() {
-        for (k, distance) in distances.iter().enumerate() {
+        for (k, distance) in distances.iter().enumerate().filter(|(k, _)| (i + k).is_multiple_of(share)) {
             // A fixed scatter over the distances of rows from their anchor.
             let inside = (i * 37 + k * 23 + head * 11) as i64 % i64::from(ANCHOR_GRID) - i64::from(ANCHOR_GRID) / 2 + TILE as i64 / 2;
             rope.turn(distance + inside - i64::from(place.pos), &mut turn);
             for a in 0..group {
-                x.copy_from_slice(&s.q[head][(i * group + a) * d..][..d]);
-                rope.rotate(&turn, &mut x);
-                add_outer(kernels, &mut sum, &x, 1.0);
+                let x = gram.next();
+                x.copy_from_slice(&own.q[(i * group + a) * d..][..d]);
+                rope.rotate(&turn, x);
                 n += 1;
             }
         }
@@ -243,7 +345,7 @@ fn query_moment(kernels: &Kernels, s: &Sample, g: &LayerGeometry, rope: &Rope, h
     if n == 0 {
         return Mat::from_fn(d, d, |i, j| if i == j { 1.0 } else { 0.0 });
     }
-    to_matrix(d, &sum, f64::from(s.scale) * f64::from(s.scale) / n as f64)
+    gram.finish(f64::from(s.scale) * f64::from(s.scale) / n as f64)
 }
 
 /// `sum_a weight_a * W_a^T W_a` over the heads of a group, `W_a` the columns of the output projection that read head `a`.
@@ -255,14 +357,14 @@ fn projection_gram(kernels: &Kernels, s: &Sample, g: &LayerGeometry, head: usize
     }
     // Weights are put in relative to their sum, which keeps the f32 sum in range.
     let total = weights.iter().sum::<f64>().max(1e-300);
-    let mut sum = vec![0.0f32; d * d];
+    let mut gram = Gram::new(kernels, d);
     for row in s.projection.chunks_exact(g.n_head * d) {
         for (a, weight) in weights.iter().enumerate() {
-            let at = (head * g.group() + a) * d;
-            add_outer(kernels, &mut sum, &row[at..at + d], (weight / total) as f32);
+            let (at, root) = ((head * g.group() + a) * d, (weight / total).sqrt() as f32);
+            gram.next().iter_mut().zip(&row[at..at + d]).for_each(|(out, x)| *out = root * x);
         }
     }
-    to_matrix(d, &sum, total)
+    gram.finish(total)
 }
 
 /// Raise the energies of a layer's heads `[head][query head of its group]` by the floor.
@@ -291,24 +393,33 @@ fn energy_at(edges: &[i64], energy: &[f64], rows: i64) -> f64 {
     low.1 + share.clamp(0.0, 1.0) * (high.1 - low.1)
 }
 
-/// What the sample says about all heads of a layer.
-pub fn analyse(kernels: &Kernels, g: &LayerGeometry, rope: &Rope, s: &Sample) -> Result<Spectrum> {
-    let energy: Vec<Vec<Vec<f64>>> = (0..g.n_head_kv).map(|h| energies(kernels, s, g, h)).collect();
+/// What the sample says about a KV head by itself: values count by its own energies, whose sum is taken for 1 until [`Spectrum::new`].
+pub fn analyse(kernels: &Kernels, g: &LayerGeometry, rope: &Rope, s: &Sample, head: usize, own: &HeadRows) -> Result<HeadSpectrum> {
+    let energy = energies(kernels, s, g, own);
     // One basis serves all bands; how much each query head counts in it is taken from the last, which has most rows.
-    let mut weights: Vec<Vec<f64>> = energy.iter().map(|head| head.iter().map(|e| e[e.len() - 1]).collect()).collect();
-    with_floor(&mut weights, ENERGY_FLOOR[BANDS - 1]);
-    let mut heads = Vec::with_capacity(g.n_head_kv);
-    for (h, energy) in energy.into_iter().enumerate() {
-        let (k, v) = (moments(kernels, &s.k_framed[h], g.d_k), moments(kernels, &s.v[h], g.d_v));
-        let k = transform(k, &query_moment(kernels, s, g, rope, h))?;
-        let gram = projection_gram(kernels, s, g, h, &weights[h]);
-        let spread: f64 = (0..g.d_v).map(|i| (0..g.d_v).map(|j| gram[(i, j)] * v.covariance[(j, i)]).sum::<f64>()).sum();
-        heads.push(HeadSpectrum { k, v: transform(v, &gram)?, spread, energy });
-    }
-    Ok(Spectrum { edges: s.edges.clone(), heads })
+    let weights: Vec<f64> = energy.iter().map(|e| e[e.len() - 1]).collect();
+    let total: f64 = weights.iter().sum();
+    let weights: Vec<f64> = weights.iter().map(|w| if total > 0.0 { w / total } else { 1.0 / weights.len() as f64 }).collect();
+    let (k, v) = (moments(kernels, &own.k_framed, g.d_k), moments(kernels, &own.v, g.d_v));
+    let k = transform(k, &query_moment(kernels, s, g, rope, head, own))?;
+    let gram = projection_gram(kernels, s, g, head, &weights);
+    let spread: f64 = (0..g.d_v).map(|i| (0..g.d_v).map(|j| gram[(i, j)] * v.covariance[(j, i)]).sum::<f64>()).sum();
+    Ok(HeadSpectrum { k, v: transform(v, &gram)?, spread, energy })
 }
 
 impl Spectrum {
+    /// A layer of heads that [`analyse`] looked at one by one.
+    pub fn new(edges: Vec<i64>, mut heads: Vec<HeadSpectrum>) -> Self {
+        let mut weights: Vec<Vec<f64>> = heads.iter().map(|h| h.energy.iter().map(|e| e[e.len() - 1]).collect()).collect();
+        with_floor(&mut weights, ENERGY_FLOOR[BANDS - 1]);
+        for (head, weights) in heads.iter_mut().zip(weights) {
+            let total: f64 = weights.iter().sum();
+            head.spread *= total;
+            head.v.variance.iter_mut().for_each(|x| *x = (*x * total).max(1e-30));
+        }
+        Spectrum { edges, heads }
+    }
+
     /// `(K, V)` bases of all heads within `g.code_bytes` per tile; `band_ends` are the rows behind the window at which each band ends.
     /// A sample sees few rows as old as those of the last bands, so these count all the younger ones, too.
     pub fn bases(&self, g: &LayerGeometry, band_ends: [i64; BANDS]) -> Vec<(Basis, Basis)> {
@@ -351,14 +462,9 @@ mod tests {
         let places: Vec<Place> = (0..600).map(|pos| Place { pos, seq: 0 }).collect();
         let ends = [128, 384, i64::MAX];
         let stored = |edges: &[i64]| -> Vec<Vec<u8>> {
-            let heads = |seed: usize, n: usize| (0..2).map(|h| noise(seed + h, n)).collect::<Vec<_>>();
             let sample = Sample {
                 rows: &places,
-                k: heads(1, 600 * 16),
-                k_framed: heads(3, 600 * 16),
-                v: heads(5, 600 * 8),
                 queries: &places,
-                q: heads(7, 600 * 2 * 16),
                 projection: &[],
                 scale: 0.25,
                 softcap: 0.0,
@@ -366,7 +472,12 @@ mod tests {
                 n_cells: 1000,
                 edges: edges.to_vec(),
             };
-            let bases = analyse(crate::simd::kernels(), &g, &rope, &sample).unwrap().bases(&g, ends);
+            let analysed = |h: usize| {
+                let own =
+                    HeadRows { k: noise(1 + h, 600 * 16), k_framed: noise(3 + h, 600 * 16), v: noise(5 + h, 600 * 8), q: noise(7 + h, 600 * 2 * 16) };
+                analyse(crate::simd::kernels(), &g, &rope, &sample, h, &own).unwrap()
+            };
+            let bases = Spectrum::new(sample.edges.clone(), (0..2).map(analysed).collect()).bases(&g, ends);
             let bytes = |b: &Basis| {
                 let mut bytes = vec![0; LayerGeometry::basis_bytes_of(b.d)];
                 b.store(&mut bytes);

@@ -11,6 +11,7 @@ use crate::config::{LayerGeometry, ANCHOR_GRID, BANDS, BASIS_HEADER_BYTES, GAIN_
 use crate::error::{Error, Result};
 use crate::simd::{self, quant, Kernels, MatMut, MatRef, Widths};
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 use std::ops::Range;
 
 /// The position whose frame a key lies in, given the middle position of the rows around it.
@@ -77,14 +78,16 @@ impl Basis {
         for (i, m) in self.mean.iter().enumerate() {
             put_f32(floats, i, *m);
         }
+        let (mut scaled, mut halves) = (Vec::with_capacity(d), vec![f16::ZERO; d]);
         for (part, rows) in [&self.encode, &self.decode].into_iter().enumerate() {
             for (j, row) in rows.chunks_exact(d).enumerate().take(r) {
                 let largest = row_scale(row);
                 put_f32(floats, (1 + part) * d + j, largest);
                 let at = 2 * d * (part * d + j);
-                for (out, x) in matrices[at..at + 2 * d].chunks_exact_mut(2).zip(row) {
-                    out.copy_from_slice(&f16::from_f32(x / largest).to_le_bytes());
-                }
+                scaled.clear();
+                scaled.extend(row.iter().map(|x| x / largest));
+                halves.convert_from_f32_slice(&scaled);
+                matrices[at..at + 2 * d].copy_from_slice(bytemuck::cast_slice(&halves));
             }
         }
         for (j, w) in self.weight.iter().enumerate().take(r) {
@@ -95,6 +98,15 @@ impl Basis {
     /// Read the stored form of a basis for heads of `d` elements, reusing this object's buffers.
     /// `with_encoder` false leaves out what only coding needs.
     pub fn load(&mut self, bytes: &[u8], d: usize, with_encoder: bool) -> Result<()> {
+        self.read(bytes, d, with_encoder, true)
+    }
+
+    /// [`Basis::load`] of what coding needs, and no more.
+    pub fn load_encoder(&mut self, bytes: &[u8], d: usize) -> Result<()> {
+        self.read(bytes, d, true, false)
+    }
+
+    fn read(&mut self, bytes: &[u8], d: usize, with_encoder: bool, with_decoder: bool) -> Result<()> {
         self.d = d;
         self.widths = Self::widths_of(bytes);
         let r = self.rank();
@@ -105,12 +117,12 @@ impl Basis {
         self.mean.clear();
         self.mean.extend((0..d).map(|i| f32_at(floats, i)));
         self.weight.clear();
-        self.encode.clear();
         if with_encoder {
             self.weight.extend((0..r).map(|j| f32_at(floats, 3 * d + j)));
         }
         for (part, rows) in [&mut self.encode, &mut self.decode].into_iter().enumerate() {
-            if part == 0 && !with_encoder {
+            if ![with_encoder, with_decoder][part] {
+                rows.clear();
                 continue;
             }
             rows.resize(r * d, 0.0);
@@ -208,13 +220,11 @@ pub fn split_tile_mut(tile: &mut [u8], k: Widths) -> [(&mut [u8], &mut [u8]); 2]
     [(gk, ck), (gv, cv)]
 }
 
-/// Code one row of `d` elements as row `row` of a tile of `band`.
-///
-/// Coefficients are divided by their common magnitude and quantised, the gain is chosen by weighted least squares, and the
-/// coefficients are quantised again for it.
+/// Code one row of `d` elements as row `row` of a tile of `band`, as [`encode_tile`] does with all rows of one.
 #[expect(clippy::too_many_arguments, reason = "a row, what codes it and where it goes")]
 pub fn encode_row(kernels: &Kernels, basis: &Basis, band: usize, x: &[f32], row: usize, gains: &mut [u8], codes: &mut [u8], scratch: &mut Vec<f32>) {
-    let (d, r) = (basis.d, basis.widths[band].rank());
+    let (d, widths) = (basis.d, basis.widths[band]);
+    let r = widths.rank();
     scratch.clear();
     scratch.resize(d + r, 0.0);
     let (centred, z) = scratch.split_at_mut(d);
@@ -222,23 +232,16 @@ pub fn encode_row(kernels: &Kernels, basis: &Basis, band: usize, x: &[f32], row:
         *c = x - m;
     }
     (kernels.dots)(MatRef::new(centred, d), MatRef::new(&basis.encode, d), MatMut::new(z, r.max(1)), 1, d, r);
-    quantise_row(basis, band, z, row, gains, codes);
-}
-
-fn quantise_row(basis: &Basis, band: usize, z: &[f32], row: usize, gains: &mut [u8], codes: &mut [u8]) {
-    let widths = basis.widths[band];
-    let power = z.iter().map(|z| z * z).sum::<f32>() / z.len().max(1) as f32;
+    let power = z.iter().map(|z| z * z).sum::<f32>() / r.max(1) as f32;
     let scale = power.sqrt().max(1e-6);
-    let (mut zo, mut oo) = (0.0f64, 0.0f64);
-    for (j, z) in z.iter().enumerate() {
+    let (mut zo, mut oo) = (0.0f32, 0.0f32);
+    for ((j, z), weight) in z.iter().enumerate().zip(&basis.weight) {
         let (width, _) = widths.place(j);
-        let (o, w) = (f64::from(quant::level(width, quant::code(width, z / scale))), f64::from(basis.weight[j]));
-        zo += f64::from(*z) * o * w;
-        oo += o * o * w;
+        let o = quant::level(width, quant::code(width, z / scale));
+        zo += weight * z * o;
+        oo += weight * o * o;
     }
-    gains[row] = quant::gain_code(if oo > 0.0 { (zo / oo) as f32 } else { 0.0 });
-    // The codes are chosen for the gain as it is stored: what a byte cannot say of the gain would move all scores of the row
-    // together, and at fine rates be the larger part of the error.
+    gains[row] = quant::gain_code(if oo > 0.0 { zo / oo } else { 0.0 });
     let gain = quant::gain(gains[row]);
     let divisor = if gain > 0.0 { gain } else { scale };
     for (j, z) in z.iter().enumerate() {
@@ -247,22 +250,56 @@ fn quantise_row(basis: &Basis, band: usize, z: &[f32], row: usize, gains: &mut [
     }
 }
 
-/// Code the rows of a tile again for another band, from what `from` holds. `bases` are those of K and V.
-pub fn recode_tile(bases: (&Basis, &Basis), map: &TileMap, tiles: &mut [u8], from: usize, to: usize) {
-    let (from, to) = (map.place(from), map.place(to));
-    let source = tiles[from.bytes.clone()].to_vec();
-    let target = split_tile_mut(&mut tiles[to.bytes.clone()], to.k);
-    let mut z = Vec::new();
-    for ((basis, (old_gains, old_codes)), (gains, codes)) in [bases.0, bases.1].into_iter().zip(split_tile(&source, from.k)).zip(target) {
-        let (old, new) = (basis.widths[from.band], basis.widths[to.band].rank());
-        let mut values = vec![[0.0f32; TILE]; new];
-        (simd::kernels().unpack)(old, old_codes, &mut values);
-        for row in 0..TILE {
-            let gain = quant::gain(old_gains[row]);
-            z.clear();
-            z.extend(values.iter().map(|v| gain * v[row]));
-            quantise_row(basis, to.band, &z, row, gains, codes);
+/// Memory to code tiles in.
+#[derive(Debug, Default)]
+pub struct TileWork {
+    /// Coefficients of the rows.
+    z: Vec<[f32; TILE]>,
+    /// The rows less their mean, transposed.
+    columns: Vec<[f32; TILE]>,
+}
+
+/// Code the rows of a tile of `band`, `d` elements each.
+pub fn encode_tile(kernels: &Kernels, basis: &Basis, band: usize, rows: &[f32], gains: &mut [u8], codes: &mut [u8], work: &mut TileWork) {
+    const BLOCK: usize = 16;
+    let (d, widths) = (basis.d, basis.widths[band]);
+    let r = widths.rank();
+    work.columns.resize(d, [0.0; TILE]);
+    for (from, rows) in rows.chunks_exact(BLOCK * d).enumerate() {
+        for ((i, column), mean) in work.columns.iter_mut().enumerate().zip(&basis.mean) {
+            for (out, row) in column[from * BLOCK..(from + 1) * BLOCK].iter_mut().zip(rows.chunks_exact(d)) {
+                *out = row[i] - mean;
+            }
         }
+    }
+    work.z.clear();
+    work.z.resize(r, [0.0; TILE]);
+    let (columns, z) = (MatRef::new(work.columns.as_flattened(), TILE), MatMut::new(work.z.as_flattened_mut(), TILE));
+    (kernels.multiply)(MatRef::new(&basis.encode, d), columns, z, r, d, TILE);
+    (kernels.quantise)(widths, &basis.weight[..r], &work.z, gains, codes);
+}
+
+/// Code the rows of a tile again for another band, from what `from` holds. `bases` are those of K and V.
+pub fn recode_tile(kernels: &Kernels, bases: (&Basis, &Basis), map: &TileMap, tiles: &mut [u8], (from, to): (usize, usize), work: &mut TileWork) {
+    let z = &mut work.z;
+    let (from, to) = (map.place(from), map.place(to));
+    let (first, second) = tiles.split_at_mut(from.bytes.start.max(to.bytes.start));
+    // Two tiles: the one that begins later begins at the cut.
+    let (source, target) = match from.bytes.start < to.bytes.start {
+        true => (&first[from.bytes], &mut second[..to.bytes.len()]),
+        false => (&second[..from.bytes.len()], &mut first[to.bytes]),
+    };
+    for ((basis, (old_gains, old_codes)), (gains, codes)) in
+        [bases.0, bases.1].into_iter().zip(split_tile(source, from.k)).zip(split_tile_mut(target, to.k))
+    {
+        let widths = basis.widths[to.band];
+        z.resize(widths.rank(), [0.0; TILE]);
+        (kernels.unpack)(basis.widths[from.band], old_codes, z);
+        let old: [f32; TILE] = std::array::from_fn(|row| quant::gains()[usize::from(old_gains[row])]);
+        for z in z.iter_mut() {
+            z.iter_mut().zip(&old).for_each(|(z, gain)| *z *= gain);
+        }
+        (kernels.quantise)(widths, &basis.weight[..widths.rank()], z, gains, codes);
     }
 }
 
@@ -329,5 +366,60 @@ pub fn decode_taken(kernels: &Kernels, k: &Basis, v: &Basis, band: usize, taken:
         let values: Vec<f32> = taken[1..].iter().enumerate().map(|(j, c)| gain * quant::level(basis.widths[band].place(j).0, *c)).collect();
         out.copy_from_slice(&basis.mean);
         (kernels.accumulate)(&basis.decode, &values, out);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tile_is_coded_as_its_rows_are_and_again_from_its_codes() {
+        let (d, counts) = (20, [2, 3, 2, 4, 2, 3, 1]);
+        let noise = |seed: usize, n: usize| -> Vec<f32> { (0..n).map(|i| ((i * 7919 + seed * 104_729 + 13) as f32).sin()).collect() };
+        let coarse = Widths { counts: [0, 1, 1, 2, 2, 2, 3] };
+        let basis = Basis {
+            d,
+            widths: [Widths { counts }, coarse, coarse],
+            mean: noise(1, d),
+            encode: noise(2, 17 * d),
+            decode: noise(3, 17 * d),
+            weight: noise(4, 17).iter().map(|x| x.abs()).collect(),
+        };
+        let (kernels, rows) = (simd::kernels(), noise(5, TILE * d));
+        let g = LayerGeometry::heads(&crate::config::LayerShape { n_head: 1, n_head_kv: 1, d_k: d as u32, d_v: d as u32 });
+        let size = LayerGeometry::basis_bytes_of(d);
+        let mut bases = vec![0; 2 * size];
+        bases.chunks_exact_mut(size).for_each(|b| basis.store(b));
+        let map = TileMap::of([2, 1, 0], &g, &bases);
+        assert!(map.is_possible(&g));
+        let (mut tiles, mut work) = (vec![0xa5; map.bytes()], TileWork::default());
+        for (tile, whole) in [(0, true), (1, false)] {
+            let place = map.place(tile);
+            for (gains, codes) in split_tile_mut(&mut tiles[place.bytes], place.k) {
+                if whole {
+                    encode_tile(kernels, &basis, 0, &rows, gains, codes, &mut work);
+                } else {
+                    rows.chunks_exact(d).enumerate().for_each(|(i, x)| encode_row(kernels, &basis, 0, x, i, gains, codes, &mut vec![]));
+                }
+            }
+        }
+        // Rounding may choose another of two levels that are equally near.
+        let rows_of = |tiles: &[u8], tile: usize| (0..TILE).flat_map(|row| take_row(&map, tiles, tile * TILE + row)).collect::<Vec<u8>>();
+        let (whole, single) = (rows_of(&tiles, 0), rows_of(&tiles, 1));
+        let other = whole.iter().zip(&single).filter(|(a, b)| a != b).count();
+        assert!(other * 500 < whole.len(), "{other} of {}", whole.len());
+
+        recode_tile(kernels, (&basis, &basis), &map, &mut tiles, (0, 2), &mut work);
+        for row in 0..TILE {
+            let (fine, coded) = (take_row(&map, &tiles, row), take_row(&map, &tiles, 2 * TILE + row));
+            let z: Vec<f32> = (0..coarse.rank()).map(|j| quant::gain(fine[0]) * quant::level(basis.widths[0].place(j).0, fine[1 + j])).collect();
+            let gain = quant::gain(coded[0]);
+            for (j, z) in z.iter().enumerate() {
+                let width = coarse.place(j).0;
+                let error = |code: u8| (z - gain * quant::level(width, code)).abs();
+                assert!(error(coded[1 + j]) <= error(quant::code(width, z / gain)) + 1e-5 * z.abs(), "row {row}, coefficient {j}");
+            }
+        }
     }
 }

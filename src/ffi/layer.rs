@@ -159,24 +159,33 @@ pub unsafe extern "C" fn skv_layer_set_calibration(layer: *mut skv_layer, calibr
     unsafe { change_layer(layer, |l| Ok(l.set_calibration(&borrow(calibration, "calibration")?.0, model_layer)?)) }
 }
 
-/// Whether storing this plan wants the output projection: `*wants` becomes 0 or 1.
+/// Whether the `ith` of `nth` threads that store this plan wants the output projection: `*wants` becomes 0 or 1.
 ///
 /// # Safety
 /// Pointers are valid for the given counts or NULL.
 #[no_mangle]
-pub unsafe extern "C" fn skv_plan_wants_projection(plan: *const i32, plan_ints: usize, wants: *mut i32) -> skv_status {
-    guard(silent, || {
-        // SAFETY: the caller's contract.
-        unsafe {
+pub unsafe extern "C" fn skv_layer_wants_projection(
+    layer: *const skv_layer,
+    plan: *const i32,
+    plan_ints: usize,
+    ith: u32,
+    nth: u32,
+    wants: *mut i32,
+) -> skv_status {
+    // SAFETY: the caller's contract.
+    unsafe {
+        on_layer(layer, |l| {
+            check_threads(ith, nth)?;
             let wants = borrow_mut(wants, "wants")?;
-            *wants = i32::from(Plan::parse(slice(plan, plan_ints, "plan")?)?.fit);
-        }
-        Ok(())
-    })
+            *wants = i32::from(l.wants_projection(&checked_plan(l, plan, plan_ints)?, ith as usize, nth as usize));
+            Ok(())
+        })
+    }
 }
 
 /// Store the step: seal tiles, move rows, write exact rows, fit the bases when the plan says so. Runs after the attention of
-/// the same step. `projection` may be NULL. A fit is done by thread 0 alone and allocates temporary memory.
+/// the same step. `projection` may be NULL; only threads that `skv_layer_wants_projection` look at it. A fit is done by thread 0
+/// alone and allocates temporary memory; steps of few tokens before it do part of its work.
 ///
 /// # Safety
 /// Pointers are valid for what they describe or NULL; nothing else uses the arena but the other threads of this call.
@@ -208,17 +217,17 @@ pub unsafe extern "C" fn skv_layer_append(
             let k = rows(k, g.n_head_kv, g.d_k, "k")?;
             let v = rows(v, g.n_head_kv, g.d_v, "v")?;
             timed(ith == 0, &l.counters.ns_encode, || {
+                let wo = match projection.as_ref() {
+                    Some(p) => {
+                        let n = p.n_rows.checked_mul(g.n_head * g.d_v).ok_or_else(|| Error::Argument("projection.n_rows".into()))?;
+                        slice(p.data, n, "projection.data")?
+                    }
+                    None => &[],
+                };
                 if plan.fit {
                     if ith > 0 {
                         return Ok(());
                     }
-                    let wo = match projection.as_ref() {
-                        Some(p) => {
-                            let n = p.n_rows.checked_mul(g.n_head * g.d_v).ok_or_else(|| Error::Argument("projection.n_rows".into()))?;
-                            slice(p.data, n, "projection.data")?
-                        }
-                        None => &[],
-                    };
                     return Ok(l.append_fit(slice_mut(arena, arena_bytes, "arena")?, &plan, &q, &k, &v, wo)?);
                 }
                 // SAFETY: header and widths, which no storing thread writes outside of a fit.
@@ -229,7 +238,7 @@ pub unsafe extern "C" fn skv_layer_append(
                 for (head, r) in heads.into_iter().enumerate().filter(|(h, _)| h % nth as usize == ith as usize) {
                     let (raw, tiles) = if plan.fitted { (0..0, r.tiles) } else { (r.raw, 0..0) };
                     let m = HeadMut { exact: part(r.exact), raw: part(raw), bases: read(r.bases), tiles: part(tiles) };
-                    l.append_head(head, m, &plan, &q, &k, &v)?;
+                    l.append_head(head, m, &plan, &q, &k, &v, wo)?;
                 }
                 Ok(())
             })

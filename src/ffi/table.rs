@@ -147,7 +147,7 @@ pub unsafe extern "C" fn skv_table_clone_from(table: *mut skv_table, source: *co
             if source.table.geometry() != t.geometry() {
                 return Err(Error::Argument("the tables are of different geometries".into()).into());
             }
-            *t = source.table.clone();
+            *t = source.table.copied();
             Ok(())
         })
     }

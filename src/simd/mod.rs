@@ -6,6 +6,7 @@
 //! know about bases, cells or arenas: it sees slices.
 
 pub mod dense;
+mod encode;
 pub mod lanes;
 pub mod quant;
 mod tile;
@@ -170,6 +171,8 @@ pub struct Kernels {
     pub turn: fn(omega: &[f64], delta: f64, cos: &mut [f32], sin: &mut [f32]),
     /// The values of a tile's first coefficients, as many as there are in `out`.
     pub unpack: fn(widths: Widths, codes: &[u8], out: &mut [[f32; TILE]]),
+    /// Gains and codes of a tile's rows. Arguments `widths, weights, z, gains, codes`: a weight and 64 values for each coefficient.
+    pub quantise: fn(Widths, &[f32], &[[f32; TILE]], &mut [u8], &mut [u8]),
     /// Make queries ready for [`Kernels::tile_scores`], once their `widths`, `n`, `z` and `stride` are set.
     pub prepare: fn(&mut Products),
     /// `out[q][row] = scale * (means[q] + gains[row] * sum_j z[q][j] * value(code[j][row]))` for the 64 rows of a tile; rows of `out` are `stride`
@@ -239,6 +242,10 @@ macro_rules! level {
                 unsafe { tile::unpack_tile::<$lanes>(widths, codes, out) }
             }
             $(#[$feature])?
+            fn quantise(widths: Widths, weights: &[f32], z: &[[f32; TILE]], gains: &mut [u8], codes: &mut [u8]) {
+                encode::quantise(widths, weights, z, gains, codes)
+            }
+            $(#[$feature])?
             fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
                 // SAFETY: this function is compiled for the features.
                 unsafe { tile::tile_scores::<$lanes, $columns>(s, codes, gains, out, stride) }
@@ -264,6 +271,7 @@ macro_rules! level {
                 weigh: |x, g| unsafe { weigh(x, g) },
                 turn: |o, d, c, s| unsafe { turn(o, d, c, s) },
                 unpack: |w, c, o| unsafe { unpack(w, c, o) },
+                quantise: |w, e, z, g, c| unsafe { quantise(w, e, z, g, c) },
                 prepare: |_| {},
                 tile_scores: |s, c, g, o, n| unsafe { tile_scores(s, c, g, o, n) },
                 tile_values: |w, t, p, s, n, o, m| unsafe { tile_values(w, t, p, s, n, o, m) },

@@ -1,7 +1,8 @@
 //! Saved state of some cells of one stream: their rows as they are stored, the bases they are coded in, and what the next fit
 //! would look at. Little-endian; verified wholly (checksum, version, shape) before anything is changed.
 //!
-//! Read into an empty stream, a state continues as if it had never been saved (sums may run in another order). Read beside other rows, codes are
+//! Read into an empty stream, a state continues as if it had never been saved (sums may run in another order), but that a fit which was being
+//! prepared begins anew. Read beside other rows, codes are
 //! copied bit for bit when the bases agree and re-coded in the stream's own bases when they do not.
 //!
 //! Layout: magic, version, shape hash, flags, counts; per cell its kind and its turn less its position; per layer its bases, exact rows, codes

@@ -416,7 +416,7 @@ static void damaged_plans(struct stream *s, size_t n_new) {
         c.ints = ints;
         all_say(SKV_STATUS_DATA, &c, "plan");
         STATUS(SKV_STATUS_DATA, do_replay(&c));
-        STATUS(SKV_STATUS_DATA, skv_plan_wants_projection(plan, ints, &wants));
+        STATUS(SKV_STATUS_DATA, skv_layer_wants_projection(s->layers[0], plan, ints, 0, 1, &wants));
         free(plan);
     }
     CHECK(wants == 77 && memcmp(copy, s->arenas[0], s->arena_bytes) == 0);

@@ -75,8 +75,9 @@ static void table(struct stream *s) {
     CHECK(skv_table_last_error(NULL) == NULL);
 
     plan_step(s, NULL, 0);
-    NULL_IS(skv_plan_wants_projection(NULL, s->plan_ints, &ints));
-    NULL_IS(skv_plan_wants_projection(s->plan, s->plan_ints, NULL));
+    NULL_IS(skv_layer_wants_projection(NULL, s->plan, s->plan_ints, 0, 1, &ints));
+    NULL_IS(skv_layer_wants_projection(s->layers[0], NULL, s->plan_ints, 0, 1, &ints));
+    NULL_IS(skv_layer_wants_projection(s->layers[0], s->plan, s->plan_ints, 0, 1, NULL));
     CHECK(ints == 77);
 }
 

@@ -197,6 +197,8 @@ pub struct Stream {
     arenas: Vec<Vec<[u64; 8]>>,
     ropes: Vec<RopeParams>,
     scoring: Scoring,
+    /// Store the heads last to first, as other threads might.
+    pub backwards: bool,
 }
 
 impl Stream {
@@ -216,6 +218,7 @@ impl Stream {
             arenas: geometry.layers.iter().map(|l| vec![[0; 8]; l.arena_bytes.div_ceil(64)]).collect(),
             ropes: shapes.iter().map(|s| rope(s.d_k as usize)).collect(),
             scoring,
+            backwards: false,
         }
     }
 
@@ -342,13 +345,17 @@ impl Stream {
         if plan.fit {
             return l.append_fit(arena, &plan, &q, &k, &v, &[]);
         }
-        for (head, r) in l.ranges(arena, &plan)?.into_iter().enumerate() {
+        let mut heads: Vec<_> = l.ranges(arena, &plan)?.into_iter().enumerate().collect();
+        if self.backwards {
+            heads.reverse();
+        }
+        for (head, r) in heads {
             let bases = arena[r.bases].to_vec();
             let (front, back) = arena.split_at_mut(r.exact.end);
             let body = if plan.fitted { r.tiles } else { r.raw };
             let body = &mut back[body.start - r.exact.end..body.end - r.exact.end];
             let (raw, tiles): (&mut [u8], &mut [u8]) = if plan.fitted { (&mut [], body) } else { (body, &mut []) };
-            l.append_head(head, HeadMut { exact: &mut front[r.exact], raw, bases: &bases, tiles }, &plan, &q, &k, &v)?;
+            l.append_head(head, HeadMut { exact: &mut front[r.exact], raw, bases: &bases, tiles }, &plan, &q, &k, &v, &[])?;
         }
         Ok(())
     }

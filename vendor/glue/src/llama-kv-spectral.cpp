@@ -829,7 +829,7 @@ static void op_append(ggml_tensor * dst, int ith, int nth, void * userdata) {
 
     const int64_t ns = plans->ne[1];
 
-    // only the thread that fits the bases needs it
+    // only threads that look at heads for a fit need it
     std::vector<float> wo_data;
     skv_projection     wo = {};
     bool               has_wo = false;
@@ -841,9 +841,9 @@ static void op_append(ggml_tensor * dst, int ith, int nth, void * userdata) {
         const auto v = get_rows(dst->src[2], s, ns);
         const auto q = get_rows(dst->src[3], s, ns);
 
-        if (ith == 0 && !has_wo) {
+        if (!has_wo) {
             int32_t wants = 0;
-            l.owner.ok(skv_plan_wants_projection(plan.data, plan.size, &wants), "reading of the plan");
+            l.owner.ok(skv_layer_wants_projection(l.skv, plan.data, plan.size, ith, nth, &wants), "reading of the plan", l);
             has_wo = wants != 0 && !l.calibrated && l.owner.get_projection(l, wo_data, wo);
         }
 
