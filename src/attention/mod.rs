@@ -9,7 +9,7 @@
 pub mod prefill;
 
 use crate::codec::{split_tile, Basis, TilePlace};
-use crate::config::TILE;
+use crate::config::{GAIN_BYTES, TILE};
 use crate::error::{argument, Result};
 use crate::rope::{Rope, Turn};
 use crate::simd::lanes::LANES;
@@ -243,7 +243,9 @@ impl Accumulator {
         self.products.largest.fill(f32::NEG_INFINITY);
         let mut gains = [0.0; TILE];
         for (t, tile) in tiles.iter().enumerate() {
-            prefetch(tiles.get(t + 1).map_or(&[], |next| next.bytes));
+            let next = tiles.get(t + 1).map_or(&[][..], |next| next.bytes);
+            let (next_keys, next_values) = next.split_at(next.len().min(GAIN_BYTES + place.k.bytes()));
+            prefetch(next_keys);
             let [(gain_codes, codes), _] = split_tile(tile.bytes, place.k);
             (c.kernels.lookup)(table, gain_codes, &mut gains);
             let at = t * TILE;
@@ -254,6 +256,7 @@ impl Accumulator {
                 }
                 Turns::Each(turns) => self.score_rows(c, turns, bases, place, codes, &gains, at, stride),
             }
+            prefetch(next_values);
             if c.scoring.softcap > 0.0 {
                 self.scores.floats_mut().chunks_exact_mut(stride).take(n).for_each(|s| c.scoring.cap(&mut s[at..at + TILE]));
             }
