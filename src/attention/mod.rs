@@ -404,3 +404,146 @@ pub fn merge<'a>(partials: impl Iterator<Item = &'a [f32]> + Clone, sink: Option
         out.iter_mut().for_each(|o| *o /= sum);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::{anchor, encode_row, split_tile_mut, TileMap};
+    use crate::config::{LayerGeometry, LayerShape, BANDS};
+    use crate::rope::{Pairing, RopeParams};
+    use crate::simd::{at, Level};
+
+    fn noise(n: usize, seed: usize) -> Vec<f32> {
+        (0..n)
+            .map(|i| (0..4).map(|k| ((i * 7919 + seed * 104_729 + k * 31_337) as f64 * 0.618_034).fract() as f32 - 0.5).sum::<f32>() * 1.7)
+            .collect()
+    }
+
+    /// A basis of unit vectors for rows whose elements have deviation `deviation(j)`.
+    fn basis(d: usize, widths: [Widths; BANDS], deviation: impl Fn(usize) -> f32) -> Basis {
+        let rank = widths[0].rank();
+        let unit = |scale: &dyn Fn(usize) -> f32| (0..rank * d).map(|i| if i / d == i % d { scale(i / d) } else { 0.0 }).collect::<Vec<_>>();
+        Basis { d, widths, mean: noise(d, 3), encode: unit(&|j| 1.0 / deviation(j)), decode: unit(&deviation), weight: vec![1.0; d] }
+    }
+
+    /// Four tiles of rows, as given and as coded, and queries in two tokens.
+    struct Rows {
+        d: usize,
+        keys: Vec<f32>,
+        values: Vec<f32>,
+        queries: Vec<f32>,
+        tiles: Vec<u8>,
+        map: TileMap,
+        bases: HeadBases,
+        rope: Rope,
+    }
+
+    fn rows(d: usize, widths: Widths) -> Rows {
+        const TILES: usize = 4;
+        let g = LayerGeometry::heads(&LayerShape { n_head: 3, n_head_kv: 1, d_k: d as u32, d_v: d as u32 });
+        let rope = Rope::new(&RopeParams::plain(Pairing::Halves, d, 10000.0), d).unwrap();
+        let deviation = |j: usize| 1.5 * 0.97f32.powi(j as i32);
+        let mut bases = HeadBases { k: basis(d, [widths; BANDS], deviation), v: basis(d, [widths; BANDS], deviation), ..HeadBases::default() };
+        bases.prepare();
+        let mut stored = vec![0; g.basis_bytes()];
+        let (bk, bv) = stored.split_at_mut(LayerGeometry::basis_bytes_of(d));
+        bases.k.store(bk);
+        bases.v.store(bv);
+        let map = TileMap::of([0, 0, TILES], &g, &stored);
+        let draw = |seed: usize, basis: &Basis| -> Vec<f32> {
+            noise(TILES * TILE * d, seed).iter().enumerate().map(|(i, x)| x * deviation(i % d) + basis.mean[i % d]).collect()
+        };
+        let (framed, values) = (draw(5, &bases.k), draw(6, &bases.v));
+        let (mut tiles, mut keys, mut turn, kernels) = (vec![0; map.bytes()], framed.clone(), Turn::default(), at(Level::Portable).unwrap());
+        for row in 0..TILES * TILE {
+            let place = map.place(row / TILE);
+            let [(gk, ck), (gv, cv)] = split_tile_mut(&mut tiles[place.bytes], place.k);
+            let mut work = Vec::new();
+            encode_row(kernels, &bases.k, place.band, &framed[row * d..(row + 1) * d], row % TILE, gk, ck, &mut work);
+            encode_row(kernels, &bases.v, place.band, &values[row * d..(row + 1) * d], row % TILE, gv, cv, &mut work);
+            rope.turn(i64::from(anchor(row as i32)), &mut turn);
+            rope.rotate(&turn, &mut keys[row * d..(row + 1) * d]);
+        }
+        Rows { d, keys, values, queries: noise(6 * d, 9), tiles, map, bases, rope }
+    }
+
+    /// The outputs of one level, or `None` where this CPU lacks it.
+    fn attend(r: &Rows, level: Level, softcap: f32) -> Option<Vec<f32>> {
+        let (d, kernels) = (r.d, at(level)?);
+        let c = Context { kernels, scoring: Scoring { scale: 0.2, softcap }, rope: &r.rope };
+        let mut a = Accumulator::default();
+        a.begin(d, d, 3, r.bases.v.rank(), r.queries.chunks_exact(d));
+        let turns = Turns::One(anchor(0));
+        let tile = |i: usize| Tile { bytes: &r.tiles[r.map.place(i).bytes], turns, visible: Visible::All };
+        a.tile_batch(c, &r.bases, &r.map.place(0), &[tile(0), tile(1), tile(2)]);
+        // The last tile is scored as one whose rows went apart, and partly hidden from the second token.
+        let each = [anchor(0); TILE];
+        let mask: Vec<f32> = (0..2 * TILE).map(|i| if i >= TILE + 7 { f32::NEG_INFINITY } else { 0.0 }).collect();
+        let last = Tile { bytes: &r.tiles[r.map.place(3).bytes], turns: Turns::Each(&each), visible: Visible::Some(&mask) };
+        a.tile_batch(c, &r.bases, &r.map.place(3), &[last]);
+        let mut partials = vec![0.0; 6 * partial_floats(d)];
+        a.finish(kernels, Some(&r.bases.v), &mut partials);
+        let mut out = vec![0.0; 6 * d];
+        partials.chunks_exact(partial_floats(d)).zip(out.chunks_exact_mut(d)).for_each(|(p, out)| merge(std::iter::once(p), None, out));
+        Some(out)
+    }
+
+    /// The same in f64, over the rows as they were given.
+    fn reference(r: &Rows, softcap: f64) -> Vec<f64> {
+        let d = r.d;
+        let mut out = Vec::new();
+        for (i, q) in r.queries.chunks_exact(d).enumerate() {
+            let seen = if i < 3 { 4 * TILE } else { 3 * TILE + 7 };
+            let score = |row: usize| -> f64 {
+                let s = 0.2 * (0..d).map(|j| f64::from(q[j]) * f64::from(r.keys[row * d + j])).sum::<f64>();
+                if softcap > 0.0 {
+                    softcap * (s / softcap).tanh()
+                } else {
+                    s
+                }
+            };
+            let scores: Vec<f64> = (0..seen).map(score).collect();
+            let largest = scores.iter().copied().fold(f64::MIN, f64::max);
+            let p: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
+            let sum: f64 = p.iter().sum();
+            out.extend((0..d).map(|j| p.iter().enumerate().map(|(row, p)| p / sum * f64::from(r.values[row * d + j])).sum::<f64>()));
+        }
+        out
+    }
+
+    fn rel_rms(got: &[f32], want: &[f64]) -> f64 {
+        let (mut error, mut size) = (0.0, 0.0);
+        for (g, w) in got.iter().zip(want) {
+            error += (f64::from(*g) - w).powi(2);
+            size += w * w;
+        }
+        (error / size).sqrt()
+    }
+
+    #[test]
+    fn every_level_is_as_near_to_f64_as_plain_f32_is() {
+        for (d, counts) in
+            [(64, [0, 0, 0, 0, 0, 20, 44]), (64, [20, 20, 24, 0, 0, 0, 0]), (128, [0, 0, 8, 24, 30, 40, 26]), (80, [2, 3, 5, 7, 11, 13, 17])]
+        {
+            let r = rows(d, Widths { counts });
+            for softcap in [0.0, 3.0] {
+                let want = reference(&r, f64::from(softcap));
+                let plain = attend(&r, Level::Portable, softcap).unwrap();
+                let plain_error = rel_rms(&plain, &want);
+                assert!((1e-4..0.5).contains(&plain_error), "{d} {counts:?}: {plain_error}");
+                let plain_f64: Vec<f64> = plain.iter().map(|x| f64::from(*x)).collect();
+                for level in Level::ALL {
+                    let Some(got) = attend(&r, level, softcap) else {
+                        println!("skipped: this CPU has no {level:?}");
+                        continue;
+                    };
+                    let (error, apart) = (rel_rms(&got, &want), rel_rms(&got, &plain_f64));
+                    println!("{level:?} {d} {counts:?}: {error:.3e}, plain {plain_error:.3e}, apart {apart:.3e}");
+                    assert!(error <= 2.0 * plain_error, "{level:?} {d} {counts:?}: {error} {plain_error}");
+                    // What levels differ by is rounding: 16 bits in whole numbers, 24 in f32.
+                    assert!(apart <= if level == Level::Avx512Vnni { 1e-4 } else { 2e-6 }, "{level:?} {d} {counts:?}: {apart}");
+                }
+            }
+        }
+    }
+}

@@ -1,5 +1,7 @@
 //! Dense kernels: products of small row-major matrices, and what softmax and rotation need. One body each, for every [`Lanes`].
 
+#![expect(clippy::needless_range_loop, reason = "indices into arrays of registers are unrolled, iterators over them not always")]
+
 use super::lanes::{Lanes, LANES};
 use crate::config::TILE;
 use half::f16;

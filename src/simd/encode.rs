@@ -3,6 +3,8 @@
 //! Levels are symmetric, so a magnitude is compared with the boundaries between the positive ones. Chooses the codes that
 //! [`quant::code`] would, up to rounding. Must not know about bases.
 
+#![expect(clippy::needless_range_loop, reason = "indices into arrays of registers are unrolled, iterators over them not always")]
+
 use super::quant::{self, cubic, A_8, B_8, LEVELS_1, LEVELS_2, LEVELS_3, LEVELS_4, LEVELS_5, LEVELS_6};
 use super::Widths;
 use crate::config::TILE;

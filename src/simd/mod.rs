@@ -158,6 +158,7 @@ pub struct Products {
 }
 
 /// One level's kernels. Matrices are row-major.
+#[expect(clippy::type_complexity, reason = "a kernel's arguments are its type")]
 pub struct Kernels {
     /// Whose they are.
     pub level: Level,
@@ -272,20 +273,34 @@ macro_rules! level {
             #[allow(unused_unsafe, reason = "the baseline needs no features")]
             pub(super) static KERNELS: Kernels = Kernels {
                 level: Level::$level,
+                // SAFETY: see above.
                 multiply: |a, b, c, n, k, m| unsafe { multiply(a, b, c, n, k, m) },
+                // SAFETY: see above.
                 dots: |a, b, c, n, k, m| unsafe { dots(a, b, c, n, k, m) },
+                // SAFETY: see above.
                 accumulate: |m, c, o| unsafe { accumulate(m, c, o) },
+                // SAFETY: see above.
                 exp_sum: |x, s| unsafe { exp_sum(x, s) },
+                // SAFETY: see above.
                 largest: |x| unsafe { largest(x) },
+                // SAFETY: see above.
                 widen: |x, o| unsafe { widen(x, o) },
+                // SAFETY: see above.
                 lookup: |t, i, o| unsafe { lookup(t, i, o) },
+                // SAFETY: see above.
                 lane_sums: |x, o| unsafe { lane_sums(x, o) },
+                // SAFETY: see above.
                 weigh: |x, g| unsafe { weigh(x, g) },
+                // SAFETY: see above.
                 turn: |o, d, c, s| unsafe { turn(o, d, c, s) },
+                // SAFETY: see above.
                 unpack: |w, c, o| unsafe { unpack(w, c, o) },
+                // SAFETY: see above.
                 quantise: |w, e, z, g, c| unsafe { quantise(w, e, z, g, c) },
                 prepare: |_| {},
+                // SAFETY: see above.
                 tile_scores: |s, c, g, o, n| unsafe { tile_scores(s, c, g, o, n) },
+                // SAFETY: see above.
                 tile_values: |w, t, p, s, n, o, m| unsafe { tile_values(w, t, p, s, n, o, m) },
             };
         }
@@ -321,8 +336,11 @@ mod avx512vnni {
     // SAFETY, for all: only `at` hands out this table, after asking the CPU for these features.
     pub(super) static KERNELS: Kernels = Kernels {
         level: Level::Avx512Vnni,
+        // SAFETY: see above.
         prepare: |s| unsafe { prepare(s) },
+        // SAFETY: see above.
         tile_scores: |s, c, g, o, n| unsafe { tile_scores(s, c, g, o, n) },
+        // SAFETY: see above.
         tile_values: |w, t, p, s, n, o, m| unsafe { tile_values(w, t, p, s, n, o, m) },
         ..avx512::KERNELS
     };
@@ -499,13 +517,15 @@ mod tests {
     }
 
     #[test]
-    fn tiles_of_every_level_agree_with_f64_as_plain_f32_does() {
+    fn tiles_of_every_level_agree_with_f64() {
         let plain = tile_errors(&portable::KERNELS);
         assert!(plain.iter().all(|e| (1e-9..1e-5).contains(e)), "{plain:?}");
         for k in levels() {
             let errors = tile_errors(k);
             println!("{:?}: {errors:?}, plain f32 {plain:?}", k.level);
-            assert!(errors.iter().zip(&plain).all(|(e, plain)| *e <= 2.0 * plain), "{:?}: {errors:?} {plain:?}", k.level);
+            // 16 bits of the largest of up to 320 factors, against the root of the summed squares of all terms.
+            let bound = if k.level == Level::Avx512Vnni { [4e-4; 2] } else { plain.map(|e| 2.0 * e) };
+            assert!(errors.iter().zip(bound).all(|(e, bound)| *e <= bound), "{:?}: {errors:?} {plain:?}", k.level);
         }
     }
 
