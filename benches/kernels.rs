@@ -1,4 +1,4 @@
-//! Times of the library's parts on one thread: coding a tile at each instruction-set level, and decode attention over a whole cache.
+//! Times of the library's parts on one thread: every kernel at each instruction-set level, and decode attention over a whole cache.
 //!
 //! The cache chooses its kernels once in a process: `SPECTRAL_KV_CPU_LEVEL=avx2 cargo bench -- attend` measures a lower level.
 //! Against llama.cpp's own cache, see `spectral-kv bench`.
@@ -8,12 +8,14 @@ mod common;
 
 use common::{input, Random};
 use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};
+use half::f16;
 use spectral_kv::attention::Scoring;
 use spectral_kv::cache::{Cache, Mask, Rows};
-use spectral_kv::codec::{encode_row, Basis};
+use spectral_kv::codec::{encode_tile, Basis, TileWork};
 use spectral_kv::config::{Config, LayerShape, BANDS, TILE};
 use spectral_kv::rope::{Pairing, RopeParams};
-use spectral_kv::simd::{self, Level, Widths};
+use spectral_kv::simd::lanes::LANES;
+use spectral_kv::simd::{self, Kernels, Level, Lines, MatMut, MatRef, Products, Widths, BATCH};
 use std::hint::black_box;
 
 const D: usize = 128;
@@ -21,28 +23,97 @@ const HEADS: usize = 32;
 const KV_HEADS: usize = 8;
 const ROWS: usize = 4096;
 
-/// A tile of one head, at about 2 bits per element.
+fn draw(n: usize, seed: u64) -> Vec<f32> {
+    let mut random = Random::new(seed);
+    (0..n).map(|_| random.normal()).collect()
+}
+
+fn levels() -> impl Iterator<Item = &'static Kernels> {
+    Level::ALL.into_iter().filter_map(simd::at)
+}
+
+/// Widths of 128 coefficients: what ratio 8 gives a flat spectrum, and each width by itself.
+fn widths() -> Vec<(String, Widths)> {
+    let mut all = vec![("ratio 8".to_string(), Widths { counts: [0, 0, 0, 0, 0, 70, 58] })];
+    for (i, bits) in Widths::BITS.into_iter().enumerate() {
+        all.push((format!("{bits} bits"), Widths { counts: std::array::from_fn(|j| if i == j { D } else { 0 }) }));
+    }
+    all
+}
+
+/// Coding the 64 rows of a tile of one head, K or V.
 fn encode(c: &mut Criterion) {
-    let widths = Widths { counts: [4, 0, 0, 24, 0, 64, 0] };
-    let rank = widths.rank();
-    let mut random = Random::new(1);
-    let mut draw = |n: usize, scale: f32| -> Vec<f32> { (0..n).map(|_| scale * random.normal()).collect() };
-    let matrix = draw(rank * D, (D as f32).sqrt().recip());
-    let basis = Basis { d: D, widths: [widths; BANDS], mean: vec![0.0; D], encode: matrix.clone(), decode: matrix, weight: vec![1.0; rank] };
-    let rows = draw(TILE * D, 1.0);
-    let (mut gains, mut codes, mut scratch) = (vec![0; TILE], vec![0; widths.bytes()], vec![]);
+    let matrix: Vec<f32> = draw(D * D, 1).iter().map(|x| x / (D as f32).sqrt()).collect();
+    let rows = draw(TILE * D, 2);
     let mut group = c.benchmark_group("encode a tile");
     group.throughput(Throughput::Elements(TILE as u64));
-    for level in [Level::Portable, Level::Avx2, Level::Avx512] {
-        let Some(kernels) = simd::at(level) else { continue };
-        group.bench_function(format!("{level:?}"), |b| {
-            b.iter(|| {
-                for (i, row) in rows.chunks_exact(D).enumerate() {
-                    encode_row(kernels, &basis, 0, black_box(row), i, &mut gains, &mut codes, &mut scratch);
-                }
-                black_box(&codes);
+    for (name, widths) in widths() {
+        let basis = Basis { d: D, widths: [widths; BANDS], mean: vec![0.0; D], encode: matrix.clone(), decode: matrix.clone(), weight: vec![1.0; D] };
+        let (mut gains, mut codes, mut work) = (vec![0; TILE], vec![0; widths.bytes()], TileWork::default());
+        for kernels in levels() {
+            group.bench_function(BenchmarkId::new(kernels.level.name(), &name), |b| {
+                b.iter(|| encode_tile(kernels, &basis, 0, black_box(&rows), &mut gains, &mut codes, &mut work));
+            });
+        }
+    }
+}
+
+/// Scores and values of [`BATCH`] tiles, for the 4 queries of a GQA group.
+fn tiles(c: &mut Criterion) {
+    const QUERIES: usize = 4;
+    const LENGTH: usize = BATCH * TILE;
+    let (gains, p) = ([0.9; TILE], draw(QUERIES * LENGTH, 3).iter().map(|x| x.abs()).collect::<Vec<_>>());
+    for (name, widths) in widths() {
+        let tiles: Vec<Vec<u8>> = (0..BATCH).map(|t| (0..widths.bytes()).map(|i| (i * 37 + t * 11) as u8 % 127).collect()).collect();
+        let tiles: Vec<&[u8]> = tiles.iter().map(Vec::as_slice).collect();
+        for kernels in levels() {
+            let mut s = Products::default();
+            (s.widths, s.n, s.stride, s.scale) = (widths, QUERIES, D, 0.1);
+            (s.means, s.largest) = (vec![0.0; QUERIES], vec![0.0; QUERIES]);
+            s.z.resize((QUERIES * D + 64) * 4);
+            s.z.floats_mut()[..QUERIES * D].copy_from_slice(&draw(QUERIES * D, 4));
+            let (mut scores, mut sums) = (Lines::default(), Lines::default());
+            scores.resize(QUERIES * LENGTH * 4);
+            sums.resize(D * QUERIES * LANES * 4);
+            let id = || BenchmarkId::new(kernels.level.name(), &name);
+            c.benchmark_group("tile scores").throughput(Throughput::Elements(LENGTH as u64)).bench_function(id(), |b| {
+                b.iter(|| {
+                    (kernels.prepare)(&mut s);
+                    for (t, codes) in tiles.iter().enumerate() {
+                        (kernels.tile_scores)(&mut s, black_box(codes), &gains, &mut scores.floats_mut()[t * TILE..], LENGTH);
+                    }
+                });
+            });
+            c.benchmark_group("tile values").throughput(Throughput::Elements(LENGTH as u64)).bench_function(id(), |b| {
+                b.iter(|| (kernels.tile_values)(widths, black_box(&tiles), &p, LENGTH, QUERIES, sums.floats_mut(), &mut s));
+            });
+        }
+    }
+}
+
+/// The other kernels, on what one tile or one projection gives them to do.
+fn dense(c: &mut Criterion) {
+    let (a, b, x) = (draw(4 * D, 5), draw(D * D, 6), draw(TILE * D, 7));
+    let halves: Vec<f16> = x.iter().map(|x| f16::from_f32(*x)).collect();
+    let omega: Vec<f64> = (0..D / 2).map(|i| 500_000f64.powf(-(i as f64) / 64.0)).collect();
+    let mut group = c.benchmark_group("dense");
+    for k in levels() {
+        let id = |name: &str| BenchmarkId::new(k.level.name(), name);
+        let (mut out, mut y, mut cos, mut sin) = (vec![0.0; 4 * D], vec![0.0; TILE * D], vec![0.0; D / 2], vec![0.0; D / 2]);
+        group.bench_function(id("multiply 4x128x128"), |t| {
+            t.iter(|| (k.multiply)(MatRef::new(black_box(&a), D), MatRef::new(&b, D), MatMut::new(&mut out, D), 4, D, D));
+        });
+        group.bench_function(id("dots 4x128x128"), |t| {
+            t.iter(|| (k.dots)(MatRef::new(black_box(&a), D), MatRef::new(&b, D), MatMut::new(&mut out, D), 4, D, D));
+        });
+        group.bench_function(id("exp of 4 x 64 scores"), |t| {
+            t.iter(|| {
+                y[..4 * TILE].copy_from_slice(&x[..4 * TILE]);
+                (k.exp_sum)(black_box(&mut y[..4 * TILE]), 3.0)
             });
         });
+        group.bench_function(id("widen 64 rows"), |t| t.iter(|| (k.widen)(black_box(&halves), &mut y)));
+        group.bench_function(id("turn"), |t| t.iter(|| (k.turn)(black_box(&omega), 12_345.0, &mut cos, &mut sin)));
     }
 }
 
@@ -86,5 +157,5 @@ fn attend(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, encode, attend);
+criterion_group!(benches, encode, tiles, dense, attend);
 criterion_main!(benches);

@@ -3,8 +3,6 @@
 //! Levels are symmetric, so a magnitude is compared with the boundaries between the positive ones. Chooses the codes that
 //! [`quant::code`] would, up to rounding. Must not know about bases.
 
-#![expect(clippy::needless_range_loop, reason = "indices into arrays of registers are unrolled, iterators over them not always")]
-
 use super::quant::{self, cubic, A_8, B_8, LEVELS_1, LEVELS_2, LEVELS_3, LEVELS_4, LEVELS_5, LEVELS_6};
 use super::Widths;
 use crate::config::TILE;
@@ -231,15 +229,9 @@ mod tests {
                 assert_eq!(gains[row], quant::gain_code(zo / oo), "{:?} row {row}", kernels.level);
                 let gain = quant::gain(gains[row]);
                 let inverse = if gain > 0.0 { gain.recip() } else { scale.recip() };
-                for j in 0..n {
+                for (j, z) in z.iter().enumerate().take(n) {
                     let (width, at) = widths.place(j);
-                    assert_eq!(
-                        quant::get(width, &codes[at..], row),
-                        nearest(j, inverse),
-                        "{:?} row {row}, {width} bits, {}",
-                        kernels.level,
-                        z[j][row]
-                    );
+                    assert_eq!(quant::get(width, &codes[at..], row), nearest(j, inverse), "{:?} row {row}, {width} bits, {}", kernels.level, z[row]);
                 }
             }
         }

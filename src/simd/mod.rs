@@ -252,7 +252,7 @@ macro_rules! level {
             $(#[$feature])?
             fn unpack(widths: Widths, codes: &[u8], out: &mut [[f32; TILE]]) {
                 // SAFETY: this function is compiled for the features.
-                unsafe { tile::unpack_tile::<$lanes>(widths, codes, out) }
+                unsafe { tile::unpack_tile::<$lanes>(widths, codes, 0, out) }
             }
             $(#[$feature])?
             fn quantise(widths: Widths, weights: &[f32], z: &[[f32; TILE]], gains: &mut [u8], codes: &mut [u8]) {

@@ -29,16 +29,19 @@ unsafe fn unpack_run<V: Unpack, const WIDTH: u32>(codes: &[u8], out: &mut [[f32;
     }
 }
 
-/// The values of the first coefficients of a tile, as many as there are in `out`.
+/// The values of coefficients of a tile from number `first` on, as many as there are in `out`.
 ///
 /// # Safety
 /// The features of `V` are there.
 #[inline(always)]
-pub unsafe fn unpack_tile<V: Unpack>(widths: Widths, codes: &[u8], out: &mut [[f32; TILE]]) {
-    let (mut codes, mut out) = (&codes[..widths.bytes()], out);
+pub unsafe fn unpack_tile<V: Unpack>(widths: Widths, codes: &[u8], first: usize, out: &mut [[f32; TILE]]) {
+    let (mut codes, mut out, mut skip) = (&codes[..widths.bytes()], out, first);
     for (n, bits) in widths.counts.into_iter().zip(Widths::BITS) {
         let (run, later) = codes.split_at(n * quant::coefficient_bytes(bits));
-        let (values, rest) = out.split_at_mut(n.min(out.len()));
+        let skipped = skip.min(n);
+        skip -= skipped;
+        let run = &run[skipped * quant::coefficient_bytes(bits)..];
+        let (values, rest) = out.split_at_mut((n - skipped).min(out.len()));
         // SAFETY: features are the caller's.
         unsafe {
             match bits {
@@ -110,7 +113,7 @@ pub unsafe fn wide_sums<V: Unpack, const C: usize>(s: &mut Products, codes: &[u8
     let values = &mut s.values.floats_mut()[..first * TILE];
     // SAFETY: features are the caller's.
     unsafe {
-        unpack_tile::<V>(s.widths, codes, values.as_chunks_mut().0);
+        unpack_tile::<V>(s.widths, codes, 0, values.as_chunks_mut().0);
         dense::multiply::<V, C>(MatRef::new(s.z.floats(), s.stride), MatRef::new(values, TILE), MatMut::new(out, stride), s.n, first, TILE);
     }
 }
@@ -135,6 +138,9 @@ pub fn scale_sums(s: &mut Products, gains: &[f32; TILE], out: &mut [f32], stride
     }
 }
 
+/// Coefficients whose sums are made together.
+const BLOCK: usize = 16;
+
 /// [`add_values`] of the first `first` coefficients of some tiles, whose probabilities follow each other in `p`.
 ///
 /// # Safety
@@ -151,16 +157,17 @@ pub unsafe fn wide_values<V: Unpack>(
     sums: &mut [f32],
     work: &mut Products,
 ) {
-    if first == 0 {
-        return;
-    }
-    work.values.resize(first * TILE * 4);
-    let (values, _) = work.values.floats_mut()[..first * TILE].as_chunks_mut();
-    for (t, codes) in tiles.iter().enumerate() {
-        // SAFETY: features are the caller's.
-        unsafe {
-            unpack_tile::<V>(widths, codes, values);
-            add_values::<V>(values, &p[t * TILE..], stride, n, sums);
+    work.values.resize(BLOCK * TILE * 4);
+    let (values, _) = work.values.floats_mut()[..BLOCK * TILE].as_chunks_mut();
+    // Few coefficients at a time: their sums, in lanes, stay in the first cache over all tiles.
+    for j in (0..first).step_by(BLOCK) {
+        let values = &mut values[..BLOCK.min(first - j)];
+        for (t, codes) in tiles.iter().enumerate() {
+            // SAFETY: features are the caller's.
+            unsafe {
+                unpack_tile::<V>(widths, codes, j, values);
+                add_values::<V>(values, &p[t * TILE..], stride, n, &mut sums[j * n * LANES..]);
+            }
         }
     }
 }
@@ -184,13 +191,27 @@ mod x86 {
                 let is_set = |at: usize| _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(i32::from(*p.add(at))), bits), bits);
                 let right = |x: __m256i, n: usize| _mm256_srl_epi32(x, _mm_cvtsi32_si128(n as i32));
                 let masked = |x: __m256i, n: usize, mask: i32| _mm256_and_si256(right(x, n), _mm256_set1_epi32(mask));
+                // Loaded before anything is stored: the compiler cannot know that the two do not overlap.
+                let words = [p.cast::<i32>().read_unaligned(), p.add(4).cast::<i32>().read_unaligned()];
+                let bytes = match WIDTH {
+                    2 => [wide(0), wide(8), wide(0), wide(8)],
+                    4 => [wide(0), wide(8), wide(16), wide(24)],
+                    _ => [_mm256_setzero_si256(); 4],
+                };
+                let mut values = [_mm256_setzero_ps(); TILE / 8];
                 for row in (0..TILE).step_by(8) {
                     let (group, half) = (row / 16, row % 16);
                     let value = match WIDTH {
-                        1 => _mm256_blendv_ps(_mm256_set1_ps(LEVELS_1[0]), _mm256_set1_ps(LEVELS_1[1]), _mm256_castsi256_ps(is_set(row / 8))),
+                        1 => {
+                            // The row's bit becomes a sign.
+                            let lifts = _mm256_sub_epi32(_mm256_set1_epi32(31 - row as i32 % 32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+                            let sign = _mm256_sllv_epi32(_mm256_set1_epi32(words[row / 32]), lifts);
+                            let sign = _mm256_and_ps(_mm256_castsi256_ps(sign), _mm256_set1_ps(-0.0));
+                            _mm256_xor_ps(sign, _mm256_set1_ps(LEVELS_1[0]))
+                        }
                         2 => {
                             let levels = _mm256_broadcast_ps(&*LEVELS_2.as_ptr().cast::<__m128>());
-                            _mm256_permutevar_ps(levels, right(wide(half), 2 * group))
+                            _mm256_permutevar_ps(levels, right(bytes[half / 8], 2 * group))
                         }
                         3 => {
                             let high = _mm256_and_si256(is_set(16 + row / 8), _mm256_set1_epi32(4));
@@ -198,7 +219,7 @@ mod x86 {
                             _mm256_permutevar8x32_ps(_mm256_loadu_ps(LEVELS_3.as_ptr()), code)
                         }
                         4 => {
-                            let code = right(wide(row % 32), row / 32 * 4);
+                            let code = right(bytes[row % 32 / 8], row / 32 * 4);
                             let low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(LEVELS_4.as_ptr()), code);
                             let high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(LEVELS_4.as_ptr().add(8)), code);
                             _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(code)))
@@ -217,7 +238,10 @@ mod x86 {
                         }
                         _ => _mm256_setzero_ps(),
                     };
-                    _mm256_storeu_ps(out.add(row), value);
+                    values[row / 8] = value;
+                }
+                for (i, value) in values.into_iter().enumerate() {
+                    _mm256_storeu_ps(out.add(8 * i), value);
                 }
             }
         }
