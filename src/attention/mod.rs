@@ -9,7 +9,7 @@
 pub mod prefill;
 
 use crate::codec::{split_tile, Basis, TilePlace};
-use crate::config::{GAIN_BYTES, TILE};
+use crate::config::{LayerGeometry, GAIN_BYTES, TILE};
 use crate::error::{argument, Result};
 use crate::rope::{Rope, Turn};
 use crate::simd::lanes::LANES;
@@ -104,8 +104,16 @@ pub struct HeadBases {
 }
 
 impl HeadBases {
-    /// To be called when `k` has changed.
-    pub fn prepare(&mut self) {
+    /// Read what is `stored` of a head: its bases of K, then V.
+    pub fn load(&mut self, stored: &[u8], d_k: usize, d_v: usize) -> Result<()> {
+        let (k, v) = stored.split_at(LayerGeometry::basis_bytes_of(d_k));
+        self.k.load(k, d_k, false)?;
+        self.v.load(v, d_v, false)?;
+        self.prepare();
+        Ok(())
+    }
+
+    fn prepare(&mut self) {
         let (d, rank) = (self.k.d, self.k.rank());
         self.stride = rank.next_multiple_of(LANES);
         self.projection.resize(d * self.stride * 4);
@@ -208,7 +216,7 @@ impl Accumulator {
         }
     }
 
-    /// Add a mask and note the largest score of each query.
+    /// Add a mask to scores.
     fn show(&mut self, at: usize, rows: usize, stride: usize, visible: Visible) {
         let Visible::Some(mask) = visible else { return };
         for (i, scores) in self.scores.floats_mut().chunks_mut(stride).enumerate().take(self.n) {
@@ -229,7 +237,7 @@ impl Accumulator {
         }
         self.show(0, rows, TILE, visible);
         for (largest, scores) in self.products.largest.iter_mut().zip(self.scores.floats().chunks_exact(TILE)) {
-            *largest = scores[..rows].iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            *largest = (c.kernels.largest)(&scores[..rows]);
         }
         self.softmax(c.kernels, rows, TILE);
         let p = MatRef::new(self.scores.floats(), TILE);
@@ -268,7 +276,7 @@ impl Accumulator {
         // Where scores changed after their largest was noted, it is looked for again.
         for (largest, scores) in self.products.largest.iter_mut().zip(self.scores.floats().chunks_exact(stride)).filter(|(l, _)| **l == f32::INFINITY)
         {
-            *largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            *largest = (c.kernels.largest)(scores);
         }
         self.softmax(c.kernels, stride, stride);
         self.add_values(c.kernels, &bases.v, place, tiles, stride);
@@ -409,7 +417,7 @@ pub fn merge<'a>(partials: impl Iterator<Item = &'a [f32]> + Clone, sink: Option
 mod tests {
     use super::*;
     use crate::codec::{anchor, encode_row, split_tile_mut, TileMap};
-    use crate::config::{LayerGeometry, LayerShape, BANDS};
+    use crate::config::{LayerShape, BANDS};
     use crate::rope::{Pairing, RopeParams};
     use crate::simd::{at, Level};
 

@@ -1,6 +1,6 @@
 //! Attention of one layer over its arena, as the plan says: which rows, which of them are seen, in which pieces.
 //!
-//! Work is cut into units of one KV head and one of [`LayerGeometry::chunks`] chunks of the rows, whatever the number of threads, so results do not depend on it.
+//! Work is cut into units of one KV head and one of [`crate::config::LayerGeometry::chunks`] chunks of the rows, whatever the number of threads, so results do not depend on it.
 //! Must not know how scores are computed, nor about threads.
 
 use super::arena::{self, ExactRows};
@@ -8,7 +8,7 @@ use super::layer::{Layer, Mask, Rows};
 use super::plan::{Plan, Source, TileView};
 use crate::attention::{merge, no_rows, partial_floats, Accumulator, Context, HeadBases, Scoring, Tile, Turns, Visible, BATCH};
 use crate::codec::{TileMap, TilePlace};
-use crate::config::{LayerGeometry, MAX_QUERIES, TILE};
+use crate::config::{MAX_QUERIES, TILE};
 use crate::error::{argument, Error, Result};
 use crate::rope::Turn;
 use crate::simd::{self, Lines};
@@ -162,10 +162,7 @@ impl Layer {
                         return Err(Error::NotFinite(format!("query of token {t}, KV head {head}, in f16")));
                     }
                     if call.plan.fitted && call.plan.tiles().len() > 0 {
-                        let (bk, bv) = call.arena[r.bases.clone()].split_at(LayerGeometry::basis_bytes_of(g.d_k));
-                        s.bases.k.load(bk, g.d_k, false)?;
-                        s.bases.v.load(bv, g.d_v, false)?;
-                        s.bases.prepare();
+                        s.bases.load(&call.arena[r.bases.clone()], g.d_k, g.d_v)?;
                     }
                 }
                 self.attend_unit(s, call, head, chunk, r, out)?;
@@ -262,16 +259,32 @@ impl Layer {
         s.rows_v.resize(TILE * g.d_v * 4);
         let (keys, values) = (s.rows_k.floats_mut(), s.rows_v.floats_mut());
         for ((source, _, turn), (key, value)) in sources.iter().zip(keys.chunks_exact_mut(g.d_k).zip(values.chunks_exact_mut(g.d_v))) {
-            self.fetch(head, *source, rows, Some((call.k, call.v)), key, value);
-            if *turn != 0 {
-                self.rope.turn(i64::from(*turn), &mut s.turn);
-                self.rope.rotate(&s.turn, key);
-            }
+            self.fetch_turned(head, *source, *turn, rows, call, &mut s.turn, (key, value));
         }
         s.accumulator.exact_block(context, &keys[..len * g.d_k], &values[..len * g.d_v], visible);
         match visible {
             Visible::All => (n * len) as u64,
             Visible::Some(mask) => mask.chunks_exact(TILE).flat_map(|m| &m[..len]).filter(|m| **m != f32::NEG_INFINITY).count() as u64,
+        }
+    }
+
+    /// Key and value of a source as f32, the key rotated by `turn` to where it is now. `angles` is memory to work in.
+    #[expect(clippy::too_many_arguments, reason = "a row's place, and where its two halves go")]
+    pub(super) fn fetch_turned(
+        &self,
+        head: usize,
+        source: Source,
+        turn: i32,
+        rows: &ExactRows,
+        call: &Call,
+        angles: &mut Turn,
+        to: (&mut [f32], &mut [f32]),
+    ) {
+        let (key, value) = to;
+        self.fetch(head, source, rows, Some((call.k, call.v)), key, value);
+        if turn != 0 {
+            self.rope.turn(i64::from(turn), angles);
+            self.rope.rotate(angles, key);
         }
     }
 

@@ -10,7 +10,7 @@ use super::plan::{Plan, Source, TileView};
 use crate::attention::prefill::{Prefill, Rebuilder, RowBlock, STEP};
 use crate::attention::{Context, HeadBases, Turns, Visible};
 use crate::codec::TileMap;
-use crate::config::{LayerGeometry, TILE};
+use crate::config::TILE;
 use crate::error::{argument, Error, Result};
 use crate::rope::Turn;
 use crate::simd;
@@ -158,10 +158,7 @@ impl Layer {
                 let head = at / per_head;
                 let end = pieces.end.min((head + 1) * per_head).min(at + together);
                 if loaded != Some(head) && plan.fitted && plan.tiles().len() > 0 {
-                    let (bk, bv) = call.arena[ranges[head].bases.clone()].split_at(LayerGeometry::basis_bytes_of(g.d_k));
-                    s.bases.k.load(bk, g.d_k, false)?;
-                    s.bases.v.load(bv, g.d_v, false)?;
-                    s.bases.prepare();
+                    s.bases.load(&call.arena[ranges[head].bases.clone()], g.d_k, g.d_v)?;
                 }
                 loaded = Some(head);
                 // Later tokens see more of the step: equal shares of this order are about equal work.
@@ -254,11 +251,7 @@ impl Layer {
                 s.row.resize(g.d_k + g.d_v, 0.0);
                 let (key, value) = s.row.split_at_mut(g.d_k);
                 for (row, (source, _, turn)) in seating.listed[range.clone()].iter().enumerate() {
-                    self.fetch(stored.head, *source, &stored.rows, Some((call.k, call.v)), key, value);
-                    if *turn != 0 {
-                        self.rope.turn(i64::from(*turn), &mut s.turn);
-                        self.rope.rotate(&s.turn, key);
-                    }
+                    self.fetch_turned(stored.head, *source, *turn, &stored.rows, call, &mut s.turn, (key, value));
                     out.put(row, key, value);
                 }
             }
