@@ -68,7 +68,7 @@ fn tiles(c: &mut Criterion) {
         let tiles: Vec<&[u8]> = tiles.iter().map(Vec::as_slice).collect();
         for kernels in levels() {
             let mut s = Products::default();
-            (s.widths, s.n, s.stride, s.scale) = (widths, QUERIES, D, 0.1);
+            (s.widths, s.n, s.frames, s.stride, s.scale) = (widths, QUERIES, 1, D, 0.1);
             (s.means, s.largest) = (vec![0.0; QUERIES], vec![0.0; QUERIES]);
             s.z.resize((QUERIES * D + 64) * 4);
             s.z.floats_mut()[..QUERIES * D].copy_from_slice(&draw(QUERIES * D, 4));

@@ -9,11 +9,11 @@
 pub mod prefill;
 
 use crate::codec::{split_tile, Basis, TilePlace};
-use crate::config::{LayerGeometry, GAIN_BYTES, TILE};
+use crate::config::{LayerGeometry, TILE};
 use crate::error::{argument, Result};
 use crate::rope::{Rope, Turn};
 use crate::simd::lanes::LANES;
-use crate::simd::{prefetch, quant, Kernels, Lines, MatMut, MatRef, Products, Widths};
+use crate::simd::{quant, Ahead, Kernels, Lines, MatMut, MatRef, Products};
 
 pub use crate::simd::BATCH;
 
@@ -77,6 +77,15 @@ pub struct Tile<'a> {
     pub turns: Turns<'a>,
     /// What is seen of it.
     pub visible: Visible<'a>,
+}
+
+impl Tile<'_> {
+    fn one_turn(&self) -> Option<i32> {
+        match self.turns {
+            Turns::One(turn) => Some(turn),
+            Turns::Each(_) => None,
+        }
+    }
 }
 
 /// What stays the same for all blocks of a call.
@@ -163,8 +172,6 @@ pub struct Accumulator {
     rotated: Lines,
     /// Projected queries; also has the largest score of each query in the current block.
     products: Products,
-    /// Frame and widths that `products` is ready for.
-    ready: Option<(i32, Widths)>,
     turn: Turn,
     few_rows: Lines,
 }
@@ -173,7 +180,7 @@ impl Accumulator {
     /// Begin with `queries`: token-major, then the heads of the group, `d_k` elements each.
     pub fn begin<'q>(&mut self, d_k: usize, d_v: usize, group: usize, value_rank: usize, queries: impl ExactSizeIterator<Item = &'q [f32]>) {
         let n = queries.len();
-        (self.d_k, self.d_v, self.group, self.n, self.rank, self.ready) = (d_k, d_v, group, n, value_rank, None);
+        (self.d_k, self.d_v, self.group, self.n, self.rank) = (d_k, d_v, group, n, value_rank);
         self.queries.resize(n * d_k * 4);
         self.queries.floats_mut().chunks_exact_mut(d_k).zip(queries).for_each(|(to, q)| to.copy_from_slice(q));
         for (buffer, value) in
@@ -244,27 +251,39 @@ impl Accumulator {
         (c.kernels.multiply)(p, MatRef::new(v, d_v), MatMut::new(self.out.floats_mut(), d_v), n, rows, d_v);
     }
 
-    /// Up to [`Accumulator::batch`] tiles of one band, coded as `place` says. Tiles that nobody sees are for the caller to leave out.
-    pub fn tile_batch(&mut self, c: Context, bases: &HeadBases, place: &TilePlace, tiles: &[Tile]) {
+    /// Up to [`Accumulator::batch`] tiles of one band, coded as `place` says. Tiles that nobody sees are for the caller to leave out. `ahead` is
+    /// what will be read next.
+    pub fn tile_batch(&mut self, c: Context, bases: &HeadBases, place: &TilePlace, tiles: &[Tile], ahead: &[u8]) {
         let (table, n, stride) = (quant::gains(), self.n, tiles.len() * TILE);
         self.scores.resize(n * stride * 4);
         self.products.largest.fill(f32::NEG_INFINITY);
+        self.products.ahead = Ahead::of(ahead);
         let mut gains = [0.0; TILE];
+        // Tiles whose rows went apart have frames of their own; the queries are projected for those of all others at once.
         for (t, tile) in tiles.iter().enumerate() {
-            let next = tiles.get(t + 1).map_or(&[][..], |next| next.bytes);
-            let (next_keys, next_values) = next.split_at(next.len().min(GAIN_BYTES + place.k.bytes()));
-            prefetch(next_keys);
-            let [(gain_codes, codes), _] = split_tile(tile.bytes, place.k);
-            (c.kernels.lookup)(table, gain_codes, &mut gains);
-            let at = t * TILE;
-            match tile.turns {
-                Turns::One(turn) => {
-                    self.project(c, turn, bases, place);
-                    (c.kernels.tile_scores)(&mut self.products, codes, &gains, &mut self.scores.floats_mut()[at..], stride);
-                }
-                Turns::Each(turns) => self.score_rows(c, turns, bases, place, codes, &gains, at, stride),
+            if let Turns::Each(turns) = tile.turns {
+                let [(gain_codes, codes), _] = split_tile(tile.bytes, place.k);
+                (c.kernels.lookup)(table, gain_codes, &mut gains);
+                self.score_rows(c, turns, bases, place, codes, &gains, t * TILE, stride);
             }
-            prefetch(next_values);
+        }
+        let (mut frames, mut n_frames) = ([0; BATCH], 0);
+        let mut last = None;
+        for turn in tiles.iter().filter_map(Tile::one_turn) {
+            if last.replace(turn) != Some(turn) {
+                frames[n_frames] = turn;
+                n_frames += 1;
+            }
+        }
+        self.project(c, &frames[..n_frames], bases, place);
+        for (t, tile) in tiles.iter().enumerate() {
+            let at = t * TILE;
+            if let Some(turn) = tile.one_turn() {
+                let [(gain_codes, codes), _] = split_tile(tile.bytes, place.k);
+                (c.kernels.lookup)(table, gain_codes, &mut gains);
+                self.products.frame += usize::from(frames[self.products.frame] != turn);
+                (c.kernels.tile_scores)(&mut self.products, codes, &gains, &mut self.scores.floats_mut()[at..], stride);
+            }
             if c.scoring.softcap > 0.0 {
                 self.scores.floats_mut().chunks_exact_mut(stride).take(n).for_each(|s| c.scoring.cap(&mut s[at..at + TILE]));
             }
@@ -301,7 +320,7 @@ impl Accumulator {
             let wanted = turns[left.trailing_zeros() as usize];
             let rows = (0..TILE).filter(|r| left >> r & 1 == 1 && turns[*r] == wanted).fold(0u64, |m, r| m | 1 << r);
             left &= !rows;
-            self.project(c, wanted, bases, place);
+            self.project(c, &[wanted], bases, place);
             (c.kernels.tile_scores)(&mut self.products, codes, gains, self.few_rows.floats_mut(), TILE);
             for (scored, scores) in self.few_rows.floats().chunks_exact(TILE).zip(self.scores.floats_mut().chunks_exact_mut(stride)).take(self.n) {
                 for row in (0..TILE).filter(|r| rows >> r & 1 == 1) {
@@ -311,22 +330,21 @@ impl Accumulator {
         }
     }
 
-    /// Rotate the queries into a frame and project them into the key basis, unless that is what they are.
-    fn project(&mut self, c: Context, turn: i32, bases: &HeadBases, place: &TilePlace) {
-        let (n, d, rank) = (self.n, self.d_k, place.k.rank());
-        if self.ready == Some((turn, place.k)) {
-            return;
-        }
-        self.ready = Some((turn, place.k));
-        c.rope.turn(-i64::from(turn), &mut self.turn);
+    /// Rotate the queries into frames, given by their turns, and project them into the key basis.
+    fn project(&mut self, c: Context, frames: &[i32], bases: &HeadBases, place: &TilePlace) {
+        let (n, d, rank) = (frames.len() * self.n, self.d_k, place.k.rank());
         self.rotated.resize(n * d * 4);
         let rotated = &mut self.rotated.floats_mut()[..n * d];
-        rotated.copy_from_slice(&self.queries.floats()[..n * d]);
-        rotated.chunks_exact_mut(d).for_each(|q| c.rope.rotate(&self.turn, q));
+        for (turn, rotated) in frames.iter().zip(rotated.chunks_exact_mut(self.n * d)) {
+            c.rope.turn(-i64::from(*turn), &mut self.turn);
+            rotated.copy_from_slice(&self.queries.floats()[..self.n * d]);
+            rotated.chunks_exact_mut(d).for_each(|q| c.rope.rotate(&self.turn, q));
+        }
         let p = &mut self.products;
         p.means.resize(n, 0.0);
         (c.kernels.dots)(MatRef::new(rotated, d), MatRef::new(&bases.k.mean, d), MatMut::new(&mut p.means, 1), n, d, 1);
-        (p.n, p.widths, p.stride, p.scale) = (n, place.k, rank.next_multiple_of(LANES), c.scoring.scale);
+        (p.n, p.frames, p.frame) = (self.n, frames.len(), 0);
+        (p.widths, p.stride, p.scale) = (place.k, rank.next_multiple_of(LANES), c.scoring.scale);
         p.z.resize((n * p.stride + 64) * 4);
         p.z.floats_mut()[..n * p.stride].fill(0.0);
         let projection = MatRef::new(bases.projection.floats(), bases.stride);
@@ -483,12 +501,12 @@ mod tests {
         a.begin(d, d, 3, r.bases.v.rank(), r.queries.chunks_exact(d));
         let turns = Turns::One(anchor(0));
         let tile = |i: usize| Tile { bytes: &r.tiles[r.map.place(i).bytes], turns, visible: Visible::All };
-        a.tile_batch(c, &r.bases, &r.map.place(0), &[tile(0), tile(1), tile(2)]);
+        a.tile_batch(c, &r.bases, &r.map.place(0), &[tile(0), tile(1), tile(2)], &[]);
         // The last tile is scored as one whose rows went apart, and partly hidden from the second token.
         let each = [anchor(0); TILE];
         let mask: Vec<f32> = (0..2 * TILE).map(|i| if i >= TILE + 7 { f32::NEG_INFINITY } else { 0.0 }).collect();
         let last = Tile { bytes: &r.tiles[r.map.place(3).bytes], turns: Turns::Each(&each), visible: Visible::Some(&mask) };
-        a.tile_batch(c, &r.bases, &r.map.place(3), &[last]);
+        a.tile_batch(c, &r.bases, &r.map.place(3), &[last], &[]);
         let mut partials = vec![0.0; 6 * partial_floats(d)];
         a.finish(kernels, Some(&r.bases.v), &mut partials);
         let mut out = vec![0.0; 6 * d];

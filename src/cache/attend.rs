@@ -8,7 +8,7 @@ use super::layer::{Layer, Mask, Rows};
 use super::plan::{Plan, Source, TileView};
 use crate::attention::{merge, no_rows, partial_floats, Accumulator, Context, HeadBases, Scoring, Tile, Turns, Visible, BATCH};
 use crate::codec::{TileMap, TilePlace};
-use crate::config::{MAX_QUERIES, TILE};
+use crate::config::{ANCHOR_GRID, MAX_QUERIES, TILE};
 use crate::error::{argument, Error, Result};
 use crate::rope::Turn;
 use crate::simd::{self, Lines};
@@ -18,6 +18,9 @@ use std::sync::atomic::Ordering::Relaxed;
 
 /// Blocks of 64 rows that a chunk has at least, if there are as many.
 const LEAST_BLOCKS: usize = 4;
+
+/// Tiles that share a frame where rows stay in their order.
+const FRAME_TILES: usize = ANCHOR_GRID as usize / TILE;
 
 /// One attention call.
 #[derive(Clone, Copy)]
@@ -204,12 +207,12 @@ impl Layer {
                 continue;
             };
             let Some(map) = &map else { continue };
-            let place = map.place(t.tile);
-            if waiting.n == batch || waiting.place.as_ref().is_some_and(|p| p.band != place.band) {
-                waiting.attend(s, context, &call.arena[r.tiles.clone()]);
+            let (place, run) = (map.place(t.tile), t.run());
+            let turn = run.map(|(_, turn)| turn).or_else(|| t.one_turn());
+            if waiting.is_over(&place, turn, batch) {
+                waiting.attend(s, context, &call.arena[r.tiles.start..]);
             }
             let i = waiting.n;
-            let run = t.run();
             let mask = &mut s.masks[i * n * TILE..][..n * TILE];
             let visible = call.mask.see(n, TILE, run.map(|(cell, _)| cell), |row| t.cell(row), mask);
             coded_seen += match visible {
@@ -217,13 +220,12 @@ impl Layer {
                 Seen::All => (n * TILE) as u64,
                 Seen::Some => mask.iter().filter(|m| **m != f32::NEG_INFINITY).count() as u64,
             };
-            let turn = run.map(|(_, turn)| turn).or_else(|| t.one_turn());
             if turn.is_none() {
                 s.turns[i] = std::array::from_fn(|row| t.turn(row));
             }
             waiting.push(place, turn, matches!(visible, Seen::All));
         }
-        waiting.attend(s, context, &call.arena[r.tiles.clone()]);
+        waiting.attend(s, context, &call.arena[r.tiles.start..]);
         s.accumulator.finish(context.kernels, (coded_seen > 0).then_some(&s.bases.v), out);
         if head == 0 {
             self.counters.attended_exact.fetch_add(exact_seen, Relaxed);
@@ -322,6 +324,13 @@ struct Batch {
 }
 
 impl Batch {
+    /// True when a tile cannot wait with the others, or better begins the next batch: tiles with the same frame stay together where they can.
+    fn is_over(&self, place: &TilePlace, turn: Option<i32>, batch: usize) -> bool {
+        let Some(first) = &self.place else { return false };
+        let another_frame = self.tiles[self.n - 1].1 != turn;
+        self.n == batch || first.band != place.band || another_frame && self.n + FRAME_TILES > batch
+    }
+
     fn push(&mut self, place: TilePlace, turn: Option<i32>, all: bool) {
         self.tiles[self.n] = (place.bytes.clone(), turn, all);
         self.n += 1;
@@ -340,7 +349,11 @@ impl Batch {
                 visible: if *all { Visible::All } else { Visible::Some(&s.masks[i * per_tile..][..per_tile]) },
             }
         });
-        s.accumulator.tile_batch(context, &s.bases, &place, &tiles[..self.n]);
+        // Most often the next batch lies behind this one, and is as long.
+        let (first, last) = (&self.tiles[0].0, &self.tiles[self.n - 1].0);
+        let behind = &bytes[last.end..];
+        let ahead = &behind[..last.end.saturating_sub(first.start).min(behind.len())];
+        s.accumulator.tile_batch(context, &s.bases, &place, &tiles[..self.n], ahead);
         self.n = 0;
     }
 }

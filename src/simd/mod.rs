@@ -119,35 +119,57 @@ impl Lines {
     }
 }
 
-/// Ask for memory that will be read soon: tiles are read in pieces too short for the hardware to guess the next.
-#[inline]
-pub fn prefetch(bytes: &[u8]) {
-    #[cfg(target_arch = "x86_64")]
-    for at in (0..bytes.len()).step_by(64) {
-        // SAFETY: the address is inside of the slice, and a prefetch reads nothing.
-        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(bytes.as_ptr().add(at).cast()) }
+/// Memory that will be read soon, asked for a few cache lines at a time between other work: tiles are read in pieces too short for the hardware to
+/// guess the next, and many requests at once wait for each other. Keeps addresses only, and never reads.
+#[derive(Debug, Default)]
+pub struct Ahead(std::ops::Range<usize>);
+
+impl Ahead {
+    /// Nothing asked for yet.
+    pub fn of(bytes: &[u8]) -> Self {
+        let range = bytes.as_ptr_range();
+        Ahead(range.start as usize..range.end as usize)
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = bytes;
+    /// Ask for the next lines, as far as there are any, to come to the second cache.
+    #[inline(always)]
+    pub fn fetch(&mut self, lines: usize) {
+        for _ in 0..lines {
+            if self.0.is_empty() {
+                return;
+            }
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a prefetch reads nothing, whatever the address.
+            unsafe {
+                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(std::ptr::without_provenance(self.0.start));
+            }
+            self.0.start += 64;
+        }
+    }
 }
 
-/// Projected queries, made ready for the tiles of one band, and memory to work in.
+/// Queries projected for one or more frames, made ready for the tiles of one band, and memory to work in.
 #[derive(Debug, Default)]
 pub struct Products {
     /// Widths of the tiles.
     pub widths: Widths,
     /// Queries.
     pub n: usize,
-    /// Projected queries, a coefficient per float, `stride` apart.
+    /// Frames that they are projected for.
+    pub frames: usize,
+    /// The frame of the next tile.
+    pub frame: usize,
+    /// Projected queries, `n` for each frame, a coefficient per float, `stride` apart.
     pub z: Lines,
     /// See `z`. There is room for 64 floats behind the last query.
     pub stride: usize,
-    /// Per query: its product with the mean key.
+    /// Per frame and query: its product with the mean key.
     pub means: Vec<f32>,
     /// Factor on all scores.
     pub scale: f32,
     /// Per query: the largest score so far.
     pub largest: Vec<f32>,
+    /// What will be read after these tiles.
+    pub ahead: Ahead,
     /// Step of each coefficient's levels, and of which widths.
     steps: (Widths, Lines),
     digits: Lines,
@@ -186,10 +208,10 @@ pub struct Kernels {
     pub unpack: fn(widths: Widths, codes: &[u8], out: &mut [[f32; TILE]]),
     /// Gains and codes of a tile's rows. Arguments `widths, weights, z, gains, codes`: a weight and 64 values for each coefficient.
     pub quantise: fn(Widths, &[f32], &[[f32; TILE]], &mut [u8], &mut [u8]),
-    /// Make queries ready for [`Kernels::tile_scores`], once their `widths`, `n`, `z` and `stride` are set.
+    /// Make queries ready for [`Kernels::tile_scores`], once their `widths`, `n`, `frames`, `z` and `stride` are set.
     pub prepare: fn(&mut Products),
-    /// `out[q][row] = scale * (means[q] + gains[row] * sum_j z[q][j] * value(code[j][row]))` for the 64 rows of a tile; rows of `out` are `stride`
-    /// apart. The largest of each query is noted.
+    /// `out[q][row] = scale * (means[q] + gains[row] * sum_j z[q][j] * value(code[j][row]))` for the 64 rows of a tile of frame `frame`; rows of
+    /// `out` are `stride` apart. The largest of each query is noted.
     pub tile_scores: fn(&mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize),
     /// `sums[j][q] += sum_row p[q][row] * value(code[j][row])` over up to [`BATCH`] tiles of the same widths, each sum left in 16 lanes. Rows of `p` are
     /// `stride` apart, and have the tiles' rows one after another. Arguments `widths, tiles, p, stride, n, sums`, memory to work in.
@@ -473,7 +495,7 @@ mod tests {
             for n in [1, 2, 3, 4, 7, 9] {
                 let codes: Vec<Vec<u8>> = (0..5).map(|t| codes(widths, 3 + t)).collect();
                 let stride = rank.next_multiple_of(16);
-                let mut s = Products { widths, n, stride, ..Products::default() };
+                let mut s = Products { widths, n, stride, frames: 1, ..Products::default() };
                 s.z.resize((n * stride + 64) * 4);
                 // Queries differ in magnitude, as their coefficients do.
                 let z: Vec<f32> = noise(n * stride, 4).iter().enumerate().map(|(i, z)| z * 0.97f32.powi((i % stride.max(1)) as i32) * 30.0).collect();

@@ -114,9 +114,14 @@ pub unsafe fn wide_sums<V: Unpack, const C: usize>(s: &mut Products, codes: &[u8
     // SAFETY: features are the caller's.
     unsafe {
         unpack_tile::<V>(s.widths, codes, 0, values.as_chunks_mut().0);
-        dense::multiply::<V, C>(MatRef::new(s.z.floats(), s.stride), MatRef::new(values, TILE), MatMut::new(out, stride), s.n, first, TILE);
+        let z = &s.z.floats()[s.frame * s.n * s.stride..];
+        dense::multiply::<V, C>(MatRef::new(z, s.stride), MatRef::new(values, TILE), MatMut::new(out, stride), s.n, first, TILE);
     }
 }
+
+/// Cache lines that are asked for with the scores of a tile, and with the values of a block of coefficients.
+const LINES_A_TILE: usize = 20;
+const LINES_A_BLOCK: usize = 4;
 
 /// See [`super::Kernels::tile_scores`].
 ///
@@ -124,6 +129,7 @@ pub unsafe fn wide_sums<V: Unpack, const C: usize>(s: &mut Products, codes: &[u8
 /// The features of `V` are there.
 #[inline(always)]
 pub unsafe fn tile_scores<V: Unpack, const C: usize>(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
+    s.ahead.fetch(LINES_A_TILE);
     // SAFETY: features are the caller's.
     unsafe { wide_sums::<V, C>(s, codes, s.widths.rank(), out, stride) }
     scale_sums(s, gains, out, stride);
@@ -134,7 +140,7 @@ pub unsafe fn tile_scores<V: Unpack, const C: usize>(s: &mut Products, codes: &[
 pub fn scale_sums(s: &mut Products, gains: &[f32; TILE], out: &mut [f32], stride: usize) {
     for (q, out) in out.chunks_mut(stride).enumerate().take(s.n) {
         let out = (&mut out[..TILE]).try_into().expect("invariant: the rows of a tile");
-        s.largest[q] = s.largest[q].max(dense::scale_scores(out, gains, s.means[q], s.scale));
+        s.largest[q] = s.largest[q].max(dense::scale_scores(out, gains, s.means[s.frame * s.n + q], s.scale));
     }
 }
 
@@ -163,6 +169,7 @@ pub unsafe fn wide_values<V: Unpack>(
     for j in (0..first).step_by(BLOCK) {
         let values = &mut values[..BLOCK.min(first - j)];
         for (t, codes) in tiles.iter().enumerate() {
+            work.ahead.fetch(LINES_A_BLOCK);
             // SAFETY: features are the caller's.
             unsafe {
                 unpack_tile::<V>(widths, codes, j, values);

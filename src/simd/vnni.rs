@@ -11,7 +11,7 @@
 use super::lanes::{Zmm, LANES};
 use super::quant::{self, STEP};
 use super::tile;
-use super::{Products, Widths};
+use super::{Ahead, Products, Widths};
 use crate::config::TILE;
 use std::arch::x86_64::*;
 
@@ -146,11 +146,12 @@ pub unsafe fn prepare(s: &mut Products) {
     if s.steps.0 != s.widths || s.steps.1.floats().len() < padded {
         fill_steps(s, padded);
     }
-    s.digits.resize(s.n * DIGITS * padded);
+    let queries = s.frames * s.n;
+    s.digits.resize(queries * DIGITS * padded);
     s.offsets.clear();
     s.scales.clear();
-    assert!(s.n == 0 || s.z.floats().len() >= (s.n - 1) * s.stride + first + padded);
-    for q in 0..s.n {
+    assert!(queries == 0 || s.z.floats().len() >= (queries - 1) * s.stride + first + padded);
+    for q in 0..queries {
         // SAFETY: sizes were checked or made above; features are the caller's. What is read behind a query's last coefficient has a step of zero.
         unsafe {
             let (z, steps) = (s.z.floats().as_ptr().add(q * s.stride + first), s.steps.1.floats().as_ptr());
@@ -217,6 +218,7 @@ struct Scores<'a> {
     means: &'a [f32],
     scale: f32,
     largest: &'a mut [f32],
+    ahead: &'a mut Ahead,
 }
 
 /// Scores of `Q` queries: `rows` has four interleaved vectors for every four coefficients.
@@ -227,6 +229,7 @@ unsafe fn scores<const Q: usize>(rows: &[u8], digits: *const u8, padded: usize, 
         let mut acc: [[[__m512i; 4]; DIGITS]; Q] = std::array::from_fn(|q| std::array::from_fn(|d| [_mm512_set1_epi32(-offsets[q * DIGITS + d]); 4]));
         for (i, four) in rows.chunks_exact(4 * TILE).enumerate() {
             let codes: [__m512i; 4] = std::array::from_fn(|r| _mm512_loadu_si512(four.as_ptr().add(r * TILE).cast()));
+            s.ahead.fetch(i % 2);
             for (q, acc) in acc.iter_mut().enumerate() {
                 for (d, acc) in acc.iter_mut().enumerate() {
                     let z = _mm512_set1_epi32(digits.add((q * DIGITS + d) * padded + 4 * i).cast::<i32>().read_unaligned());
@@ -272,8 +275,10 @@ pub unsafe fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], o
     let (first, rank) = (wide(s.widths), s.widths.rank());
     let (narrow, padded) = (rank - first, (rank - first).next_multiple_of(64));
     assert!(codes.len() >= s.widths.bytes() && s.n > 0 && out.len() >= (s.n - 1) * stride + TILE);
-    assert!(s.digits.bytes().len() >= s.n * DIGITS * padded && s.offsets.len() == s.n * DIGITS);
-    assert!(s.means.len() >= s.n && s.largest.len() >= s.n);
+    // The first of the frame's queries.
+    let base = s.frame * s.n;
+    assert!(s.digits.bytes().len() >= (base + s.n) * DIGITS * padded && s.offsets.len() >= (base + s.n) * DIGITS);
+    assert!(s.means.len() >= base + s.n && s.largest.len() >= s.n);
     // SAFETY: features are the caller's, sizes were checked.
     unsafe {
         if first > 0 || narrow == 0 {
@@ -303,10 +308,11 @@ pub unsafe fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], o
             v.into_iter().enumerate().for_each(|(r, v)| _mm512_storeu_si512(p.add(r * TILE).cast(), v));
         }
         for q in (0..s.n).step_by(2) {
-            let digits = s.digits.bytes().as_ptr().add(q * DIGITS * padded);
-            let (offsets, scales) = (&s.offsets[q * DIGITS..], &s.scales[q..]);
+            let digits = s.digits.bytes().as_ptr().add((base + q) * DIGITS * padded);
+            let (offsets, scales) = (&s.offsets[(base + q) * DIGITS..], &s.scales[base + q..]);
             let out = out.as_mut_ptr().add(q * stride);
-            let to = Scores { out, stride, add: first > 0, gains, means: &s.means[q..], scale: s.scale, largest: &mut s.largest[q..] };
+            let (means, largest, ahead) = (&s.means[base + q..], &mut s.largest[q..], &mut s.ahead);
+            let to = Scores { out, stride, add: first > 0, gains, means, scale: s.scale, largest, ahead };
             match s.n - q {
                 1 => scores::<1>(rows, digits, padded, offsets, scales, to),
                 _ => scores::<2>(rows, digits, padded, offsets, scales, to),
@@ -325,16 +331,18 @@ struct Sums<'a> {
     /// Coefficients' sums, 16 lanes for each of `n` queries, the first query's.
     out: *mut f32,
     n: usize,
+    ahead: &'a mut Ahead,
 }
 
 /// Sums of `C` coefficients, the first of which is number `j` and begins at byte `at` of each tile.
 #[inline(always)]
-unsafe fn value_block<const WIDTH: u32, const C: usize, const Q: usize>(tiles: &[&[u8]], at: usize, j: usize, s: &Sums) {
+unsafe fn value_block<const WIDTH: u32, const C: usize, const Q: usize>(tiles: &[&[u8]], at: usize, j: usize, s: &mut Sums) {
     // SAFETY: `tile_values` checked what pointers cover; features are the caller's.
     unsafe {
         let mut acc = [[[_mm512_setzero_si512(); C]; DIGITS]; Q];
         let mut p = s.digits;
         for tile in tiles {
+            s.ahead.fetch(1);
             let mut codes = [_mm512_setzero_si512(); C];
             for c in 0..C {
                 codes[c] = bytes::<WIDTH>(tile.as_ptr().add(at + c * quant::coefficient_bytes(WIDTH)));
@@ -365,7 +373,7 @@ unsafe fn value_block<const WIDTH: u32, const C: usize, const Q: usize>(tiles: &
 
 /// Sums of a run of coefficients: two at a time, so that each load of probabilities serves both.
 #[inline(always)]
-unsafe fn value_run<const WIDTH: u32, const Q: usize>(tiles: &[&[u8]], from: usize, j: usize, n: usize, s: &Sums) {
+unsafe fn value_run<const WIDTH: u32, const Q: usize>(tiles: &[&[u8]], from: usize, j: usize, n: usize, s: &mut Sums) {
     let at = |i: usize| from + i * quant::coefficient_bytes(WIDTH);
     // SAFETY: the caller's.
     unsafe {
@@ -379,7 +387,15 @@ unsafe fn value_run<const WIDTH: u32, const Q: usize>(tiles: &[&[u8]], from: usi
 }
 
 #[inline(always)]
-unsafe fn values<const Q: usize>(widths: Widths, tiles: &[&[u8]], p: *const f32, stride: usize, digit_bytes: &mut [u8], out: *mut f32, n: usize) {
+unsafe fn values<const Q: usize>(
+    widths: Widths,
+    tiles: &[&[u8]],
+    p: *const f32,
+    stride: usize,
+    (digit_bytes, ahead): (&mut [u8], &mut Ahead),
+    out: *mut f32,
+    n: usize,
+) {
     // SAFETY: `tile_values` checked what pointers cover; features are the caller's.
     unsafe {
         let mut offsets = [_mm512_setzero_si512(); 4 * DIGITS];
@@ -401,15 +417,15 @@ unsafe fn values<const Q: usize>(widths: Widths, tiles: &[&[u8]], p: *const f32,
                 }
             }
         }
-        let s = Sums { digits: digit_bytes.as_ptr(), offsets: &offsets, scales, out, n };
+        let mut s = Sums { digits: digit_bytes.as_ptr(), offsets: &offsets, scales, out, n, ahead };
         let mut j = wide(widths);
         for (bits, count, from) in runs(widths) {
             match bits {
-                5 => value_run::<5, Q>(tiles, from, j, count, &s),
-                4 => value_run::<4, Q>(tiles, from, j, count, &s),
-                3 => value_run::<3, Q>(tiles, from, j, count, &s),
-                2 => value_run::<2, Q>(tiles, from, j, count, &s),
-                _ => value_run::<1, Q>(tiles, from, j, count, &s),
+                5 => value_run::<5, Q>(tiles, from, j, count, &mut s),
+                4 => value_run::<4, Q>(tiles, from, j, count, &mut s),
+                3 => value_run::<3, Q>(tiles, from, j, count, &mut s),
+                2 => value_run::<2, Q>(tiles, from, j, count, &mut s),
+                _ => value_run::<1, Q>(tiles, from, j, count, &mut s),
             }
             j += count;
         }
@@ -432,9 +448,9 @@ pub unsafe fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: us
             return;
         }
         work.unpacked.resize(length * 4 * DIGITS);
-        let digits = work.unpacked.bytes_mut();
         for q in (0..n).step_by(4) {
             let (p, out) = (p.as_ptr().add(q * stride), sums.as_mut_ptr().add(q * LANES));
+            let digits = (work.unpacked.bytes_mut(), &mut work.ahead);
             match n - q {
                 1 => values::<1>(widths, tiles, p, stride, digits, out, n),
                 2 => values::<2>(widths, tiles, p, stride, digits, out, n),

@@ -106,6 +106,13 @@ uint64_t llama_kv_spectral_model_hash(const llama_model & model) {
 #include <cstdlib>
 #include <cstring>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25 // since Linux 6.1, C libraries name it later
+#endif
+#endif
+
 using skv_calibration_ptr = std::unique_ptr<skv_calibration, void (*)(skv_calibration *)>;
 
 // null when no file was asked for; throws a sentence for the user
@@ -367,6 +374,8 @@ struct llama_kv_spectral::impl {
 
     uint64_t n_commits = 0;
 
+    bool is_paged = false; // use_huge_pages() was called
+
     bool ok(skv_status status, const char * what, const char * detail = nullptr) {
         if (status == SKV_STATUS_OK) {
             return true;
@@ -403,6 +412,7 @@ struct llama_kv_spectral::impl {
         return res;
     }
 
+    void use_huge_pages();
     void snapshot(uint32_t strm);
     bool recover();
 
@@ -436,6 +446,24 @@ llama_kv_spectral::impl::~impl() {
     if (log) {
         fclose(log);
     }
+}
+
+// Attention walks through all codes in every step: with small pages address translation misses, and prefetches wait for it.
+// A hint: where there are no huge pages nothing changes.
+void llama_kv_spectral::impl::use_huge_pages() {
+    is_paged = true;
+#ifdef __linux__
+    for (auto & l : layers) {
+        if (l->arena->data && ggml_backend_buffer_is_host(l->arena->buffer)) {
+            const uintptr_t page = 2*1024*1024;
+            const uintptr_t i0   = ((uintptr_t) l->arena->data + page - 1)/page*page;
+            const uintptr_t i1   = ((uintptr_t) l->arena->data + ggml_nbytes(l->arena))/page*page;
+            if (i0 < i1) {
+                madvise((void *) i0, i1 - i0, MADV_COLLAPSE);
+            }
+        }
+    }
+#endif
 }
 
 void llama_kv_spectral::impl::snapshot(uint32_t strm) {
@@ -1114,6 +1142,10 @@ bool llama_kv_spectral::plan(const slot_info & sinfo) {
     if (pimpl->failed || !pimpl->recover()) {
         LLAMA_LOG_ERROR("%s: kv_spectral: the cache is not usable after an earlier error; clear it to go on\n", __func__);
         return false;
+    }
+
+    if (!pimpl->is_paged) {
+        pimpl->use_huge_pages();
     }
 
     for (size_t s = 0; s < sinfo.n_stream(); ++s) {
