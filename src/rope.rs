@@ -160,16 +160,10 @@ impl Rope {
         let pairs = self.n_dims / 2;
         match self.pairing {
             Pairing::None => {}
-            Pairing::Adjacent => {
-                for ((p, c), s) in x.chunks_exact_mut(2).zip(&turn.cos).zip(&turn.sin) {
-                    (p[0], p[1]) = (p[0] * c - p[1] * s, p[1] * c + p[0] * s);
-                }
-            }
+            Pairing::Adjacent => (simd::kernels().rotate_adjacent)(x, &turn.cos, &turn.sin),
             Pairing::Halves => {
                 let (a, b) = x.split_at_mut(pairs);
-                for (((a, b), c), s) in a.iter_mut().zip(b).zip(&turn.cos).zip(&turn.sin) {
-                    (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
-                }
+                (simd::kernels().rotate_halves)(a, b, &turn.cos, &turn.sin);
             }
         }
     }

@@ -437,7 +437,7 @@ mod tests {
     use crate::codec::{anchor, encode_row, split_tile_mut, TileMap};
     use crate::config::{LayerShape, BANDS};
     use crate::rope::{Pairing, RopeParams};
-    use crate::simd::{at, Level};
+    use crate::simd::{at, Level, Widths};
 
     fn noise(n: usize, seed: usize) -> Vec<f32> {
         (0..n)

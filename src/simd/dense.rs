@@ -329,6 +329,22 @@ pub fn weigh(x: &mut [f32; TILE], gains: &[f32; TILE]) -> f32 {
     sum.into_iter().sum()
 }
 
+/// Rotate the pairs `(x[2i], x[2i+1])`.
+#[inline(always)]
+pub fn rotate_adjacent(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    for ((p, c), s) in x.as_chunks_mut::<2>().0.iter_mut().zip(cos).zip(sin) {
+        *p = [p[0] * c - p[1] * s, p[1] * c + p[0] * s];
+    }
+}
+
+/// Rotate the pairs `(a[i], b[i])`.
+#[inline(always)]
+pub fn rotate_halves(a: &mut [f32], b: &mut [f32], cos: &[f32], sin: &[f32]) {
+    for (((a, b), c), s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+        (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+    }
+}
+
 /// Cosine and sine of `delta * omega[i]`: the angle is reduced in f64, by multiples of pi/2 (Cody and Waite 1980), the rest has Taylor
 /// polynomials of degree 8 and 9 on [-pi/4, pi/4].
 #[inline(always)]

@@ -204,6 +204,10 @@ pub struct Kernels {
     pub weigh: fn(x: &mut [f32; TILE], gains: &[f32; TILE]) -> f32,
     /// Cosines and sines of `delta * omega[i]`, to f32.
     pub turn: fn(omega: &[f64], delta: f64, cos: &mut [f32], sin: &mut [f32]),
+    /// Rotate the pairs `(x[2i], x[2i+1])` by angles with these cosines and sines. Arguments `x, cos, sin`.
+    pub rotate_adjacent: fn(&mut [f32], &[f32], &[f32]),
+    /// The same for pairs `(a[i], b[i])`. Arguments `a, b, cos, sin`.
+    pub rotate_halves: fn(&mut [f32], &mut [f32], &[f32], &[f32]),
     /// The values of a tile's first coefficients, as many as there are in `out`.
     pub unpack: fn(widths: Widths, codes: &[u8], out: &mut [[f32; TILE]]),
     /// Gains and codes of a tile's rows. Arguments `widths, weights, z, gains, codes`: a weight and 64 values for each coefficient.
@@ -272,6 +276,14 @@ macro_rules! level {
                 dense::turn(omega, delta, cos, sin)
             }
             $(#[$feature])?
+            fn rotate_adjacent(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+                dense::rotate_adjacent(x, cos, sin)
+            }
+            $(#[$feature])?
+            fn rotate_halves(a: &mut [f32], b: &mut [f32], cos: &[f32], sin: &[f32]) {
+                dense::rotate_halves(a, b, cos, sin)
+            }
+            $(#[$feature])?
             fn unpack(widths: Widths, codes: &[u8], out: &mut [[f32; TILE]]) {
                 // SAFETY: this function is compiled for the features.
                 unsafe { tile::unpack_tile::<$lanes>(widths, codes, 0, out) }
@@ -315,6 +327,10 @@ macro_rules! level {
                 weigh: |x, g| unsafe { weigh(x, g) },
                 // SAFETY: see above.
                 turn: |o, d, c, s| unsafe { turn(o, d, c, s) },
+                // SAFETY: see above.
+                rotate_adjacent: |x, c, s| unsafe { rotate_adjacent(x, c, s) },
+                // SAFETY: see above.
+                rotate_halves: |a, b, c, s| unsafe { rotate_halves(a, b, c, s) },
                 // SAFETY: see above.
                 unpack: |w, c, o| unsafe { unpack(w, c, o) },
                 // SAFETY: see above.
@@ -607,6 +623,22 @@ mod tests {
             let before = (k.weigh)(&mut weighed, &gains);
             assert!(weighed.iter().zip(x.iter().zip(gains)).all(|(w, (x, g))| *w == x * g));
             assert!((f64::from(before) - x.iter().map(|x| f64::from(*x)).sum::<f64>()).abs() < 1e-5);
+
+            let (cos, sin) = (&gains[..29], &gains[29..58]);
+            let (mut adjacent, mut halves) = (x, x);
+            (k.rotate_adjacent)(&mut adjacent[..58], cos, sin);
+            let (a, b) = halves.split_at_mut(29);
+            (k.rotate_halves)(a, &mut b[..29], cos, sin);
+            for i in 0..29 {
+                let turned = |a: f32, b: f32| {
+                    let [a, b, c, s] = [a, b, cos[i], sin[i]].map(f64::from);
+                    [a * c - b * s, b * c + a * s]
+                };
+                let got = [adjacent[2 * i], adjacent[2 * i + 1], halves[i], halves[i + 29]];
+                let want = [turned(x[2 * i], x[2 * i + 1]), turned(x[i], x[i + 29])];
+                assert!(worst(&got, want.into_iter().flatten().map(|w| (w, 1.0))) < 3e-7);
+            }
+            assert!(adjacent[58..] == x[58..] && halves[58..] == x[58..]);
         }
     }
 
