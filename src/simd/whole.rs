@@ -19,8 +19,9 @@ const QUERIES: usize = 8;
 /// 64 numbers relative to the largest of some.
 type Digits = [i16; TILE];
 
-/// The sum of 64 products. Written out in eights: the compiler then makes one reduction of it, and its best instruction for that.
-#[inline(always)]
+/// The sum of 64 products. Written out in eights and not inlined: only so does the compiler make one reduction of it, with its best instruction for
+/// that. In a loop it goes for four sums at a time, and in view of where the numbers come from for other products.
+#[inline(never)]
 fn dot(a: &Digits, b: &Digits) -> i32 {
     let product = |i: usize| i32::from(a[i]) * i32::from(b[i]);
     let eight = |i: usize| {
@@ -142,25 +143,28 @@ pub fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mu
     tile::scale_sums(s, gains, out, stride);
 }
 
-/// Sums of a run of coefficients, the first of which begins at byte `from` of each tile. `digits` has `tiles` times 64 for each query; sums of `n` queries
-/// lie between coefficients.
+/// Probabilities of some queries, `tiles` times 64 for each, and what one of theirs stands for; `rows` is memory for the levels of a coefficient.
+struct Factors<'a> {
+    digits: &'a [Digits],
+    scales: &'a [f32],
+    rows: &'a mut [Digits],
+}
+
+/// Sums of a run of coefficients, the first of which begins at byte `from` of each tile; sums of `n` queries lie between coefficients.
 #[inline(always)]
-fn value_run(width: u32, tiles: &[&[u8]], from: usize, digits: &[Digits], scales: &[f32], sums: &mut [f32], n: usize) {
+fn value_run(width: u32, tiles: &[&[u8]], from: usize, f: &mut Factors, sums: &mut [f32], n: usize) {
     for (i, sums) in sums.chunks_mut(n * LANES).enumerate() {
         let at = from + i * quant::coefficient_bytes(width);
-        // 64 products stay under 2^28, and as many of these as there are tiles are more than 32 bits.
-        let mut totals = [0i64; QUERIES];
-        for (t, tile) in tiles.iter().enumerate() {
+        // Levels of all tiles before all sums: the compiler would make other products of what it knows to be bytes.
+        for (row, tile) in f.rows.iter_mut().zip(tiles) {
             let units = quant::unpack_units(width, &tile[at..at + quant::coefficient_bytes(width)]);
-            let mut row = [0; TILE];
             for (x, unit) in row.iter_mut().zip(units) {
                 *x = i16::from(unit);
             }
-            for (total, digits) in totals.iter_mut().zip(digits.chunks_exact(tiles.len())) {
-                *total += i64::from(dot(&row, &digits[t]));
-            }
         }
-        for ((sum, total), scale) in sums.iter_mut().step_by(LANES).zip(totals).zip(scales) {
+        for ((sum, digits), scale) in sums.iter_mut().step_by(LANES).zip(f.digits.chunks_exact(tiles.len())).zip(f.scales) {
+            // 64 products stay under 2^28, and as many of these as there are tiles are more than 32 bits.
+            let total: i64 = f.rows.iter().zip(digits).map(|(row, digits)| i64::from(dot(row, digits))).sum();
             *sum += total as f32 * (scale * STEP[width as usize]);
         }
     }
@@ -173,7 +177,9 @@ pub fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: usize, n:
     // SAFETY: plain Rust needs no features.
     unsafe { tile::wide_values::<Plain>(widths, tiles, first, p, stride, n, sums, work) }
     work.unpacked.resize(QUERIES * length * 2);
+    work.values.resize(length * 2);
     let (digits, _) = bytemuck::cast_slice_mut::<u8, i16>(work.unpacked.bytes_mut()).as_chunks_mut();
+    let (rows, _) = bytemuck::cast_slice_mut::<f32, i16>(work.values.floats_mut()).as_chunks_mut();
     for q in (0..n).step_by(QUERIES) {
         let queries = QUERIES.min(n - q);
         let digits = &mut digits[..queries * tiles.len()];
@@ -181,16 +187,17 @@ pub fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: usize, n:
         for ((scale, digits), p) in scales.iter_mut().zip(digits.chunks_exact_mut(tiles.len())).zip(p[q * stride..].chunks(stride)) {
             *scale = round(&p[..length], digits);
         }
-        let (scales, mut j) = (&scales[..queries], first);
+        let mut factors = Factors { digits, scales: &scales[..queries], rows: &mut rows[..tiles.len()] };
+        let mut j = first;
         for (bits, count, from) in tile::narrow_runs(widths) {
             let sums = &mut sums[j * n * LANES..(j + count) * n * LANES];
             let sums = sums.get_mut(q * LANES..).unwrap_or_default();
             match bits {
-                5 => value_run(5, tiles, from, digits, scales, sums, n),
-                4 => value_run(4, tiles, from, digits, scales, sums, n),
-                3 => value_run(3, tiles, from, digits, scales, sums, n),
-                2 => value_run(2, tiles, from, digits, scales, sums, n),
-                _ => value_run(1, tiles, from, digits, scales, sums, n),
+                5 => value_run(5, tiles, from, &mut factors, sums, n),
+                4 => value_run(4, tiles, from, &mut factors, sums, n),
+                3 => value_run(3, tiles, from, &mut factors, sums, n),
+                2 => value_run(2, tiles, from, &mut factors, sums, n),
+                _ => value_run(1, tiles, from, &mut factors, sums, n),
             }
             j += count;
         }
