@@ -1,9 +1,9 @@
 //! Vector kernels behind run-time dispatch. The granularity is a row or a tile, never an element.
 //!
-//! One body per kernel over [`lanes::Lanes`], compiled once for the baseline and once for each instruction-set level; tiles have ways of
-//! their own in whole numbers for the baseline ([`whole`]) and where the CPU multiplies bytes ([`vnni`]). `SPECTRAL_KV_CPU_LEVEL` (`portable`, `avx2`, `avx512`, `avx512vnni`) may lower
-//! the level, never raise it. Sums run in a fixed order per level, so results repeat; levels differ in the last bits. Must not
-//! know about bases, cells or arenas: it sees slices.
+//! One body per kernel over [`lanes::Lanes`], compiled once for the baseline and once for each instruction-set level; tiles have ways of their own in
+//! whole numbers, for the baseline ([`whole`]) and where the CPU multiplies bytes ([`vnni`]). `SPECTRAL_KV_CPU_LEVEL` (`portable`, `avx2`, `avx512`,
+//! `avx512vnni`) may lower the level, never raise it. Sums run in a fixed order per level, so results repeat; levels differ in the last bits. Must
+//! not know about bases, cells or arenas: it sees slices.
 
 pub mod dense;
 mod encode;
@@ -35,11 +35,6 @@ pub enum Level {
 }
 
 impl Level {
-    /// Whether its tiles are computed in whole numbers of 16 bits, not in f32.
-    #[cfg(test)]
-    pub(crate) fn rounds_to_16_bits(self) -> bool {
-        matches!(self, Level::Portable | Level::Avx512Vnni)
-    }
     /// All levels, lowest first.
     pub const ALL: [Level; 4] = [Level::Portable, Level::Avx2, Level::Avx512, Level::Avx512Vnni];
 
@@ -51,6 +46,11 @@ impl Level {
             Level::Avx512 => "avx512",
             Level::Avx512Vnni => "avx512vnni",
         }
+    }
+    /// Whether its tiles are computed in whole numbers of 16 bits, not in f32.
+    #[cfg(test)]
+    pub(crate) fn rounds_to_16_bits(self) -> bool {
+        matches!(self, Level::Portable | Level::Avx512Vnni)
     }
 }
 

@@ -236,7 +236,7 @@ pub fn unpack_units(width: u32, packed: &[u8]) -> [i8; TILE] {
         const BITS: u64 = 0x8040_2010_0804_0201;
         let mut set = [0; TILE];
         for (set, byte) in set.chunks_exact_mut(8).zip(rest) {
-            set.copy_from_slice(&(u64::from(*byte) * COPIES & BITS).to_le_bytes());
+            set.copy_from_slice(&((u64::from(*byte) * COPIES) & BITS).to_le_bytes());
         }
         for (code, set) in codes.iter_mut().zip(set) {
             *code |= i8::from(set != 0) << (width & 6);

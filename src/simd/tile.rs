@@ -1,4 +1,4 @@
-//! Tiles of codes in f32: unpacking, and sums of values over rows. One body each, for every [`Unpack`].
+//! Tiles of codes in f32: unpacking, and sums of values over rows. One body each, for every [`Unpack`]. Also what the ways in whole numbers share.
 
 use super::dense::{MatMut, MatRef};
 use super::lanes::{Lanes, Plain, LANES};

@@ -1,9 +1,9 @@
 //! Tiles of codes in whole numbers of 16 bits, in plain Rust that every target vectorises.
 //!
-//! Levels of 1 to 5 bits are whole multiples of a step ([`quant::STEP`]), and queries or probabilities are rounded to 16 bits of their largest, as
-//! [`super::tile::FULL`] says; their products are summed exactly. A sum of 64 products of neighbours is what compilers know instructions for
-//! (`pmaddwd`, `smlal`), so scores want each row's coefficients together: codes are unpacked as bytes, then transposed. Wider codes are rare and
-//! take the f32 way.
+//! Levels of 1 to 5 bits are whole multiples of a step ([`quant::STEP`]), and a query, or its probabilities in one call, is rounded to 16 bits of its
+//! largest element ([`FULL`]); products are then summed exactly. Compilers know an instruction for sums of products of neighbours (`pmaddwd`,
+//! `smlal`), so scores want each row's coefficients together: codes are unpacked as bytes, then transposed. Wider codes are rare and take the
+//! f32 way.
 
 use super::lanes::{Plain, LANES, ROUND};
 use super::quant::{self, STEP};
@@ -49,7 +49,6 @@ fn round(x: &[f32], out: &mut [Digits]) -> f32 {
 }
 
 /// See [`super::Kernels::prepare`].
-#[inline(always)]
 pub fn prepare(s: &mut Products) {
     let (first, rank) = (tile::narrow_from(s.widths), s.widths.rank());
     let padded = (rank - first).next_multiple_of(BLOCK);
@@ -87,7 +86,7 @@ fn zip<T: Copy>(a: &[T; TILE], b: &[T; TILE], out: &mut [[T; 2]; TILE]) {
 /// Levels of coefficients become levels of rows.
 #[inline(always)]
 fn transpose(units: &[[i8; TILE]], rows: &mut [Digits]) {
-    let (mut twos, mut fours) = ([[[0; 2]; TILE]; 4], [[[[0; 2]; 2]; TILE]; 2]);
+    let (mut twos, mut fours, mut bytes) = ([[[0; 2]; TILE]; 4], [[[[0; 2]; 2]; TILE]; 2], [[0; BLOCK]; TILE]);
     for (i, units) in units.as_chunks::<8>().0.iter().enumerate() {
         for (k, two) in twos.iter_mut().enumerate() {
             zip(&units[2 * k], &units[2 * k + 1], two);
@@ -95,17 +94,16 @@ fn transpose(units: &[[i8; TILE]], rows: &mut [Digits]) {
         for (k, four) in fours.iter_mut().enumerate() {
             zip(&twos[2 * k], &twos[2 * k + 1], four);
         }
-        for ((row, low), high) in rows.iter_mut().zip(&fours[0]).zip(&fours[1]) {
-            let eight = [*low, *high];
-            for (x, unit) in row[8 * i..][..8].iter_mut().zip(eight.as_flattened().as_flattened()) {
-                *x = i16::from(*unit);
-            }
+        for ((row, low), high) in bytes.iter_mut().zip(&fours[0]).zip(&fours[1]) {
+            row[8 * i..][..8].copy_from_slice([*low, *high].as_flattened().as_flattened());
         }
+    }
+    for (x, unit) in rows.as_flattened_mut().iter_mut().zip(bytes.as_flattened()) {
+        *x = i16::from(*unit);
     }
 }
 
 /// See [`super::Kernels::tile_scores`].
-#[inline(always)]
 pub fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
     let (first, rank) = (tile::narrow_from(s.widths), s.widths.rank());
     let blocks = (rank - first).div_ceil(BLOCK);
@@ -171,7 +169,6 @@ fn value_run(width: u32, tiles: &[&[u8]], from: usize, f: &mut Factors, sums: &m
 }
 
 /// See [`super::Kernels::tile_values`].
-#[inline(always)]
 pub fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: usize, n: usize, sums: &mut [f32], work: &mut Products) {
     let (first, length) = (tile::narrow_from(widths), tiles.len() * TILE);
     // SAFETY: plain Rust needs no features.
