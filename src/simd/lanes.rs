@@ -14,7 +14,7 @@ const EXP: [f32; 7] = [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0
 /// Arguments of exp outside of these give no normal numbers.
 const EXP_RANGE: [f32; 2] = [-87.0, 88.0];
 /// Adding 1.5 * 2^23 rounds to a whole number, which then stands in the low bits.
-const ROUND: f32 = 12_582_912.0;
+pub const ROUND: f32 = 12_582_912.0;
 
 /// Some floats in a register.
 pub trait Lanes: Copy {
@@ -61,6 +61,18 @@ pub trait Lanes: Copy {
 #[derive(Clone, Copy)]
 pub struct Plain([f32; 8]);
 
+/// An f16 by its bits, without branches: exponent and mantissa move to their places, then a product moves the exponent to f32's bias and makes
+/// subnormal numbers normal; what had the highest exponent gets the highest again.
+#[inline(always)]
+fn widen(half: u16) -> f32 {
+    const BIAS: f32 = f32::from_bits((127 + 127 - 15) << 23);
+    const INFINITE: u32 = 0x7c00 << 13;
+    let bits = u32::from(half & 0x7fff) << 13;
+    let number = (f32::from_bits(bits) * BIAS).to_bits();
+    let special = if bits >= INFINITE { f32::INFINITY.to_bits() } else { 0 };
+    f32::from_bits(number | special | u32::from(half & 0x8000) << 16)
+}
+
 impl Lanes for Plain {
     const N: usize = 8;
     #[inline(always)]
@@ -75,7 +87,12 @@ impl Lanes for Plain {
     #[inline(always)]
     unsafe fn load_half(p: *const f16) -> Self {
         // SAFETY: the caller's contract.
-        Plain(unsafe { p.cast::<[f16; 8]>().read_unaligned() }.map(f16::to_f32))
+        let halves = unsafe { p.cast::<[u16; 8]>().read_unaligned() };
+        let mut out = [0.0; 8];
+        for (out, half) in out.iter_mut().zip(halves) {
+            *out = widen(half);
+        }
+        Plain(out)
     }
     #[inline(always)]
     unsafe fn lookup(table: &[f32; 256], index: *const u8) -> Self {

@@ -1,9 +1,9 @@
 //! Vector kernels behind run-time dispatch. The granularity is a row or a tile, never an element.
 //!
-//! One body per kernel over [`lanes::Lanes`], compiled once for the baseline and once for each instruction-set level; tiles have a way of
-//! their own in whole numbers where the CPU multiplies bytes ([`vnni`]). `SPECTRAL_KV_CPU_LEVEL` (`portable`, `avx2`, `avx512`, `avx512vnni`) may lower
-//! the level, never raise it. Sums run in a fixed order per level, so results repeat; levels differ in the last bits. Must not
-//! know about bases, cells or arenas: it sees slices.
+//! One body per kernel over [`lanes::Lanes`], compiled once for the baseline and once for each instruction-set level; tiles have ways of their own in
+//! whole numbers, for the baseline ([`whole`]) and where the CPU multiplies bytes ([`vnni`]). `SPECTRAL_KV_CPU_LEVEL` (`portable`, `avx2`, `avx512`,
+//! `avx512vnni`) may lower the level, never raise it. Sums run in a fixed order per level, so results repeat; levels differ in the last bits. Must
+//! not know about bases, cells or arenas: it sees slices.
 
 pub mod dense;
 mod encode;
@@ -12,6 +12,7 @@ pub mod quant;
 mod tile;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
+mod whole;
 
 pub use dense::{MatMut, MatRef};
 use lanes::Plain;
@@ -45,6 +46,11 @@ impl Level {
             Level::Avx512 => "avx512",
             Level::Avx512Vnni => "avx512vnni",
         }
+    }
+    /// Whether its tiles are computed in whole numbers of 16 bits, not in f32.
+    #[cfg(test)]
+    pub(crate) fn rounds_to_16_bits(self) -> bool {
+        matches!(self, Level::Portable | Level::Avx512Vnni)
     }
 }
 
@@ -345,11 +351,18 @@ macro_rules! level {
     };
 }
 
-level!(portable, Portable, Plain, 1,);
+level!(plain, Portable, Plain, 1,);
 #[cfg(target_arch = "x86_64")]
 level!(avx2, Avx2, lanes::Ymm, 2, #[target_feature(enable = "avx2,fma,f16c")]);
 #[cfg(target_arch = "x86_64")]
 level!(avx512, Avx512, lanes::Zmm, 4, #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]);
+
+mod portable {
+    use super::*;
+
+    pub(super) static KERNELS: Kernels =
+        Kernels { prepare: whole::prepare, tile_scores: whole::tile_scores, tile_values: whole::tile_values, ..plain::KERNELS };
+}
 
 #[cfg(target_arch = "x86_64")]
 mod avx512vnni {
@@ -415,6 +428,12 @@ pub fn kernels() -> &'static Kernels {
         let most = named.unwrap_or(Level::Avx512Vnni);
         Level::ALL.into_iter().rev().filter(|l| *l <= most).find_map(at).unwrap_or(&portable::KERNELS)
     })
+}
+
+/// Tiles in f32 without intrinsics: what every level is compared with.
+#[cfg(test)]
+pub(crate) fn plain() -> &'static Kernels {
+    &plain::KERNELS
 }
 
 #[cfg(test)]
@@ -511,19 +530,22 @@ mod tests {
             for n in [1, 2, 3, 4, 7, 9] {
                 let codes: Vec<Vec<u8>> = (0..5).map(|t| codes(widths, 3 + t)).collect();
                 let stride = rank.next_multiple_of(16);
-                let mut s = Products { widths, n, stride, frames: 1, ..Products::default() };
-                s.z.resize((n * stride + 64) * 4);
+                // The second of two frames.
+                let mut s = Products { widths, n, stride, frames: 2, frame: 1, ..Products::default() };
+                s.z.resize((2 * n * stride + 64) * 4);
                 // Queries differ in magnitude, as their coefficients do.
-                let z: Vec<f32> = noise(n * stride, 4).iter().enumerate().map(|(i, z)| z * 0.97f32.powi((i % stride.max(1)) as i32) * 30.0).collect();
-                s.z.floats_mut()[..n * stride].copy_from_slice(&z);
+                let z: Vec<f32> =
+                    noise(2 * n * stride, 4).iter().enumerate().map(|(i, z)| z * 0.97f32.powi((i % stride.max(1)) as i32) * 30.0).collect();
+                s.z.floats_mut()[..2 * n * stride].copy_from_slice(&z);
+                let z = &z[n * stride..];
                 let gains: [f32; TILE] = std::array::from_fn(|row| 0.5 + row as f32 / 64.0);
-                (s.means, s.scale, s.largest) = (noise(n, 9), 1.7, vec![-3.0; n]);
+                (s.means, s.scale, s.largest) = (noise(2 * n, 9), 1.7, vec![-3.0; n]);
                 (k.prepare)(&mut s);
                 let out_stride = TILE + 16;
                 let mut out = vec![7.0f32; n * out_stride];
                 (k.tile_scores)(&mut s, &codes[0], &gains, &mut out, out_stride);
                 for q in 0..n {
-                    let mean = f64::from(s.means[q]);
+                    let mean = f64::from(s.means[n + q]);
                     let want = (0..out_stride).map(|row| match row < TILE {
                         true => {
                             let terms = (0..rank).map(|j| f64::from(z[q * stride + j]) * value(widths, &codes[0], j, row));
@@ -556,13 +578,13 @@ mod tests {
 
     #[test]
     fn tiles_of_every_level_agree_with_f64() {
-        let plain = tile_errors(&portable::KERNELS);
+        let plain = tile_errors(plain());
         assert!(plain.iter().all(|e| (1e-9..1e-5).contains(e)), "{plain:?}");
         for k in levels() {
             let errors = tile_errors(k);
             println!("{:?}: {errors:?}, plain f32 {plain:?}", k.level);
             // 16 bits of the largest of up to 320 factors, against the root of the summed squares of all terms.
-            let bound = if k.level == Level::Avx512Vnni { [4e-4; 2] } else { plain.map(|e| 2.0 * e) };
+            let bound = if k.level.rounds_to_16_bits() { [4e-4; 2] } else { plain.map(|e| 2.0 * e) };
             assert!(errors.iter().zip(bound).all(|(e, bound)| *e <= bound), "{:?}: {errors:?} {plain:?}", k.level);
         }
     }
@@ -595,6 +617,11 @@ mod tests {
                 (k.widen)(&halves, &mut y);
                 assert!(y.iter().zip(&halves).all(|(y, x)| *y == x.to_f32()));
             }
+            let (halves, mut y): (Vec<f16>, _) = ((0..=u16::MAX).map(f16::from_bits).collect(), vec![0.0; 1 << 16]);
+            (k.widen)(&halves, &mut y);
+            // A NaN may become a quiet one.
+            let same = |y: f32, x: f16| y.to_bits() == x.to_f32().to_bits() || y.is_nan() && x.is_nan();
+            assert!(y.iter().zip(&halves).all(|(y, x)| same(*y, *x)), "{:?}", k.level);
             let mut x: Vec<f32> = noise(1001, 5).iter().map(|x| x * 90.0 - 90.0).collect();
             x[17] = f32::NEG_INFINITY;
             let want: Vec<f64> = x.iter().map(|x| f64::from(*x).exp()).collect();

@@ -1,8 +1,9 @@
-//! Tiles of codes in f32: unpacking, and sums of values over rows. One body each, for every [`Unpack`].
+//! Tiles of codes in f32: unpacking, and sums of values over rows. One body each, for every [`Unpack`]. Also what the ways in whole numbers share.
 
 use super::dense::{MatMut, MatRef};
 use super::lanes::{Lanes, Plain, LANES};
-use super::{dense, quant, Products, Widths};
+use super::quant::{self, STEP};
+use super::{dense, Products, Widths};
 use crate::config::TILE;
 
 /// A level's way from codes to floats.
@@ -19,6 +20,42 @@ impl Unpack for Plain {
     unsafe fn unpack<const WIDTH: u32>(packed: &[u8], out: &mut [f32; TILE]) {
         quant::unpack(WIDTH, packed, out)
     }
+}
+
+/// What the largest element of a factor becomes that is rounded to a whole number: two digits of base 256 are then between -128 and 127, and
+/// products with levels of a byte stay under 2^22.
+pub const FULL: f32 = 32_630.0;
+
+/// The first coefficient that whole numbers can have: those before it, of 8 and 6 bits, take the f32 way.
+pub fn narrow_from(widths: Widths) -> usize {
+    widths.counts[0] + widths.counts[1]
+}
+
+/// The runs of coefficients of 5 to 1 bits: width, number, first byte in a tile.
+pub fn narrow_runs(widths: Widths) -> impl Iterator<Item = (u32, usize, usize)> {
+    let mut at = 0;
+    let run = move |(n, bits): (usize, u32)| {
+        let from = at;
+        at += n * quant::coefficient_bytes(bits);
+        (bits, n, from)
+    };
+    widths.counts.into_iter().zip(Widths::BITS).map(run).skip(2)
+}
+
+/// Step of each narrow coefficient's levels, zeros behind the last up to `padded`.
+pub fn fill_steps(s: &mut Products, padded: usize) {
+    if s.steps.0 == s.widths && s.steps.1.floats().len() >= padded {
+        return;
+    }
+    s.steps.0 = s.widths;
+    s.steps.1.resize(padded * 4);
+    let steps = s.steps.1.floats_mut();
+    let mut j = 0;
+    for (bits, n, _) in narrow_runs(s.widths) {
+        steps[j..j + n].fill(STEP[bits as usize]);
+        j += n;
+    }
+    steps[j..].fill(0.0);
 }
 
 #[inline(always)]

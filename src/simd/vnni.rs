@@ -10,15 +10,13 @@
 
 use super::lanes::{Zmm, LANES};
 use super::quant::{self, STEP};
-use super::tile;
+use super::tile::{self, FULL};
 use super::{Ahead, Products, Widths};
 use crate::config::TILE;
 use std::arch::x86_64::*;
 
 /// Digits of base 256 of a factor, the lowest first.
 const DIGITS: usize = 2;
-/// What the largest element of a factor becomes: its digits then lie between -128 and 127.
-const FULL: f32 = 32_630.0;
 /// What is added to a level to make it unsigned.
 const OFFSET: i32 = 128;
 
@@ -68,22 +66,6 @@ unsafe fn bytes<const WIDTH: u32>(p: *const u8) -> __m512i {
     }
 }
 
-/// Coefficients that take the f32 way: those of 8 and 6 bits, which come first.
-fn wide(widths: Widths) -> usize {
-    widths.counts[0] + widths.counts[1]
-}
-
-/// The runs of coefficients of 5 to 1 bits: width, number, first byte in a tile.
-fn runs(widths: Widths) -> impl Iterator<Item = (u32, usize, usize)> {
-    let mut at = 0;
-    let run = move |(n, bits): (usize, u32)| {
-        let from = at;
-        at += n * quant::coefficient_bytes(bits);
-        (bits, n, from)
-    };
-    widths.counts.into_iter().zip(Widths::BITS).map(run).skip(2)
-}
-
 /// Cut 16 numbers, scaled to [`FULL`], into digits; the lowest first.
 #[inline(always)]
 unsafe fn digits(x: __m512) -> [__m128i; DIGITS] {
@@ -122,30 +104,15 @@ unsafe fn magnitude(x: &[f32]) -> f32 {
     }
 }
 
-/// Step of each narrow coefficient's levels, zeros behind the last up to `padded`.
-fn fill_steps(s: &mut Products, padded: usize) {
-    s.steps.0 = s.widths;
-    s.steps.1.resize(padded * 4);
-    let steps = s.steps.1.floats_mut();
-    let mut j = 0;
-    for (bits, n, _) in runs(s.widths) {
-        steps[j..j + n].fill(STEP[bits as usize]);
-        j += n;
-    }
-    steps[j..].fill(0.0);
-}
-
 /// See [`super::Kernels::prepare`].
 ///
 /// # Safety
 /// AVX-512 F, BW, VL, DQ, VNNI and VBMI are there.
 #[inline(always)]
 pub unsafe fn prepare(s: &mut Products) {
-    let (first, rank) = (wide(s.widths), s.widths.rank());
+    let (first, rank) = (tile::narrow_from(s.widths), s.widths.rank());
     let padded = (rank - first).next_multiple_of(64);
-    if s.steps.0 != s.widths || s.steps.1.floats().len() < padded {
-        fill_steps(s, padded);
-    }
+    tile::fill_steps(s, padded);
     let queries = s.frames * s.n;
     s.digits.resize(queries * DIGITS * padded);
     s.offsets.clear();
@@ -272,7 +239,7 @@ unsafe fn scores<const Q: usize>(rows: &[u8], digits: *const u8, padded: usize, 
 /// As [`prepare`], which was called.
 #[inline(always)]
 pub unsafe fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
-    let (first, rank) = (wide(s.widths), s.widths.rank());
+    let (first, rank) = (tile::narrow_from(s.widths), s.widths.rank());
     let (narrow, padded) = (rank - first, (rank - first).next_multiple_of(64));
     assert!(codes.len() >= s.widths.bytes() && s.n > 0 && out.len() >= (s.n - 1) * stride + TILE);
     // The first of the frame's queries.
@@ -291,7 +258,7 @@ pub unsafe fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], o
         s.unpacked.resize(narrow.next_multiple_of(4) * TILE);
         let rows = &mut s.unpacked.bytes_mut()[..narrow.next_multiple_of(4) * TILE];
         let mut at = 0;
-        for (bits, n, from) in runs(s.widths) {
+        for (bits, n, from) in tile::narrow_runs(s.widths) {
             let (codes, out) = (&codes[from..from + n * quant::coefficient_bytes(bits)], &mut rows[at * TILE..(at + n) * TILE]);
             match bits {
                 5 => unpack_run::<5>(codes, out),
@@ -418,8 +385,8 @@ unsafe fn values<const Q: usize>(
             }
         }
         let mut s = Sums { digits: digit_bytes.as_ptr(), offsets: &offsets, scales, out, n, ahead };
-        let mut j = wide(widths);
-        for (bits, count, from) in runs(widths) {
+        let mut j = tile::narrow_from(widths);
+        for (bits, count, from) in tile::narrow_runs(widths) {
             match bits {
                 5 => value_run::<5, Q>(tiles, from, j, count, &mut s),
                 4 => value_run::<4, Q>(tiles, from, j, count, &mut s),
@@ -443,8 +410,8 @@ pub unsafe fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: us
     assert!(n > 0 && length <= stride && p.len() >= (n - 1) * stride + length && sums.len() >= widths.rank() * n * LANES);
     // SAFETY: features are the caller's, sizes were checked.
     unsafe {
-        tile::wide_values::<Zmm>(widths, tiles, wide(widths), p, stride, n, sums, work);
-        if wide(widths) == widths.rank() {
+        tile::wide_values::<Zmm>(widths, tiles, tile::narrow_from(widths), p, stride, n, sums, work);
+        if tile::narrow_from(widths) == widths.rank() {
             return;
         }
         work.unpacked.resize(length * 4 * DIGITS);
