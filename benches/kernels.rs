@@ -112,7 +112,7 @@ fn dense(c: &mut Criterion) {
                 (k.exp_sum)(black_box(&mut y[..4 * TILE]), 3.0)
             });
         });
-        group.bench_function(id("widen 64 rows"), |t| t.iter(|| (k.widen)(black_box(&halves), &mut y)));
+        group.bench_function(id("widen 64 rows"), |t| t.iter(|| (k.widen)(black_box(&halves), 0.5, &mut y)));
         group.bench_function(id("turn"), |t| t.iter(|| (k.turn)(black_box(&omega), 12_345.0, &mut cos, &mut sin)));
     }
 }

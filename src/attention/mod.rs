@@ -13,7 +13,7 @@ use crate::config::{LayerGeometry, TILE};
 use crate::error::{argument, Result};
 use crate::rope::{Rope, Turn};
 use crate::simd::lanes::LANES;
-use crate::simd::{quant, Ahead, Kernels, Lines, MatMut, MatRef, Products};
+use crate::simd::{self, quant, Ahead, Kernels, Lines, MatMut, MatRef, Products};
 
 pub use crate::simd::BATCH;
 
@@ -126,28 +126,7 @@ impl HeadBases {
         let (d, rank) = (self.k.d, self.k.rank());
         self.stride = rank.next_multiple_of(LANES);
         self.projection.resize(d * self.stride * 4);
-        transpose(&self.k.decode, d, self.projection.floats_mut(), self.stride);
-    }
-}
-
-/// `out[i][j] = rows[j][i]` for rows of `d` floats. Four by four within a cache line of the result: in longer steps both sides would meet few sets of a cache.
-fn transpose(rows: &[f32], d: usize, out: &mut [f32], stride: usize) {
-    let n = rows.len() / d;
-    let whole = (n / 4 * 4, d / 4 * 4);
-    for line in (0..whole.0).step_by(LANES) {
-        for i in (0..whole.1).step_by(4) {
-            for j in (line..(line + LANES).min(whole.0)).step_by(4) {
-                let block: [[f32; 4]; 4] = std::array::from_fn(|r| rows[(j + r) * d + i..][..4].try_into().expect("invariant: four floats"));
-                for c in 0..4 {
-                    out[(i + c) * stride + j..][..4].copy_from_slice(&[block[0][c], block[1][c], block[2][c], block[3][c]]);
-                }
-            }
-        }
-    }
-    for j in 0..n {
-        for i in if j < whole.0 { whole.1 } else { 0 }..d {
-            out[i * stride + j] = rows[j * d + i];
-        }
+        (simd::kernels().transpose)(MatRef::new(&self.k.decode, d), MatMut::new(self.projection.floats_mut(), self.stride), rank, d);
     }
 }
 

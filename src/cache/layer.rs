@@ -405,15 +405,15 @@ impl Layer {
         let g = self.shape();
         match (s, input) {
             (Source::Slot(slot), _) => {
-                (simd::kernels().widen)(&rows.row(slot)[..g.d_k], key);
-                (simd::kernels().widen)(&rows.row(slot)[g.d_k..], value);
+                (simd::kernels().widen)(&rows.row(slot)[..g.d_k], 1.0, key);
+                (simd::kernels().widen)(&rows.row(slot)[g.d_k..], 1.0, value);
             }
             (Source::Token(t), Some((k, v))) => {
                 for (to, from) in [(key, k.head(t, head, g.d_k)), (value, v.head(t, head, g.d_v))] {
                     for (to, from) in to.chunks_mut(TILE).zip(from.chunks(TILE)) {
                         let half = &mut [f16::ZERO; TILE][..from.len()];
                         half.convert_from_f32_slice(from);
-                        (simd::kernels().widen)(half, to);
+                        (simd::kernels().widen)(half, 1.0, to);
                     }
                 }
             }
@@ -643,7 +643,7 @@ impl Layer {
         }
         own.q.resize(material.slots.len() * n, 0.0);
         for (slot, q) in material.slots.iter().zip(own.q.chunks_exact_mut(n)) {
-            (simd::kernels().widen)(&kept[slot * n..(slot + 1) * n], q);
+            (simd::kernels().widen)(&kept[slot * n..(slot + 1) * n], 1.0, q);
         }
         let sample = fit::Sample {
             rows: &material.rows,

@@ -129,9 +129,7 @@ impl Basis {
             let from = 2 * d * part * d;
             let stored = f16s(&matrices[from..from + 2 * r * d])?;
             for (j, (row, stored)) in rows.chunks_exact_mut(d).zip(stored.chunks_exact(d)).enumerate() {
-                (simd::kernels().widen)(stored, row);
-                let scale = f32_at(floats, (1 + part) * d + j);
-                row.iter_mut().for_each(|x| *x *= scale);
+                (simd::kernels().widen)(stored, f32_at(floats, (1 + part) * d + j), row);
             }
         }
         Ok(())

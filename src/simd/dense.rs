@@ -247,20 +247,42 @@ pub fn largest(x: &[f32]) -> f32 {
     rest.iter().chain(&lanes).copied().fold(f32::NEG_INFINITY, larger)
 }
 
-/// `out[i] = x[i]`; f16 as f32.
+/// `out[i] = scale * x[i]`; f16 as f32.
 ///
 /// # Safety
 /// The features of `V` are there.
 #[inline(always)]
-pub unsafe fn widen<V: Lanes>(x: &[f16], out: &mut [f32]) {
+pub unsafe fn widen<V: Lanes>(x: &[f16], scale: f32, out: &mut [f32]) {
     let n = x.len().min(out.len());
     let whole = n / V::N * V::N;
     for i in (0..whole).step_by(V::N) {
         // SAFETY: both have `whole` elements; features are the caller's.
-        unsafe { V::load_half(x.as_ptr().add(i)).store(out.as_mut_ptr().add(i)) }
+        unsafe { V::load_half(x.as_ptr().add(i)).times(V::splat(scale)).store(out.as_mut_ptr().add(i)) }
     }
     for (out, x) in out[whole..n].iter_mut().zip(&x[whole..n]) {
-        *out = x.to_f32();
+        *out = scale * x.to_f32();
+    }
+}
+
+/// `out[j][i] = a[i][j]` for `n` rows of `m` floats.
+///
+/// # Safety
+/// The features of `V` are there.
+#[inline(always)]
+pub unsafe fn transpose<V: Lanes>(a: MatRef, out: MatMut, n: usize, m: usize) {
+    a.check(n, m);
+    out.check(m, n);
+    let (rows, columns) = (n / V::N * V::N, m / V::N * V::N);
+    for i in (0..rows).step_by(V::N) {
+        for j in (0..columns).step_by(V::N) {
+            // SAFETY: the square is inside of what was checked; features are the caller's.
+            unsafe { V::transpose(a.data.as_ptr().add(i * a.stride + j), a.stride, out.data.as_mut_ptr().add(j * out.stride + i), out.stride) }
+        }
+    }
+    for i in 0..n {
+        for j in if i < rows { columns } else { 0 }..m {
+            out.data[j * out.stride + i] = a.data[i * a.stride + j];
+        }
     }
 }
 

@@ -44,12 +44,22 @@ pub trait Lanes: Copy {
     /// # Safety
     /// As [`Lanes::splat`].
     unsafe fn add_product(self, a: Self, b: Self) -> Self;
+    /// `self * x`.
+    ///
+    /// # Safety
+    /// As [`Lanes::splat`].
+    unsafe fn times(self, x: Self) -> Self;
     /// exp by 2^n * 2^f with a degree-6 polynomial for 2^f on [-1/2, 1/2] (Taylor, relative error under 2e-7); 0 for minus infinity. Under -87 the
     /// result is not a normal number, so what is given is unimportant.
     ///
     /// # Safety
     /// As [`Lanes::splat`].
     unsafe fn exp(self) -> Self;
+    /// Transpose `N` rows of `N` floats. Arguments: the first row and the distance to the next, the same of the result.
+    ///
+    /// # Safety
+    /// As [`Lanes::splat`]; the rows are readable, and those of the result writable.
+    unsafe fn transpose(from: *const f32, stride: usize, to: *mut f32, to_stride: usize);
     /// Sums over the lanes of four vectors.
     ///
     /// # Safety
@@ -112,6 +122,13 @@ impl Lanes for Plain {
         self
     }
     #[inline(always)]
+    unsafe fn times(mut self, x: Self) -> Self {
+        for i in 0..8 {
+            self.0[i] *= x.0[i];
+        }
+        self
+    }
+    #[inline(always)]
     unsafe fn exp(mut self) -> Self {
         for x in &mut self.0 {
             // Comparisons, unlike `max` and `min`, are one instruction.
@@ -124,6 +141,20 @@ impl Lanes for Plain {
             *x = if *x > f32::NEG_INFINITY { e } else { 0.0 };
         }
         self
+    }
+    #[inline(always)]
+    unsafe fn transpose(from: *const f32, stride: usize, to: *mut f32, to_stride: usize) {
+        // Four by four: what a register of 128 bits holds.
+        for (i, j) in [(0, 0), (0, 4), (4, 0), (4, 4)] {
+            // SAFETY: the caller's contract.
+            unsafe {
+                let row = |r: usize| from.add((i + r) * stride + j).cast::<[f32; 4]>().read_unaligned();
+                let [a, b, c, d] = [row(0), row(1), row(2), row(3)];
+                for k in 0..4 {
+                    to.add((j + k) * to_stride + i).cast::<[f32; 4]>().write_unaligned([a[k], b[k], c[k], d[k]]);
+                }
+            }
+        }
     }
     #[inline(always)]
     unsafe fn sums(v: [Self; 4]) -> [f32; 4] {
@@ -188,6 +219,11 @@ mod x86 {
             Ymm(unsafe { _mm256_fmadd_ps(a.0, b.0, self.0) })
         }
         #[inline(always)]
+        unsafe fn times(self, x: Self) -> Self {
+            // SAFETY: see above.
+            Ymm(unsafe { _mm256_mul_ps(self.0, x.0) })
+        }
+        #[inline(always)]
         unsafe fn exp(self) -> Self {
             // SAFETY: see above.
             unsafe {
@@ -201,6 +237,31 @@ mod x86 {
                 }
                 let e = _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32::<23>(_mm256_castps_si256(rounded)));
                 Ymm(_mm256_and_ps(_mm256_castsi256_ps(e), _mm256_cmp_ps::<_CMP_GT_OQ>(self.0, _mm256_set1_ps(f32::NEG_INFINITY))))
+            }
+        }
+        #[inline(always)]
+        unsafe fn transpose(from: *const f32, stride: usize, to: *mut f32, to_stride: usize) {
+            // SAFETY: see above.
+            unsafe {
+                let (mut a, mut b) = ([_mm256_setzero_ps(); 8], [_mm256_setzero_ps(); 8]);
+                for (i, row) in a.iter_mut().enumerate() {
+                    *row = _mm256_loadu_ps(from.add(i * stride));
+                }
+                // Pairs of rows, then fours, then the halves of registers change places.
+                for i in 0..4 {
+                    b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+                    b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+                }
+                for i in 0..2 {
+                    for k in 0..2 {
+                        a[4 * i + 2 * k] = _mm256_shuffle_ps::<0x44>(b[4 * i + k], b[4 * i + k + 2]);
+                        a[4 * i + 2 * k + 1] = _mm256_shuffle_ps::<0xee>(b[4 * i + k], b[4 * i + k + 2]);
+                    }
+                }
+                for i in 0..4 {
+                    _mm256_storeu_ps(to.add(i * to_stride), _mm256_permute2f128_ps::<0x20>(a[i], a[i + 4]));
+                    _mm256_storeu_ps(to.add((i + 4) * to_stride), _mm256_permute2f128_ps::<0x31>(a[i], a[i + 4]));
+                }
             }
         }
         #[inline(always)]
@@ -247,6 +308,11 @@ mod x86 {
             Zmm(unsafe { _mm512_fmadd_ps(a.0, b.0, self.0) })
         }
         #[inline(always)]
+        unsafe fn times(self, x: Self) -> Self {
+            // SAFETY: see above.
+            Zmm(unsafe { _mm512_mul_ps(self.0, x.0) })
+        }
+        #[inline(always)]
         unsafe fn exp(self) -> Self {
             // SAFETY: see above.
             unsafe {
@@ -260,6 +326,40 @@ mod x86 {
                 }
                 let seen = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(self.0, _mm512_set1_ps(f32::NEG_INFINITY));
                 Zmm(_mm512_maskz_scalef_ps(seen, p, whole))
+            }
+        }
+        #[inline(always)]
+        unsafe fn transpose(from: *const f32, stride: usize, to: *mut f32, to_stride: usize) {
+            // SAFETY: see above.
+            unsafe {
+                let (mut a, mut b) = ([_mm512_setzero_ps(); 16], [_mm512_setzero_ps(); 16]);
+                for (i, row) in a.iter_mut().enumerate() {
+                    *row = _mm512_loadu_ps(from.add(i * stride));
+                }
+                // Pairs of rows, then fours, then the quarters of registers change places, eight rows and sixteen.
+                for i in 0..8 {
+                    b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+                    b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+                }
+                for i in 0..4 {
+                    for k in 0..2 {
+                        a[4 * i + 2 * k] = _mm512_shuffle_ps::<0x44>(b[4 * i + k], b[4 * i + k + 2]);
+                        a[4 * i + 2 * k + 1] = _mm512_shuffle_ps::<0xee>(b[4 * i + k], b[4 * i + k + 2]);
+                    }
+                }
+                // Column `4 q + i` of rows `4 r` to `4 r + 3` is quarter `q` of `a[4 r + i]`.
+                for i in 0..4 {
+                    b[i] = _mm512_shuffle_f32x4::<0x88>(a[i], a[i + 4]);
+                    b[i + 4] = _mm512_shuffle_f32x4::<0xdd>(a[i], a[i + 4]);
+                    b[i + 8] = _mm512_shuffle_f32x4::<0x88>(a[i + 8], a[i + 12]);
+                    b[i + 12] = _mm512_shuffle_f32x4::<0xdd>(a[i + 8], a[i + 12]);
+                }
+                for i in 0..4 {
+                    _mm512_storeu_ps(to.add(i * to_stride), _mm512_shuffle_f32x4::<0x88>(b[i], b[i + 8]));
+                    _mm512_storeu_ps(to.add((i + 4) * to_stride), _mm512_shuffle_f32x4::<0x88>(b[i + 4], b[i + 12]));
+                    _mm512_storeu_ps(to.add((i + 8) * to_stride), _mm512_shuffle_f32x4::<0xdd>(b[i], b[i + 8]));
+                    _mm512_storeu_ps(to.add((i + 12) * to_stride), _mm512_shuffle_f32x4::<0xdd>(b[i + 4], b[i + 12]));
+                }
             }
         }
         #[inline(always)]

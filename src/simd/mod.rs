@@ -200,8 +200,10 @@ pub struct Kernels {
     pub exp_sum: fn(x: &mut [f32], shift: f32) -> f32,
     /// The largest of `x`, -inf when it is empty.
     pub largest: fn(x: &[f32]) -> f32,
-    /// `out[i] = x[i]`, f16 as f32.
-    pub widen: fn(x: &[f16], out: &mut [f32]),
+    /// `out[i] = scale * x[i]`, f16 as f32.
+    pub widen: fn(x: &[f16], scale: f32, out: &mut [f32]),
+    /// `out[j][i] = a[i][j]`. Arguments `a, out`, rows and columns of `a`.
+    pub transpose: fn(MatRef, MatMut, usize, usize),
     /// `out[i] = table[index[i]]` for the rows of a tile.
     pub lookup: fn(table: &[f32; 256], index: &[u8], out: &mut [f32; TILE]),
     /// Sums of every 16 floats.
@@ -259,9 +261,14 @@ macro_rules! level {
                 dense::largest(x)
             }
             $(#[$feature])?
-            fn widen(x: &[f16], out: &mut [f32]) {
+            fn widen(x: &[f16], scale: f32, out: &mut [f32]) {
                 // SAFETY: this function is compiled for the features.
-                unsafe { dense::widen::<$lanes>(x, out) }
+                unsafe { dense::widen::<$lanes>(x, scale, out) }
+            }
+            $(#[$feature])?
+            fn transpose(a: MatRef, out: MatMut, n: usize, m: usize) {
+                // SAFETY: this function is compiled for the features.
+                unsafe { dense::transpose::<$lanes>(a, out, n, m) }
             }
             $(#[$feature])?
             fn lookup(table: &[f32; 256], index: &[u8], out: &mut [f32; TILE]) {
@@ -324,7 +331,9 @@ macro_rules! level {
                 // SAFETY: see above.
                 largest: |x| unsafe { largest(x) },
                 // SAFETY: see above.
-                widen: |x, o| unsafe { widen(x, o) },
+                widen: |x, s, o| unsafe { widen(x, s, o) },
+                // SAFETY: see above.
+                transpose: |a, o, n, m| unsafe { transpose(a, o, n, m) },
                 // SAFETY: see above.
                 lookup: |t, i, o| unsafe { lookup(t, i, o) },
                 // SAFETY: see above.
@@ -614,11 +623,18 @@ mod tests {
                 let want = (0..d).map(|i| (0.5 + (0..7).map(|j| f64::from(c[j]) * f64::from(m[j * d + i])).sum::<f64>(), 4.0));
                 assert!(worst(&y, want) < 1e-6);
                 let halves: Vec<f16> = noise(d, 3).iter().map(|x| f16::from_f32(*x)).collect();
-                (k.widen)(&halves, &mut y);
-                assert!(y.iter().zip(&halves).all(|(y, x)| *y == x.to_f32()));
+                (k.widen)(&halves, 0.75, &mut y);
+                assert!(y.iter().zip(&halves).all(|(y, x)| *y == 0.75 * x.to_f32()));
+            }
+            for (n, m) in [(0, 3), (16, 16), (33, 20), (7, 48), (130, 128)] {
+                let (sa, so) = (m + 3, n + 1);
+                let (a, mut out) = (noise(n * sa, 10), vec![7.0; m * so]);
+                (k.transpose)(MatRef::new(&a, sa), MatMut::new(&mut out, so), n, m);
+                let want = |i: usize| if i % so < n { a[i % so * sa + i / so] } else { 7.0 };
+                assert!(out.iter().enumerate().all(|(i, x)| *x == want(i)), "{:?} {n} {m}", k.level);
             }
             let (halves, mut y): (Vec<f16>, _) = ((0..=u16::MAX).map(f16::from_bits).collect(), vec![0.0; 1 << 16]);
-            (k.widen)(&halves, &mut y);
+            (k.widen)(&halves, 1.0, &mut y);
             // A NaN may become a quiet one.
             let same = |y: f32, x: f16| y.to_bits() == x.to_f32().to_bits() || y.is_nan() && x.is_nan();
             assert!(y.iter().zip(&halves).all(|(y, x)| same(*y, *x)), "{:?}", k.level);
