@@ -37,6 +37,8 @@ pub const BASIS_HEADER_BYTES: usize = 48;
 pub const FIT_ROWS: usize = 1024;
 /// Rows that come in while a fit is spread over decode steps, if there are slots for them.
 pub const FIT_LEAD: usize = 96;
+/// Heads whose rows are coded in the time it takes to look at one.
+pub const FIT_LOOK: usize = 10;
 /// The fewest rows a basis is fitted on, in small contexts.
 pub const FIT_ROWS_MIN: usize = 512;
 /// Gain bytes of one head in one tile: a byte per row for K and for V.

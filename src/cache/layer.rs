@@ -1,12 +1,12 @@
 //! What one layer does with its arenas: store, fit and rebuild, each as the plan says. Attention is in [`super::attend`] and, for long steps, in
-//! [`super::prefill`].
+//! [`super::prefill`]. What is found and coded for a fit in the steps before it waits on the heap until then.
 //!
 //! A layer is immutable but for its counters; arenas are passed in. Work is cut so that every piece touches bytes of its own:
 //! storing by KV head, attention by (KV head, chunk of rows), rebuilding by range of cells. Must not know how a plan is made,
 //! nor about threads.
 
 use super::arena::{self, ExactRows};
-use super::plan::{self, Change, Plan, SealRow, Source};
+use super::plan::{self, Change, Changes, Plan, SealRow, Source};
 use crate::attention::Scoring;
 use crate::codec::fit::{self, HeadRows, HeadSpectrum, Spectrum};
 use crate::codec::{self, calibration::Calibration, Basis, TileMap, TileWork};
@@ -19,7 +19,7 @@ use half::slice::HalfFloatSliceExt;
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Rows of queries, keys or values of one ubatch, f32, with strides in floats.
 #[derive(Debug, Clone, Copy)]
@@ -160,7 +160,18 @@ struct Studied {
     /// Heads that were looked at, until all were.
     heads: Vec<Option<HeadSpectrum>>,
     /// Then all heads' bases as an arena has them.
-    bases: Option<Vec<u8>>,
+    bases: Option<Arc<[u8]>>,
+    /// And what was coded with them.
+    coded: Vec<Option<Coded>>,
+}
+
+/// A head's tiles, coded ahead of the fit.
+#[derive(Debug)]
+struct Coded {
+    /// What made them, as plans have it.
+    changes: Vec<i32>,
+    /// All up to the last one in use: a fit leaves no gaps.
+    tiles: Vec<u8>,
 }
 
 #[derive(Default)]
@@ -188,8 +199,8 @@ pub struct HeadMut<'a> {
     pub tiles: &'a mut [u8],
 }
 
-/// Copies of what each head keeps before a fit: record and permanent exact rows, further exact rows and queries.
-type Waiting = Vec<(Vec<u8>, Vec<u8>)>;
+/// What each head keeps before a fit: record and permanent exact rows, further exact rows and queries.
+type Waiting<'a> = Vec<(&'a [u8], &'a [u8])>;
 
 /// The rows and queries that a plan names for a fit, and where each stands.
 struct Material {
@@ -326,10 +337,13 @@ impl Layer {
             self.count_append(plan);
         }
         if plan.studies(self.first_head + head) {
-            self.check_projection(projection)?;
+            self.check_projection(projection, head..head + 1)?;
             let material = self.material(plan, true);
             let found = self.look_at(head, &material, (m.exact, m.raw), plan, Some((q, k, v)), projection)?;
             self.note(plan.study.id, head, found);
+        }
+        if plan.studies(self.geometry.n_heads() + self.first_head + head) {
+            self.code_ahead(head, (m.exact, m.raw), plan)?;
         }
         self.store_head(head, m, plan, Some((q, k, v)))
     }
@@ -341,6 +355,8 @@ impl Layer {
 
     fn count_append(&self, plan: &Plan) {
         self.mark_used();
+        // Below zero it is one that was given up.
+        self.take_study(plan.study.id.wrapping_neg());
         let c = &self.counters;
         let tokens = plan.tokens().len() as u64;
         let prefill = tokens > MAX_QUERIES as u64;
@@ -364,7 +380,7 @@ impl Layer {
                 let rows = ExactRows::new(g, slots, m.exact, m.raw)?;
                 let stored = input.map(|(_, k, v)| (k, v));
                 let source = |s: Source, k: &mut [f32], v: &mut [f32]| self.fetch(head, s, &rows, stored, k, v);
-                self.change_tiles(kernels, m.bases, m.tiles, plan, source)?;
+                self.change_tiles(kernels, m.bases, m.tiles, plan.changes(), source)?;
             }
         } else if let (Some((q, _, _)), false) = (input, m.raw.is_empty()) {
             let kept = arena::queries_mut(g, m.raw)?;
@@ -424,13 +440,13 @@ impl Layer {
         }
     }
 
-    /// Carry out the plan's changes to one head's tiles.
+    /// Carry out changes to one head's tiles.
     fn change_tiles(
         &self,
         kernels: &Kernels,
         bases: &[u8],
         tiles: &mut [u8],
-        plan: &Plan,
+        changes: Changes,
         source: impl Fn(Source, &mut [f32], &mut [f32]),
     ) -> Result<()> {
         let g = self.shape();
@@ -442,7 +458,7 @@ impl Layer {
             let mut turn = Turn::default();
             s.rows_k.resize(TILE * g.d_k, 0.0);
             s.rows_v.resize(TILE * g.d_v, 0.0);
-            for change in plan.changes() {
+            for change in changes {
                 let (tile, rows) = match change {
                     Change::Move { from, to } => {
                         let codes = codec::take_row(&map, tiles, from);
@@ -474,8 +490,12 @@ impl Layer {
         })
     }
 
-    fn check_projection(&self, projection: &[f32]) -> Result<()> {
-        if !projection.iter().all(|x| x.is_finite()) || !projection.len().is_multiple_of(self.shape().n_head * self.shape().d_v) {
+    /// Checks what some KV heads look at.
+    fn check_projection(&self, projection: &[f32], heads: Range<usize>) -> Result<()> {
+        let (g, n) = (self.shape(), self.shape().group() * self.shape().d_v);
+        // No early end within a row: a loop that may stop is not made of vectors.
+        let is_finite = |row: &[f32]| row[heads.start * n..heads.end * n].iter().fold(true, |finite, x| finite & x.is_finite());
+        if !projection.len().is_multiple_of(g.n_head * g.d_v) || !projection.chunks_exact(g.n_head * g.d_v).all(is_finite) {
             return argument("the output projection is not finite or does not consist of whole rows");
         }
         Ok(())
@@ -484,24 +504,27 @@ impl Layer {
     /// Whether storing the heads `ith, ith + nth, ..` of this plan looks at the output projection; a fit is the first thread's.
     pub fn wants_projection(&self, plan: &Plan, ith: usize, nth: usize) -> bool {
         if plan.fit {
-            let studies = self.studies.lock().unwrap_or_else(|e| e.into_inner());
-            let is_known = studies.iter().any(|s| s.id == plan.study.id && s.bases.is_some());
+            let is_known = self.studies().iter().any(|s| s.id == plan.study.id && s.bases.is_some());
             return ith == 0 && self.calibrated.is_none() && !is_known;
         }
         (ith..self.shape().n_head_kv).step_by(nth).any(|head| plan.studies(self.first_head + head))
     }
 
+    fn studies(&self) -> MutexGuard<'_, Vec<Studied>> {
+        self.studies.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
     /// Note what a study found in a head. Who finds the last one makes the bases.
     fn note(&self, id: i32, head: usize, found: HeadSpectrum) {
-        let lock = || self.studies.lock().unwrap_or_else(|e| e.into_inner());
+        let n = self.shape().n_head_kv;
         let complete = {
-            let mut studies = lock();
+            let mut studies = self.studies();
             let at = studies.iter().position(|s| s.id == id).unwrap_or_else(|| {
                 // A stream has one study at a time: what is more was given up.
                 if studies.len() >= self.geometry.config.n_streams as usize {
                     studies.remove(0);
                 }
-                studies.push(Studied { id, heads: vec![None; self.shape().n_head_kv], bases: None });
+                studies.push(Studied { id, heads: vec![None; n], bases: None, coded: Vec::new() });
                 studies.len() - 1
             });
             let heads = &mut studies[at].heads;
@@ -510,65 +533,111 @@ impl Layer {
         };
         let Some(heads) = complete else { return };
         let bases = self.spend(heads);
-        if let Some(study) = lock().iter_mut().find(|s| s.id == id) {
-            study.bases = Some(bases);
+        if let Some(study) = self.studies().iter_mut().find(|s| s.id == id) {
+            (study.bases, study.coded) = (Some(bases), std::iter::repeat_with(|| None).take(n).collect());
         }
     }
 
+    /// Code a head's rows as the plan expects of the fit. Without bases that is left to the fit.
+    fn code_ahead(&self, head: usize, (exact, raw): (&[u8], &[u8]), plan: &Plan) -> Result<()> {
+        let bases = self.studies().iter().find(|s| s.id == plan.study.id).and_then(|s| s.bases.clone());
+        let Some(bases) = bases else { return Ok(()) };
+        let source = ExactRows::new(self.shape(), self.geometry.exact, exact, raw)?;
+        let tiles = self.code(head, &bases, None, plan.ahead(), |s, k, v| self.fetch(head, s, &source, None, k, v))?;
+        if let Some(study) = self.studies().iter_mut().find(|s| s.id == plan.study.id) {
+            study.coded[head] = Some(Coded { changes: plan.ahead().ints().to_vec(), tiles });
+        }
+        Ok(())
+    }
+
+    /// A head's tiles, up to the last one in use, after the changes of a fit. What was coded ahead is taken if the first changes are those
+    /// that made it.
+    fn code(
+        &self,
+        head: usize,
+        bases: &[u8],
+        ahead: Option<Coded>,
+        changes: Changes,
+        source: impl Fn(Source, &mut [f32], &mut [f32]),
+    ) -> Result<Vec<u8>> {
+        let g = self.shape();
+        let bases = &bases[head * g.basis_bytes()..(head + 1) * g.basis_bytes()];
+        let map = TileMap::of(self.geometry.band_tiles, g, bases);
+        let known = ahead.and_then(|c| Some((c.tiles, changes.after(&c.changes)?)));
+        let (mut tiles, rest) = known.unwrap_or((Vec::new(), changes));
+        tiles.resize(changes.map(|c| map.place(c.last_tile()).bytes.end).max().unwrap_or(0), 0);
+        if !rest.ints().is_empty() {
+            self.change_tiles(simd::kernels(), bases, &mut tiles, rest, source)?;
+        }
+        Ok(tiles)
+    }
+
     /// All heads' bases, as an arena has them.
-    fn spend(&self, heads: Vec<HeadSpectrum>) -> Vec<u8> {
+    fn spend(&self, heads: Vec<HeadSpectrum>) -> Arc<[u8]> {
         let (g, ends) = (self.shape(), self.geometry.band_ends());
         let mut bytes = vec![0; g.n_head_kv * g.basis_bytes()];
         let bases = Spectrum::new(ends.to_vec(), heads).bases(g, ends);
         bytes.chunks_exact_mut(g.basis_bytes()).zip(bases).for_each(|(bytes, b)| store_bases(g, &b, bytes));
-        bytes
+        bytes.into()
     }
 
     /// What a study found, which is over.
     fn take_study(&self, id: i32) -> Option<Studied> {
-        let mut studies = self.studies.lock().unwrap_or_else(|e| e.into_inner());
+        let mut studies = self.studies();
         studies.iter().position(|s| s.id == id).map(|at| studies.remove(at))
     }
 
-    /// Store a whole step that fits the bases first. Single-threaded; allocates temporary copies of the waiting rows.
+    /// Store a whole step that fits the bases first. Single-threaded; allocates memory for tiles, which then take the place of their rows.
     /// `projection` holds rows of the output projection, `n_head * d_v` each, or nothing for identity.
     pub fn append_fit(&self, arena: &mut [u8], plan: &Plan, q: &Rows, k: &Rows, v: &Rows, projection: &[f32]) -> Result<()> {
         self.check_rows(plan, &[q, k, v])?;
         for head in 0..self.shape().n_head_kv {
             self.check_finite(head, k, v)?;
         }
-        self.check_projection(projection)?;
+        self.check_projection(projection, 0..self.shape().n_head_kv)?;
         self.count_append(plan);
         self.fit_and_store(arena, plan, Some((q, k, v)), projection)
     }
 
     fn fit_and_store(&self, arena: &mut [u8], plan: &Plan, input: Option<(&Rows, &Rows, &Rows)>, projection: &[f32]) -> Result<()> {
-        let (g, slots, kernels) = (self.shape(), self.geometry.exact, simd::kernels());
+        let (g, slots) = (self.shape(), self.geometry.exact);
         let before = arena::ranges(arena, g, &self.geometry.band_tiles, false)?;
         let calibrated = self.calibrated_bases()?;
-        let study = self.take_study(plan.study.id);
-        let is_known = calibrated.is_some() || study.as_ref().is_some_and(|s| s.bases.is_some());
-        // Bases and tiles are about to take the place of the waiting rows: work from copies. Queries are for a fit alone.
-        let rows = (self.geometry.raw - slots) * g.row_bytes();
-        let raw = |r: &arena::HeadRanges| arena[r.raw.start..if is_known { r.raw.start + rows } else { r.raw.end }].to_vec();
-        let waiting: Waiting = before.iter().map(|r| (arena[r.exact.clone()].to_vec(), raw(r))).collect();
-        let at = g.body_offset()..g.body_offset() + g.n_head_kv * g.basis_bytes();
-        match calibrated {
-            Some(bases) => arena[at].copy_from_slice(bases),
-            None => arena[at].copy_from_slice(&self.fit(study, &waiting, plan, input, projection)?),
-        }
-        arena::write_header(arena);
-        let stored = input.map(|(_, k, v)| (k, v));
-        let after = arena::ranges(arena, g, &self.geometry.band_tiles, true)?;
-        for (head, (exact, raw)) in waiting.iter().enumerate() {
-            let source = ExactRows::new(g, slots, exact, raw)?;
-            let (bases, tiles) = arena.split_at_mut(after[head].tiles.start);
-            let tiles = &mut tiles[..after[head].tiles.len()];
-            self.change_tiles(kernels, &bases[after[head].bases.clone()], tiles, plan, |s, k, v| self.fetch(head, s, &source, stored, k, v))?;
-            let record = &mut arena[after[head].exact.clone()];
-            for (from, to) in plan.relocations() {
-                arena::exact_row_mut(g, slots, record, &mut [], to)?.copy_from_slice(source.row(from));
+        let mut study = self.take_study(plan.study.id);
+        let mut coded = study.as_mut().map(|s| std::mem::take(&mut s.coded)).unwrap_or_default();
+        coded.resize_with(g.n_head_kv, || None);
+        let waiting: Waiting = before.iter().map(|r| (&arena[r.exact.clone()], &arena[r.raw.clone()])).collect();
+        let fitted;
+        let bases = match calibrated {
+            Some(bases) => bases,
+            None => {
+                fitted = self.fit(study, &waiting, plan, input, projection)?;
+                &fitted
             }
+        };
+        let stored = input.map(|(_, k, v)| (k, v));
+        let tiles = coded.into_iter().zip(&waiting).enumerate().map(|(head, (coded, (exact, raw)))| {
+            let source = ExactRows::new(g, slots, exact, raw)?;
+            self.code(head, bases, coded, plan.changes(), |s, k, v| self.fetch(head, s, &source, stored, k, v))
+        });
+        let tiles = tiles.collect::<Result<Vec<_>>>()?;
+        // Nothing has been written so far. Rows that stay exact leave the body, then bases and tiles take it.
+        let (front, body) = arena.split_at_mut(g.body_offset());
+        let mut row = Vec::new();
+        for r in &before {
+            let (record, raw) = (&mut front[r.exact.clone()], &body[r.raw.start - g.body_offset()..r.raw.end - g.body_offset()]);
+            for (from, to) in plan.relocations() {
+                row.clear();
+                row.extend_from_slice(ExactRows::new(g, slots, record, raw)?.row(from));
+                arena::exact_row_mut(g, slots, record, &mut [], to)?.copy_from_slice(&row);
+            }
+        }
+        body[..bases.len()].copy_from_slice(bases);
+        arena::write_header(arena);
+        let after = arena::ranges(arena, g, &self.geometry.band_tiles, true)?;
+        for (head, (r, tiles)) in after.into_iter().zip(tiles).enumerate() {
+            arena[r.tiles][..tiles.len()].copy_from_slice(&tiles);
+            let record = &mut arena[r.exact];
             if let Some((_, k, v)) = input {
                 self.store_tokens(head, record, &mut [], plan, k, v)?;
             }
@@ -585,7 +654,7 @@ impl Layer {
         plan: &Plan,
         input: Option<(&Rows, &Rows, &Rows)>,
         projection: &[f32],
-    ) -> Result<Vec<u8>> {
+    ) -> Result<Arc<[u8]>> {
         let known = match study {
             Some(Studied { bases: Some(bases), .. }) => return Ok(bases),
             Some(Studied { heads, .. }) => heads,
@@ -670,7 +739,7 @@ impl Layer {
             return if has_run || lost { Ok(()) } else { self.fit_and_store(arena, plan, None, &[]) };
         }
         for (head, r) in heads.into_iter().enumerate() {
-            if arena::epoch(&arena[r.exact.clone()]) == plan.epoch || (!plan.fitted && plan.n_seals() == 0) {
+            if arena::epoch(&arena[r.exact.clone()]) == plan.epoch || !plan.fitted {
                 continue;
             }
             let bases = arena[r.bases.clone()].to_vec();

@@ -5,9 +5,10 @@
 
 use crate::config::{Geometry, BANDS, FIT_ROWS_MIN, QUERY_SLOTS, TILE};
 use crate::error::{Error, Result};
+use std::slice::ChunksExact;
 
 const MAGIC: i32 = 0x534b_5650;
-const VERSION: i32 = 3;
+const VERSION: i32 = 4;
 const HEADER: usize = 16;
 const TILE_INTS: usize = 1 + 2 * TILE;
 const MOVE: i32 = 0;
@@ -80,12 +81,24 @@ pub enum Change<Rows> {
     },
 }
 
-/// A fit that is prepared in the steps before it: each looks at some heads. A study whose id a layer does not know has seen nothing.
+impl<Rows> Change<Rows> {
+    /// The last tile it has to do with.
+    pub fn last_tile(&self) -> usize {
+        match self {
+            Change::Move { from, to } => from.max(to) / TILE,
+            Change::Recode { from, to } => *from.max(to),
+            Change::Seal { tile, .. } => *tile,
+        }
+    }
+}
+
+/// A fit that is prepared in the steps before it: each looks at some heads, or, when all were looked at, codes the rows of some aside.
+/// A study whose id a layer does not know has seen nothing.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Study {
-    /// Tells studies apart, in a process; 0 for none.
+    /// Tells studies apart, in a process; 0 for none, below that one to forget.
     pub id: i32,
-    /// First KV head to look at in this step, counted over all layers.
+    /// First KV head to look at in this step, counted over all layers; counted on behind the last one, the first to be coded.
     pub from: i32,
     /// The one after the last.
     pub to: i32,
@@ -108,6 +121,8 @@ pub struct PlanData {
     pub exact: Vec<(u32, u32, i32)>,
     /// What happens to the tiles, in order.
     pub changes: Vec<Change<[SealRow; TILE]>>,
+    /// Where rows are coded aside: the first of the changes that a fit is expected to make. Their rows are in slots.
+    pub ahead: Vec<Change<[SealRow; TILE]>>,
     /// Exact rows to move when the fit takes the slots behind the permanent ones: `(from, to)`.
     pub relocations: Vec<(u32, u32)>,
     /// Queries to keep for the fit: `(token, query slot)`.
@@ -151,7 +166,7 @@ impl PlanData {
             counts[2] += 1;
         }
         let changes_at = w.at;
-        for change in &self.changes {
+        for change in self.changes.iter().chain(&self.ahead) {
             match change {
                 Change::Move { from, to } => w.puts([MOVE, *from as i32, *to as i32])?,
                 Change::Recode { from, to } => w.puts([RECODE, *from as i32, *to as i32])?,
@@ -161,7 +176,7 @@ impl PlanData {
                 }
             }
         }
-        // Changes differ in length: the header has their ints.
+        // Changes differ in length: the header has their ints. What they are, now or ahead, the flags say.
         counts[3] = (w.at - changes_at) as i32;
         counts[4] = w.items(self.relocations.iter().map(|m| [m.0 as i32, m.1 as i32]))?;
         counts[5] = w.items(self.records.iter().map(|r| [r.0 as i32, r.1 as i32]))?;
@@ -229,7 +244,8 @@ pub struct Plan<'a> {
     tokens: &'a [i32],
     exact: &'a [i32],
     tiles: &'a [i32],
-    changes: &'a [i32],
+    changes: Changes<'a>,
+    ahead: Changes<'a>,
     relocations: &'a [i32],
     records: &'a [i32],
     fit_rows: &'a [i32],
@@ -267,6 +283,46 @@ impl TileView<'_> {
     }
 }
 
+/// Changes to the tiles in transport form, one after another.
+#[derive(Debug, Clone, Copy)]
+pub struct Changes<'a>(&'a [i32]);
+
+/// The rows of a tile to be filled, in transport form.
+type SealRows<'a> = std::iter::Map<ChunksExact<'a, i32>, fn(&'a [i32]) -> SealRow>;
+
+impl<'a> Changes<'a> {
+    /// As the plan has them.
+    pub fn ints(&self) -> &'a [i32] {
+        self.0
+    }
+    /// What comes after some `first` changes; `None` when the first ones are others.
+    pub fn after(&self, first: &[i32]) -> Option<Self> {
+        self.0.strip_prefix(first).map(Changes)
+    }
+    fn are_whole(mut self) -> bool {
+        self.by_ref().for_each(drop);
+        self.0.is_empty()
+    }
+}
+
+impl<'a> Iterator for Changes<'a> {
+    type Item = Change<SealRows<'a>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let (change, tail) = self.0.split_at_checked(change_ints(self.0)?)?;
+        self.0 = tail;
+        let (from, to) = (change[1] as usize, change[2] as usize);
+        Some(match change[0] {
+            MOVE => Change::Move { from, to },
+            RECODE => Change::Recode { from, to },
+            _ => {
+                let row: fn(&'a [i32]) -> SealRow = |r| SealRow { source: Source::from_int(r[0]), turn: r[1] };
+                Change::Seal { tile: from, rows: change[2..].chunks_exact(2).map(row) }
+            }
+        })
+    }
+}
+
 /// Ints of the first change, or `None` when there is none that is known.
 fn change_ints(changes: &[i32]) -> Option<usize> {
     match *changes.first()? {
@@ -297,15 +353,18 @@ impl<'a> Plan<'a> {
             }
         }
         let [tokens, exact, tiles, changes, relocations, records, fit_rows, fit_queries] = parts;
+        let (fit, fitted) = (ints[3] & 1 != 0, ints[3] & 2 != 0);
+        let (changes, ahead) = if fit || fitted { (changes, [].as_slice()) } else { ([].as_slice(), changes) };
         Ok(Plan {
             epoch: ints[2],
-            fit: ints[3] & 1 != 0,
-            fitted: ints[3] & 2 != 0,
+            fit,
+            fitted,
             study: Study { id: ints[13], from: ints[14], to: ints[15] },
             tokens,
             exact,
             tiles,
-            changes,
+            changes: Changes(changes),
+            ahead: Changes(ahead),
             relocations,
             records,
             fit_rows,
@@ -327,13 +386,13 @@ impl<'a> Plan<'a> {
             && !(self.fit && self.fitted)
             && (g.tiles > 0 || !(self.fit || self.fitted))
             && (0..=self.study.to).contains(&self.study.from)
-            && (self.study.from == self.study.to || g.keeps_queries() && self.study.id != 0 && !(self.fit || self.fitted))
+            && (self.study.from == self.study.to || g.keeps_queries() && self.study.id > 0 && !(self.fit || self.fitted))
             && self.tokens.chunks_exact(2).all(|t| t[0] >= 0 && t[1] >= -1 && t[1] < stored as i32)
             && self.exact().all(|(slot, ..)| slot < slots)
             && self.tiles().all(|t| self.fitted && t.tile < g.tiles)
-            && self.changes_are_whole()
-            && (self.changes.is_empty() || self.fitted || self.fit)
-            && self.changes().all(|change| match change {
+            && self.changes.are_whole()
+            && self.ahead.are_whole()
+            && self.changes.chain(self.ahead).all(|change| match change {
                 Change::Move { from, to } => from < rows && to < rows && g.band_of(from / TILE) == g.band_of(to / TILE),
                 Change::Recode { from, to } => from < g.tiles && to < g.tiles && from != to,
                 Change::Seal { tile, mut rows } => tile < g.tiles && rows.all(|r| source(r.source)),
@@ -348,7 +407,7 @@ impl<'a> Plan<'a> {
             Err(Error::Data("plan: a slot, tile, row or token is out of range".into()))
         }
     }
-    /// Whether a head, counted over all layers, is looked at in this step.
+    /// Whether a head, counted as in [`Study`], is looked at or coded in this step.
     pub fn studies(&self, head: usize) -> bool {
         (self.study.from as usize..self.study.to as usize).contains(&head)
     }
@@ -369,29 +428,12 @@ impl<'a> Plan<'a> {
         self.tiles.chunks_exact(TILE_INTS).map(|t| TileView { tile: t[0] as usize, rows: &t[1..] })
     }
     /// What happens to the tiles, in order.
-    pub fn changes(&self) -> impl Iterator<Item = Change<impl ExactSizeIterator<Item = SealRow> + 'a>> + 'a {
-        let mut rest = self.changes;
-        std::iter::from_fn(move || {
-            let n = change_ints(rest)?;
-            let (change, tail) = rest.split_at_checked(n)?;
-            rest = tail;
-            let (from, to) = (change[1] as usize, *change.get(2)? as usize);
-            Some(match change[0] {
-                MOVE => Change::Move { from, to },
-                RECODE => Change::Recode { from, to },
-                _ => {
-                    let rows = change[2..].chunks_exact(2).map(|r| SealRow { source: Source::from_int(r[0]), turn: r[1] });
-                    Change::Seal { tile: from, rows }
-                }
-            })
-        })
+    pub fn changes(&self) -> Changes<'a> {
+        self.changes
     }
-    fn changes_are_whole(&self) -> bool {
-        let mut rest = self.changes;
-        while let Some(tail) = change_ints(rest).and_then(|n| rest.get(n..)) {
-            rest = tail;
-        }
-        rest.is_empty()
+    /// See [`PlanData::ahead`].
+    pub fn ahead(&self) -> Changes<'a> {
+        self.ahead
     }
     /// Tiles filled in this step.
     pub fn n_seals(&self) -> usize {

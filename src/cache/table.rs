@@ -9,16 +9,19 @@
 //! A table whose cells are all gone forgets its basis: what comes next gets the output it would get alone. With a calibration the
 //! first step with rows is the one that "fits": it has nothing to look at, it stores the bases that the layers have.
 //!
-//! The fit is too much work for one decode step. From some rows before it on, plans say which heads to look at (a study), so that
-//! the step that fits finds that done; a step of many tokens fits at once, and so does one after which the waiting rows have no slots.
+//! The fit is too much work for one decode step. From some rows before it on, plans say which heads to look at (a study), and then of
+//! which heads to code the rows that the fit will seal, so that the step that fits finds that done; a step of many tokens fits at once,
+//! and so does one after which the waiting rows have no slots. When a row that was coded ahead goes, its slot may get another one: the
+//! study is given up and begins again.
 //!
 //! A plan is pending until `commit`. Freeing the rows of vanished cells is a fact and is not rolled back; everything else is
 //! applied by `commit`. Must not know what rows contain, nor how many layers there are.
 
 use super::plan::{self, Change, PlanData, SealRow, Source, Study, FIT_ROWS_MAX};
 use crate::codec::anchor;
-use crate::config::{Geometry, BANDS, FIT_LEAD, MAX_QUERIES, QUERY_SLOTS, TILE};
+use crate::config::{Geometry, BANDS, FIT_LEAD, FIT_LOOK, MAX_QUERIES, QUERY_SLOTS, TILE};
 use crate::error::{argument, Error, Result};
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
 use std::sync::Arc;
 
@@ -64,16 +67,30 @@ pub struct Table {
     epoch: i32,
     queries: Vec<Option<(i32, i32)>>,
     seen: u64,
-    /// The fit that is being prepared: its study so far, and the rows of a sequence at which it should be over.
-    study: Option<(Study, usize)>,
+    /// The fit that is being prepared.
+    study: Option<Preparation>,
+    /// Slots whose rows plans of this study had coded ahead, be they committed or not.
+    ahead: BTreeSet<usize>,
+    /// A study that was given up and that layers have not been told of.
+    given_up: i32,
     pending: Option<Pending>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Preparation {
+    /// What is done.
+    study: Study,
+    /// Rows of a sequence at which it should be over.
+    end: usize,
+    /// Rows that each sequence that grows gets until then.
+    coming: usize,
 }
 
 #[derive(Debug, Clone)]
 struct Pending {
     data: PlanData,
     /// [`Table::study`] after it.
-    study: Option<(Study, usize)>,
+    study: Option<Preparation>,
     /// Position and sequence of every new token.
     token_places: Vec<(i32, i32)>,
     /// Cell of every sealed row and its `turn - position`, in the order of the seals.
@@ -110,6 +127,31 @@ struct Candidate {
     stored_turn: i32,
 }
 
+impl Candidate {
+    fn token(&self) -> Option<usize> {
+        match self.source {
+            Source::Token(token) => Some(token),
+            Source::Slot(_) => None,
+        }
+    }
+}
+
+/// The rows of a sequence, without sinks, that are behind its window when `coming` ones have been added: tile by tile.
+fn groups(rest: &[Candidate], window: usize, coming: usize) -> impl Iterator<Item = &[Candidate]> {
+    rest.chunks_exact(TILE).take((rest.len() + coming).saturating_sub(window) / TILE)
+}
+
+/// Whether new rows are among these.
+fn grows(rows: &[Candidate]) -> bool {
+    rows.iter().any(|c| c.token().is_some())
+}
+
+/// The slots of rows that are sealed.
+fn sealed_slots(changes: &[Change<[SealRow; TILE]>]) -> impl Iterator<Item = usize> + '_ {
+    let rows = changes.iter().filter_map(|c| if let Change::Seal { rows, .. } = c { Some(rows) } else { None });
+    rows.flatten().filter_map(|r| if let Source::Slot(slot) = r.source { Some(slot) } else { None })
+}
+
 /// The anchor of each row of a tile: that of the middle of its run of near positions. A row far from its anchor would lie
 /// outside the frames the basis was fitted in; each further anchor costs attention one more projection.
 fn anchors(group: &[Candidate]) -> Vec<i32> {
@@ -135,6 +177,8 @@ impl Table {
             queries: vec![None; QUERY_SLOTS],
             seen: 0,
             study: None,
+            ahead: BTreeSet::new(),
+            given_up: 0,
             pending: None,
             geometry,
         }
@@ -142,7 +186,8 @@ impl Table {
 
     /// A copy for another arena: what layers know of this one's rows stays with it.
     pub fn copied(&self) -> Self {
-        Table { study: None, ..self.clone() }
+        let pending = self.pending.clone().map(|p| Pending { study: None, ..p });
+        Table { study: None, ahead: BTreeSet::new(), given_up: 0, pending, ..self.clone() }
     }
 
     /// The geometry this table belongs to.
@@ -152,10 +197,10 @@ impl Table {
 
     /// Forget everything.
     pub fn reset(&mut self) {
-        let epoch = self.pending.as_ref().map_or(self.epoch, |p| p.data.epoch);
-        *self = Table::new(self.geometry.clone());
+        self.give_up();
         // Epochs go on, so that an arena never takes a new plan for one it has seen.
-        self.epoch = epoch;
+        let epoch = self.pending.as_ref().map_or(self.epoch, |p| p.data.epoch);
+        *self = Table { epoch, given_up: self.given_up, ..Table::new(self.geometry.clone()) };
     }
 
     /// Bases exist.
@@ -180,9 +225,22 @@ impl Table {
         }
     }
 
+    /// The fit is no longer being prepared.
+    fn give_up(&mut self) {
+        self.ahead.clear();
+        if let Some(p) = self.study.take() {
+            self.given_up = p.study.id;
+        }
+    }
+
     fn free(&mut self, cell: usize) {
         match self.locate(cell) {
-            Some((Location::Slot(slot), _)) => self.slot_cell[slot] = NOWHERE,
+            Some((Location::Slot(slot), _)) => {
+                self.slot_cell[slot] = NOWHERE;
+                if self.ahead.contains(&slot) {
+                    self.give_up();
+                }
+            }
             Some((Location::Coded(tile, row), _)) => {
                 self.row_cell[tile * TILE + row] = NOWHERE;
                 self.live[tile] &= !(1 << row);
@@ -225,7 +283,7 @@ impl Table {
             self.fitted = false;
             self.queries.fill(None);
             self.seen = 0;
-            self.study = None;
+            self.give_up();
         }
     }
 
@@ -262,6 +320,7 @@ impl Table {
             (tile as u32, rows)
         });
         let used = pending.data.write(tiles, out)?;
+        self.ahead.extend(sealed_slots(&pending.data.ahead));
         self.pending = Some(pending);
         Ok(used)
     }
@@ -287,8 +346,8 @@ impl Table {
         if g.tiles > 0 && !self.fitted && !new.is_empty() {
             let longest = sequences.iter().map(|s| s.len()).max().unwrap_or(0);
             let next = self.next_study(&sequences, candidates.len(), longest, new.len());
-            study = next.or(study.map(|(s, end)| (Study { from: s.to, ..s }, end)));
-            data.study = study.map_or(Study::default(), |(study, _)| study);
+            study = next.or(study.map(|p| Preparation { study: Study { from: p.study.to, ..p.study }, ..p }));
+            data.study = study.map_or(Study::default(), |p| p.study);
             data.fit = candidates.len() > g.raw || longest >= g.fit_rows && (next.is_none() || data.study.from == data.study.to);
             if data.fit {
                 // What is left is looked at in the fit.
@@ -304,37 +363,34 @@ impl Table {
                     data.records.push((i as u32, (n / stride % QUERY_SLOTS as u64) as u32));
                 }
             }
-            if data.fit || data.study.from < data.study.to {
+            if data.fit || data.study.from < data.study.to.min(g.n_heads() as i32) {
                 self.fit_on(&mut data, &sequences, sinks, &at, new);
             }
         }
 
-        let mut sealed_rows = Vec::new();
-        let mut leaving = vec![false; new.len()];
+        if !new.is_empty() && data.study.id == 0 {
+            data.study.id = -self.given_up;
+        }
+
+        let (mut sealed_rows, mut leaving) = (Vec::new(), vec![false; new.len()]);
+        let mut tiles = Tiles::new(self);
+        let (window, rests) = (g.config.window as usize, sequences.iter().map(|s| &s[sinks(s)..]));
         if self.fitted || data.fit {
-            let (window, mut tiles) = (g.config.window as usize, Tiles::new(self));
-            let waiting = |rest: &[Candidate]| rest.len().saturating_sub(window);
-            let most = sequences.iter().map(|s| waiting(&s[sinks(s)..])).max().unwrap_or(0);
+            let most = rests.clone().map(|rest| rest.len().saturating_sub(window)).max().unwrap_or(0);
             if most < TILE && !new.is_empty() {
                 tiles.prepare(most);
             }
-            for s in &sequences {
-                let rest = &s[sinks(s)..];
-                let n = waiting(rest) / TILE;
-                for group in rest.chunks_exact(TILE).take(n) {
-                    let tile = tiles.take(0)?;
-                    let anchors = anchors(group);
-                    let rows: [SealRow; TILE] = std::array::from_fn(|i| {
-                        if let Source::Token(t) = group[i].source {
-                            leaving[t] = true;
-                        }
-                        SealRow { source: group[i].source, turn: group[i].stored_turn.wrapping_sub(anchors[i]) }
-                    });
-                    tiles.seal(tile, rows);
-                    sealed_rows.push(std::array::from_fn(|i| (group[i].cell, anchors[i].wrapping_sub(group[i].pos))));
-                }
+            for group in rests.flat_map(|rest| groups(rest, window, 0)) {
+                let anchors = tiles.seal(group)?;
+                sealed_rows.push(std::array::from_fn(|i| (group[i].cell, anchors[i].wrapping_sub(group[i].pos))));
+                group.iter().filter_map(Candidate::token).for_each(|t| leaving[t] = true);
             }
             data.changes = tiles.changes;
+        } else if let Some(p) = study.filter(|p| (g.n_heads() as i32..p.study.to).contains(&p.study.from)) {
+            let groups = rests.flat_map(|rest| groups(rest, window, if grows(rest) { p.coming } else { 0 }));
+            // What is not in slots yet, or finds no tile, is left to the fit.
+            let _ = groups.take_while(|group| !grows(group)).try_for_each(|group| tiles.seal(group).map(drop));
+            data.ahead = tiles.changes;
         }
         self.slots(&mut data, new, &leaving)?;
         let token_places = new.iter().map(|c| (cells.pos[*c as usize], cells.seq[*c as usize])).collect();
@@ -342,15 +398,14 @@ impl Table {
     }
 
     /// What this step does for a fit to come; `None` when nothing can be prepared: it is early, or rows come in faster than that.
-    fn next_study(&self, sequences: &[&[Candidate]], rows: usize, longest: usize, tokens: usize) -> Option<(Study, usize)> {
+    fn next_study(&self, sequences: &[&[Candidate]], rows: usize, longest: usize, tokens: usize) -> Option<Preparation> {
         let g = &self.geometry;
         if !g.keeps_queries() || tokens > MAX_QUERIES {
             return None;
         }
-        let has_new = |s: &&&[Candidate]| s.iter().any(|c| matches!(c.source, Source::Token(_)));
-        let growth = tokens.div_ceil(sequences.iter().filter(has_new).count().max(1));
+        let growth = tokens.div_ceil(sequences.iter().filter(|s| grows(s)).count().max(1));
         let (study, end) = match self.study {
-            Some((study, end)) => (Study { from: study.to, ..study }, end),
+            Some(Preparation { study, end, .. }) => (Study { from: study.to, ..study }, end),
             None if longest + FIT_LEAD >= g.fit_rows || rows + FIT_LEAD >= g.raw => {
                 let id = STUDIES.fetch_add(1, Relaxed).max(1);
                 (Study { id, ..Study::default() }, g.fit_rows.max(longest + FIT_LEAD))
@@ -359,25 +414,25 @@ impl Table {
         };
         // Steps like this one until the fit is wanted, or has to be.
         let steps = (end.saturating_sub(longest) / growth).min(g.raw.saturating_sub(rows) / tokens);
-        let left = g.n_heads() - study.from as usize;
+        let (from, n) = (study.from as usize, g.n_heads());
+        let left = 2 * n - from;
         if steps == 0 {
-            return (left == 0).then_some((study, end));
+            return (left == 0).then_some(Preparation { study, end, coming: 0 });
         }
-        Some((Study { to: study.from + left.div_ceil(steps) as i32, ..study }, end))
+        // A head is coded when all of its layer were looked at.
+        let looks = n.saturating_sub(from);
+        let share = (left + looks * (FIT_LOOK - 1)).div_ceil(steps);
+        let to = from + if looks > 0 { looks.min(share.div_ceil(FIT_LOOK)) } else { share };
+        // The fit waits for what is left to code, and for its rows.
+        let until = left.max(g.fit_rows.saturating_sub(longest) / growth).min(steps);
+        Some(Preparation { study: Study { to: to as i32, ..study }, end, coming: until * growth })
     }
 
     /// Give slots to the tokens that stay exact and, at the fit, to the rows that must leave the temporary ones.
     fn slots(&self, data: &mut PlanData, new: &[u32], leaving: &[bool]) -> Result<()> {
         let g = &self.geometry;
         let mut taken: Vec<bool> = self.slot_cell.iter().map(|c| *c != NOWHERE).collect();
-        for change in &data.changes {
-            let Change::Seal { rows, .. } = change else { continue };
-            for r in rows {
-                if let Source::Slot(s) = r.source {
-                    taken[s] = false;
-                }
-            }
-        }
+        sealed_slots(&data.changes).for_each(|slot| taken[slot] = false);
         let limit = if self.fitted || data.fit { g.exact } else { g.raw };
         let mut free = 0;
         let mut next = |taken: &mut [bool]| -> Result<u32> {
@@ -460,6 +515,9 @@ impl Table {
         if with_tokens || p.data.fit {
             self.study = p.study;
         }
+        if self.fitted {
+            self.ahead.clear();
+        }
         let mut sealed_rows = p.sealed_rows.iter();
         for change in &p.data.changes {
             match change {
@@ -493,6 +551,9 @@ impl Table {
                 if let Ok(slot) = usize::try_from(*slot) {
                     self.put_exact(*cell, slot, *pos);
                 }
+            }
+            if p.data.study.id == -self.given_up {
+                self.given_up = 0;
             }
             for (token, slot) in &p.data.records {
                 self.queries[*slot as usize] = Some(p.token_places[*token as usize]);
@@ -592,7 +653,7 @@ impl Table {
     /// The rows of a state are in their places.
     pub fn commit_restore(&mut self, r: &Restore, new: &[u32]) {
         self.fitted = r.fitted;
-        self.study = None;
+        self.give_up();
         for (from, to) in &r.relocations {
             let cell = std::mem::replace(&mut self.slot_cell[*from as usize], NOWHERE);
             self.put_exact(cell, *to as usize, self.slot_pos[*from as usize]);
@@ -648,10 +709,14 @@ impl<'a> Tiles<'a> {
         Tiles { geometry: &table.geometry, live, sealed_at, sealed: table.sealed, changes: Vec::new() }
     }
 
-    fn seal(&mut self, tile: usize, rows: [SealRow; TILE]) {
+    /// Fill a tile of the first band. Gives the anchors of its rows.
+    fn seal(&mut self, group: &[Candidate]) -> Result<Vec<i32>> {
+        let (tile, anchors) = (self.take(0)?, anchors(group));
+        let rows = std::array::from_fn(|i| SealRow { source: group[i].source, turn: group[i].stored_turn.wrapping_sub(anchors[i]) });
         self.sealed += 1;
         (self.live[tile], self.sealed_at[tile]) = (u64::MAX, self.sealed);
         self.changes.push(Change::Seal { tile, rows });
+        Ok(anchors)
     }
 
     /// A free tile of a band, or of a later one when this band has none at all. Where holes make up a tile, its rows move together;

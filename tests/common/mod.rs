@@ -199,6 +199,8 @@ pub struct Stream {
     scoring: Scoring,
     /// Store the heads last to first, as other threads might.
     pub backwards: bool,
+    /// Code rows ahead of a fit where plans say so.
+    pub codes_ahead: bool,
 }
 
 impl Stream {
@@ -219,6 +221,7 @@ impl Stream {
             ropes: shapes.iter().map(|s| rope(s.d_k as usize)).collect(),
             scoring,
             backwards: false,
+            codes_ahead: true,
         }
     }
 
@@ -326,7 +329,12 @@ impl Stream {
 
     pub fn plan(&mut self, new: &[u32]) -> Result<Vec<i32>> {
         let (pos, seq) = self.places();
-        plan_on(&mut self.table, Cells { pos: &pos, seq: &seq }, new)
+        let mut ints = plan_on(&mut self.table, Cells { pos: &pos, seq: &seq }, new)?;
+        if !self.codes_ahead && Plan::parse(&ints)?.ahead().next().is_some() {
+            // The last two of the header: what is to be done.
+            ints[14] = ints[15];
+        }
+        Ok(ints)
     }
 
     /// The table as it is after looking at the cells, and a plan to look at rows with: the stream's own table has nothing pending.
