@@ -8,6 +8,8 @@
 pub mod dense;
 mod encode;
 pub mod lanes;
+#[cfg(target_arch = "x86_64")]
+mod madd;
 pub mod quant;
 mod tile;
 #[cfg(target_arch = "x86_64")]
@@ -50,7 +52,7 @@ impl Level {
     /// Whether its tiles are computed in whole numbers of 16 bits, not in f32.
     #[cfg(test)]
     pub(crate) fn rounds_to_16_bits(self) -> bool {
-        matches!(self, Level::Portable | Level::Avx512Vnni)
+        !matches!(self, Level::Avx512)
     }
 }
 
@@ -353,7 +355,7 @@ macro_rules! level {
 
 level!(plain, Portable, Plain, 1,);
 #[cfg(target_arch = "x86_64")]
-level!(avx2, Avx2, lanes::Ymm, 2, #[target_feature(enable = "avx2,fma,f16c")]);
+level!(avx2_f32, Avx2, lanes::Ymm, 2, #[target_feature(enable = "avx2,fma,f16c")]);
 #[cfg(target_arch = "x86_64")]
 level!(avx512, Avx512, lanes::Zmm, 4, #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]);
 
@@ -362,6 +364,38 @@ mod portable {
 
     pub(super) static KERNELS: Kernels =
         Kernels { prepare: whole::prepare, tile_scores: whole::tile_scores, tile_values: whole::tile_values, ..plain::KERNELS };
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use super::*;
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn prepare(s: &mut Products) {
+        // SAFETY: this function is compiled for the features.
+        unsafe { madd::prepare(s) }
+    }
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
+        // SAFETY: this function is compiled for the features.
+        unsafe { madd::tile_scores(s, codes, gains, out, stride) }
+    }
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: usize, n: usize, sums: &mut [f32], work: &mut Products) {
+        // SAFETY: this function is compiled for the features.
+        unsafe { madd::tile_values(widths, tiles, p, stride, n, sums, work) }
+    }
+
+    // SAFETY, for all: only `at` hands out this table, after asking the CPU for these features.
+    pub(super) static KERNELS: Kernels = Kernels {
+        // SAFETY: see above.
+        prepare: |s| unsafe { prepare(s) },
+        // SAFETY: see above.
+        tile_scores: |s, c, g, o, n| unsafe { tile_scores(s, c, g, o, n) },
+        // SAFETY: see above.
+        tile_values: |w, t, p, s, n, o, m| unsafe { tile_values(w, t, p, s, n, o, m) },
+        ..avx2_f32::KERNELS
+    };
 }
 
 #[cfg(target_arch = "x86_64")]
