@@ -9,13 +9,14 @@
 use super::lanes::{Ymm, LANES};
 use super::quant::{self, STEP};
 use super::vnni::{table, OFFSET};
-use super::{tile, whole, Ahead, Products, Widths};
+use super::{tile, whole, Ahead, Products, Widths, BATCH};
 use crate::config::TILE;
 use std::arch::x86_64::*;
 
 /// Queries whose sums are in registers together, with those of 16 rows or of two coefficients.
 const QUERIES: usize = 4;
 
+static TABLE_1: [u8; 32] = table(&quant::UNITS_1, 0, 2);
 static TABLE_2: [u8; 32] = table(&quant::UNITS_2, 0, 4);
 static TABLE_3: [u8; 32] = table(&quant::UNITS_3, 0, 8);
 static TABLE_4: [u8; 32] = table(&quant::UNITS_4, 0, 16);
@@ -39,11 +40,8 @@ unsafe fn bytes<const WIDTH: u32>(p: *const u8) -> [__m256i; 2] {
                 _ => _mm256_setzero_si256(),
             };
             out[i] = match WIDTH {
-                1 => {
-                    let [low, high] = [quant::UNITS_1[0], quant::UNITS_1[1]];
-                    let level = |unit: i8| _mm256_set1_epi8(unit ^ OFFSET as i8);
-                    _mm256_xor_si256(_mm256_and_si256(set, _mm256_set1_epi8(low ^ high)), level(low))
-                }
+                // A blend would be two instructions at least, and is what the compiler makes of logic.
+                1 => _mm256_shuffle_epi8(load(&TABLE_1), _mm256_and_si256(set, _mm256_set1_epi8(1))),
                 2 => _mm256_shuffle_epi8(load(&TABLE_2), _mm256_and_si256(low[i], _mm256_set1_epi8(3))),
                 3 => {
                     let code = _mm256_or_si256(_mm256_and_si256(low[i], _mm256_set1_epi8(3)), _mm256_and_si256(set, _mm256_set1_epi8(4)));
@@ -71,8 +69,8 @@ unsafe fn load(table: &[u8; 32]) -> __m256i {
 unsafe fn is_set(p: *const u8) -> __m256i {
     // SAFETY: the caller's features, and 4 bytes at `p`.
     unsafe {
-        let (first, step) = (0, 0x0101_0101_0101_0101);
-        let places = _mm256_setr_epi64x(first, step, 2 * step, 3 * step);
+        let step = 0x0101_0101_0101_0101;
+        let places = _mm256_setr_epi64x(0, step, 2 * step, 3 * step);
         let bits = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
         let copies = _mm256_shuffle_epi8(_mm256_set1_epi32(p.cast::<i32>().read_unaligned()), places);
         _mm256_cmpeq_epi8(_mm256_and_si256(copies, bits), bits)
@@ -162,48 +160,65 @@ unsafe fn interleave(four: *mut u8) {
     }
 }
 
-/// Add the sums of `Q` queries to `out`: `rows` has 8 interleaved vectors for every four coefficients.
+/// Where scores go, and what makes them of sums.
+struct Scores<'a> {
+    out: *mut f32,
+    stride: usize,
+    /// What `out` holds is to be added first.
+    add: bool,
+    gains: &'a [f32; TILE],
+    means: &'a [f32],
+    scale: f32,
+    largest: &'a mut [f32],
+    ahead: &'a mut Ahead,
+}
+
+/// Scores of `Q` queries: `rows` has 8 interleaved vectors for every four coefficients.
 #[inline(always)]
-unsafe fn scores<const Q: usize>(
-    rows: &[u8],
-    (digits, padded): (*const i16, usize),
-    offsets: &[i32],
-    scales: &[f32],
-    (out, stride): (*mut f32, usize),
-    ahead: &mut Ahead,
-) {
+unsafe fn scores<const Q: usize>(rows: &[u8], digits: *const i16, padded: usize, offsets: &[i32], scales: &[f32], s: Scores) {
     // SAFETY: `tile_scores` checked what pointers cover; features are the caller's.
     unsafe {
+        let mut largest = [_mm256_setzero_ps(); Q];
+        for q in 0..Q {
+            largest[q] = _mm256_set1_ps(s.largest[q]);
+        }
         for part in 0..4 {
             let mut acc = [[_mm256_setzero_si256(); 2]; Q];
             for q in 0..Q {
                 acc[q] = [_mm256_set1_epi32(offsets[q].wrapping_neg()); 2];
             }
-            let mut at = rows.as_ptr().add(64 * part);
-            let mut z = digits;
-            for i in 0..rows.len() / (4 * TILE) {
-                ahead.fetch(usize::from(i % 4 == 0));
+            for (i, four) in rows.chunks_exact(4 * TILE).enumerate() {
+                s.ahead.fetch(usize::from(i % 4 == 0));
+                let at = four.as_ptr().add(64 * part);
                 let codes = [words(_mm256_loadu_si256(at.cast())), words(_mm256_loadu_si256(at.add(32).cast()))];
                 for pair in 0..2 {
                     for q in 0..Q {
-                        let z = _mm256_set1_epi32(z.add(q * padded + 2 * pair).cast::<i32>().read_unaligned());
+                        let z = _mm256_set1_epi32(digits.add(q * padded + 4 * i + 2 * pair).cast::<i32>().read_unaligned());
                         for v in 0..2 {
                             acc[q][v] = _mm256_add_epi32(acc[q][v], _mm256_madd_epi16(codes[v][pair], z));
                         }
                     }
                 }
-                at = at.add(4 * TILE);
-                z = z.add(4);
             }
             for q in 0..Q {
                 let [a, b] = acc[q];
                 let in_order = [_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b)];
                 for l in 0..2 {
-                    let out = out.add(q * stride + part / 2 * 32 + part % 2 * 8 + l * 16);
-                    let x = _mm256_fmadd_ps(_mm256_cvtepi32_ps(in_order[l]), _mm256_set1_ps(scales[q]), _mm256_loadu_ps(out));
+                    let row = part / 2 * 32 + part % 2 * 8 + l * 16;
+                    let out = s.out.add(q * s.stride + row);
+                    let before = if s.add { _mm256_loadu_ps(out) } else { _mm256_setzero_ps() };
+                    let x = _mm256_fmadd_ps(_mm256_cvtepi32_ps(in_order[l]), _mm256_set1_ps(scales[q]), before);
+                    let gains = _mm256_loadu_ps(s.gains.as_ptr().add(row));
+                    let x = _mm256_mul_ps(_mm256_fmadd_ps(x, gains, _mm256_set1_ps(s.means[q])), _mm256_set1_ps(s.scale));
+                    largest[q] = _mm256_max_ps(largest[q], x);
                     _mm256_storeu_ps(out, x);
                 }
             }
+        }
+        for q in 0..Q {
+            let x = _mm_max_ps(_mm256_castps256_ps128(largest[q]), _mm256_extractf128_ps::<1>(largest[q]));
+            let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+            s.largest[q] = _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
         }
     }
 }
@@ -222,7 +237,13 @@ pub unsafe fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], o
     assert!(s.digits.bytes().len() >= (base + s.n) * padded * 2);
     // SAFETY: features are the caller's, sizes were checked.
     unsafe {
-        tile::wide_sums::<Ymm, 2>(s, codes, first, out, stride);
+        if first > 0 || rank == first {
+            tile::wide_sums::<Ymm, 2>(s, codes, first, out, stride);
+        }
+        if rank == first {
+            tile::scale_sums(s, gains, out, stride);
+            return;
+        }
         s.unpacked.resize(length);
         let rows = &mut s.unpacked.bytes_mut()[..length];
         let mut at = 0;
@@ -241,18 +262,19 @@ pub unsafe fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], o
             interleave(four.as_mut_ptr());
         }
         for q in (0..s.n).step_by(QUERIES) {
-            let digits = (s.digits.bytes().as_ptr().cast::<i16>().add((base + q) * padded), padded);
+            let digits = s.digits.bytes().as_ptr().cast::<i16>().add((base + q) * padded);
             let (offsets, scales) = (&s.offsets[base + q..], &s.scales[base + q..]);
-            let (out, ahead) = ((out.as_mut_ptr().add(q * stride), stride), &mut s.ahead);
+            let out = out.as_mut_ptr().add(q * stride);
+            let (means, largest, ahead) = (&s.means[base + q..], &mut s.largest[q..], &mut s.ahead);
+            let to = Scores { out, stride, add: first > 0, gains, means, scale: s.scale, largest, ahead };
             match s.n - q {
-                1 => scores::<1>(rows, digits, offsets, scales, out, ahead),
-                2 => scores::<2>(rows, digits, offsets, scales, out, ahead),
-                3 => scores::<3>(rows, digits, offsets, scales, out, ahead),
-                _ => scores::<4>(rows, digits, offsets, scales, out, ahead),
+                1 => scores::<1>(rows, digits, padded, offsets, scales, to),
+                2 => scores::<2>(rows, digits, padded, offsets, scales, to),
+                3 => scores::<3>(rows, digits, padded, offsets, scales, to),
+                _ => scores::<4>(rows, digits, padded, offsets, scales, to),
             }
         }
     }
-    tile::scale_sums(s, gains, out, stride);
 }
 
 /// What sums of some queries start from, and where they go.
@@ -265,6 +287,8 @@ struct Sums<'a> {
     /// Coefficients' sums, 16 lanes for each of `n` queries, the first query's.
     out: *mut f32,
     n: usize,
+    /// Room for the levels of two coefficients of all tiles, a byte each.
+    levels: &'a mut [[__m256i; 2]],
     ahead: &'a mut Ahead,
 }
 
@@ -273,24 +297,26 @@ struct Sums<'a> {
 unsafe fn value_block<const WIDTH: u32, const C: usize, const Q: usize>(tiles: &[&[u8]], at: usize, j: usize, s: &mut Sums) {
     // SAFETY: `tile_values` checked what pointers cover; features are the caller's.
     unsafe {
+        // Levels of all tiles first, in memory: with unpacking between them, the sums would not stay in registers.
+        for (tile, levels) in tiles.iter().zip(s.levels.chunks_exact_mut(C)) {
+            for c in 0..C {
+                levels[c] = bytes::<WIDTH>(tile.as_ptr().add(at + c * quant::coefficient_bytes(WIDTH)));
+            }
+        }
         let mut acc = [[_mm256_setzero_si256(); C]; Q];
         let (mut p, length) = (s.digits, tiles.len() * TILE);
-        for tile in tiles {
+        for levels in s.levels.chunks_exact(C).take(tiles.len()) {
             s.ahead.fetch(1);
-            let mut codes = [[_mm256_setzero_si256(); 2]; C];
-            for c in 0..C {
-                codes[c] = bytes::<WIDTH>(tile.as_ptr().add(at + c * quant::coefficient_bytes(WIDTH)));
-            }
             for half in 0..2 {
-                let mut levels = [[_mm256_setzero_si256(); 2]; C];
+                let mut x = [[_mm256_setzero_si256(); 2]; C];
                 for c in 0..C {
-                    levels[c] = words(codes[c][half]);
+                    x[c] = words(levels[c][half]);
                 }
                 for q in 0..Q {
                     for k in 0..2 {
-                        let x = _mm256_load_si256(p.add(q * length + 32 * half + 16 * k).cast());
+                        let p = _mm256_load_si256(p.add(q * length + 32 * half + 16 * k).cast());
                         for c in 0..C {
-                            acc[q][c] = _mm256_add_epi32(acc[q][c], _mm256_madd_epi16(levels[c][k], x));
+                            acc[q][c] = _mm256_add_epi32(acc[q][c], _mm256_madd_epi16(x[c][k], p));
                         }
                     }
                 }
@@ -356,7 +382,8 @@ unsafe fn values<const Q: usize>(
     let length = tiles.len() * TILE;
     // SAFETY: `tile_values` checked what pointers cover; features are the caller's.
     unsafe {
-        let mut s = Sums { digits: digits.as_ptr(), offsets: [_mm256_setzero_si256(); QUERIES], scales: [0.0; QUERIES], out, n, ahead };
+        let levels = &mut [[_mm256_setzero_si256(); 2]; 2 * BATCH];
+        let mut s = Sums { digits: digits.as_ptr(), offsets: [_mm256_setzero_si256(); QUERIES], scales: [0.0; QUERIES], out, n, levels, ahead };
         for q in 0..Q {
             let digits = &mut digits[q * length..][..length];
             s.scales[q] = whole::round(&p[q * stride..][..length], digits.as_chunks_mut().0);
@@ -386,7 +413,7 @@ unsafe fn values<const Q: usize>(
 pub unsafe fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: usize, n: usize, sums: &mut [f32], work: &mut Products) {
     let length = tiles.len() * TILE;
     // As many tiles' sums do not overflow.
-    assert!(tiles.iter().all(|t| t.len() >= widths.bytes()) && tiles.len() <= super::BATCH);
+    assert!(tiles.iter().all(|t| t.len() >= widths.bytes()) && tiles.len() <= BATCH);
     assert!(n > 0 && length <= stride && p.len() >= (n - 1) * stride + length && sums.len() >= widths.rank() * n * LANES);
     // SAFETY: features are the caller's, sizes were checked.
     unsafe {
