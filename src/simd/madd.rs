@@ -288,7 +288,7 @@ struct Sums<'a> {
     out: *mut f32,
     n: usize,
     /// Room for the levels of two coefficients of all tiles, a byte each.
-    levels: &'a mut [[__m256i; 2]],
+    levels: &'a mut [__m256i],
     ahead: &'a mut Ahead,
 }
 
@@ -298,30 +298,29 @@ unsafe fn value_block<const WIDTH: u32, const C: usize, const Q: usize>(tiles: &
     // SAFETY: `tile_values` checked what pointers cover; features are the caller's.
     unsafe {
         // Levels of all tiles first, in memory: with unpacking between them, the sums would not stay in registers.
-        for (tile, levels) in tiles.iter().zip(s.levels.chunks_exact_mut(C)) {
+        for (tile, levels) in tiles.iter().zip(s.levels.chunks_exact_mut(2 * C)) {
             for c in 0..C {
-                levels[c] = bytes::<WIDTH>(tile.as_ptr().add(at + c * quant::coefficient_bytes(WIDTH)));
+                let x = bytes::<WIDTH>(tile.as_ptr().add(at + c * quant::coefficient_bytes(WIDTH)));
+                (levels[c], levels[C + c]) = (x[0], x[1]);
             }
         }
         let mut acc = [[_mm256_setzero_si256(); C]; Q];
         let (mut p, length) = (s.digits, tiles.len() * TILE);
-        for levels in s.levels.chunks_exact(C).take(tiles.len()) {
-            s.ahead.fetch(1);
-            for half in 0..2 {
-                let mut x = [[_mm256_setzero_si256(); 2]; C];
-                for c in 0..C {
-                    x[c] = words(levels[c][half]);
-                }
-                for q in 0..Q {
-                    for k in 0..2 {
-                        let p = _mm256_load_si256(p.add(q * length + 32 * half + 16 * k).cast());
-                        for c in 0..C {
-                            acc[q][c] = _mm256_add_epi32(acc[q][c], _mm256_madd_epi16(x[c][k], p));
-                        }
+        for (i, levels) in s.levels.chunks_exact(C).take(2 * tiles.len()).enumerate() {
+            s.ahead.fetch(i % 2);
+            let mut x = [[_mm256_setzero_si256(); 2]; C];
+            for c in 0..C {
+                x[c] = words(levels[c]);
+            }
+            for q in 0..Q {
+                for k in 0..2 {
+                    let p = _mm256_load_si256(p.add(q * length + 16 * k).cast());
+                    for c in 0..C {
+                        acc[q][c] = _mm256_add_epi32(acc[q][c], _mm256_madd_epi16(x[c][k], p));
                     }
                 }
             }
-            p = p.add(TILE);
+            p = p.add(TILE / 2);
         }
         for c in 0..C {
             for q in 0..Q {
@@ -382,7 +381,7 @@ unsafe fn values<const Q: usize>(
     let length = tiles.len() * TILE;
     // SAFETY: `tile_values` checked what pointers cover; features are the caller's.
     unsafe {
-        let levels = &mut [[_mm256_setzero_si256(); 2]; 2 * BATCH];
+        let levels = &mut [_mm256_setzero_si256(); 2 * 2 * BATCH];
         let mut s = Sums { digits: digits.as_ptr(), offsets: [_mm256_setzero_si256(); QUERIES], scales: [0.0; QUERIES], out, n, levels, ahead };
         for q in 0..Q {
             let digits = &mut digits[q * length..][..length];

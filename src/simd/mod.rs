@@ -1,9 +1,9 @@
 //! Vector kernels behind run-time dispatch. The granularity is a row or a tile, never an element.
 //!
 //! One body per kernel over [`lanes::Lanes`], compiled once for the baseline and once for each instruction-set level; tiles have ways of their own in
-//! whole numbers, for the baseline ([`whole`]) and where the CPU multiplies bytes ([`vnni`]). `SPECTRAL_KV_CPU_LEVEL` (`portable`, `avx2`, `avx512`,
-//! `avx512vnni`) may lower the level, never raise it. Sums run in a fixed order per level, so results repeat; levels differ in the last bits. Must
-//! not know about bases, cells or arenas: it sees slices.
+//! whole numbers, for the baseline ([`whole`]), for AVX2 ([`madd`]) and where the CPU multiplies bytes ([`vnni`]). `SPECTRAL_KV_CPU_LEVEL`
+//! (`portable`, `avx2`, `avx512`, `avx512vnni`) may lower the level, never raise it. Sums run in a fixed order per level, so results repeat; levels
+//! differ in the last bits. Must not know about bases, cells or arenas: it sees slices.
 
 pub mod dense;
 mod encode;
