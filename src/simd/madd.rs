@@ -15,6 +15,9 @@ use std::arch::x86_64::*;
 
 /// Queries whose sums are in registers together, with those of 16 rows or of two coefficients.
 const QUERIES: usize = 4;
+/// Most coefficients of a row whose sums stay in 32 bits, whatever they are (levels are under 128, queries under 2^15); sums that leave them on
+/// the way, by what was added to levels, come back.
+const MOST: usize = 512;
 
 static TABLE_1: [u8; 32] = table(&quant::UNITS_1, 0, 2);
 static TABLE_2: [u8; 32] = table(&quant::UNITS_2, 0, 4);
@@ -237,12 +240,12 @@ pub unsafe fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], o
     assert!(s.digits.bytes().len() >= (base + s.n) * padded * 2);
     // SAFETY: features are the caller's, sizes were checked.
     unsafe {
-        if first > 0 || rank == first {
-            tile::wide_sums::<Ymm, 2>(s, codes, first, out, stride);
-        }
-        if rank == first {
-            tile::scale_sums(s, gains, out, stride);
+        if rank == first || rank - first > MOST {
+            tile::tile_scores::<Ymm, 2>(s, codes, gains, out, stride);
             return;
+        }
+        if first > 0 {
+            tile::wide_sums::<Ymm, 2>(s, codes, first, out, stride);
         }
         s.unpacked.resize(length);
         let rows = &mut s.unpacked.bytes_mut()[..length];

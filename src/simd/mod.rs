@@ -624,6 +624,26 @@ mod tests {
     }
 
     #[test]
+    fn the_largest_sums_do_not_overflow() {
+        for (k, rank) in levels().flat_map(|k| [(k, 512), (k, 513), (k, 1024)]) {
+            let widths = Widths { counts: [0, 0, 0, rank, 0, 0, 0] };
+            let codes = vec![255; widths.bytes()];
+            let mut s = Products { widths, n: 1, stride: rank, frames: 1, means: vec![0.0], scale: 1.0, largest: vec![0.0], ..Products::default() };
+            s.z.resize((rank + 64) * 4);
+            s.z.floats_mut()[..rank].fill(2.0);
+            (k.prepare)(&mut s);
+            let mut out = vec![0.0; TILE];
+            (k.tile_scores)(&mut s, &codes, &[1.0; TILE], &mut out, TILE);
+            let want = 2.0 * value(widths, &codes, 0, 0);
+            assert!(worst(&out, (0..TILE).map(|_| (want * rank as f64, want * rank as f64))) < 1e-5, "{:?} {rank}: {out:?}", k.level);
+            let mut sums = vec![0.0; rank * lanes::LANES];
+            (k.tile_values)(widths, &[codes.as_slice(); BATCH], &[2.0; BATCH * TILE], BATCH * TILE, 1, &mut sums, &mut s);
+            let sum: f64 = sums[..lanes::LANES].iter().map(|x| f64::from(*x)).sum();
+            assert!((sum / (want * (BATCH * TILE) as f64) - 1.0).abs() < 1e-5, "{:?}: {sum}", k.level);
+        }
+    }
+
+    #[test]
     fn unpacking_gives_the_levels_of_the_codes() {
         let widths = Widths { counts: CASES[0] };
         let codes = codes(widths, 5);
