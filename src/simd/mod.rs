@@ -1,13 +1,15 @@
 //! Vector kernels behind run-time dispatch. The granularity is a row or a tile, never an element.
 //!
 //! One body per kernel over [`lanes::Lanes`], compiled once for the baseline and once for each instruction-set level; tiles have ways of their own in
-//! whole numbers, for the baseline ([`whole`]) and where the CPU multiplies bytes ([`vnni`]). `SPECTRAL_KV_CPU_LEVEL` (`portable`, `avx2`, `avx512`,
-//! `avx512vnni`) may lower the level, never raise it. Sums run in a fixed order per level, so results repeat; levels differ in the last bits. Must
-//! not know about bases, cells or arenas: it sees slices.
+//! whole numbers, for the baseline ([`whole`]), for AVX2 ([`madd`]) and where the CPU multiplies bytes ([`vnni`]). `SPECTRAL_KV_CPU_LEVEL`
+//! (`portable`, `avx2`, `avx512`, `avx512vnni`) may lower the level, never raise it. Sums run in a fixed order per level, so results repeat; levels
+//! differ in the last bits. Must not know about bases, cells or arenas: it sees slices.
 
 pub mod dense;
 mod encode;
 pub mod lanes;
+#[cfg(target_arch = "x86_64")]
+mod madd;
 pub mod quant;
 mod tile;
 #[cfg(target_arch = "x86_64")]
@@ -50,7 +52,7 @@ impl Level {
     /// Whether its tiles are computed in whole numbers of 16 bits, not in f32.
     #[cfg(test)]
     pub(crate) fn rounds_to_16_bits(self) -> bool {
-        matches!(self, Level::Portable | Level::Avx512Vnni)
+        !matches!(self, Level::Avx512)
     }
 }
 
@@ -362,7 +364,7 @@ macro_rules! level {
 
 level!(plain, Portable, Plain, 1,);
 #[cfg(target_arch = "x86_64")]
-level!(avx2, Avx2, lanes::Ymm, 2, #[target_feature(enable = "avx2,fma,f16c")]);
+level!(avx2_f32, Avx2, lanes::Ymm, 2, #[target_feature(enable = "avx2,fma,f16c")]);
 #[cfg(target_arch = "x86_64")]
 level!(avx512, Avx512, lanes::Zmm, 4, #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]);
 
@@ -371,6 +373,38 @@ mod portable {
 
     pub(super) static KERNELS: Kernels =
         Kernels { prepare: whole::prepare, tile_scores: whole::tile_scores, tile_values: whole::tile_values, ..plain::KERNELS };
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use super::*;
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn prepare(s: &mut Products) {
+        // SAFETY: this function is compiled for the features.
+        unsafe { madd::prepare(s) }
+    }
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
+        // SAFETY: this function is compiled for the features.
+        unsafe { madd::tile_scores(s, codes, gains, out, stride) }
+    }
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: usize, n: usize, sums: &mut [f32], work: &mut Products) {
+        // SAFETY: this function is compiled for the features.
+        unsafe { madd::tile_values(widths, tiles, p, stride, n, sums, work) }
+    }
+
+    // SAFETY, for all: only `at` hands out this table, after asking the CPU for these features.
+    pub(super) static KERNELS: Kernels = Kernels {
+        // SAFETY: see above.
+        prepare: |s| unsafe { prepare(s) },
+        // SAFETY: see above.
+        tile_scores: |s, c, g, o, n| unsafe { tile_scores(s, c, g, o, n) },
+        // SAFETY: see above.
+        tile_values: |w, t, p, s, n, o, m| unsafe { tile_values(w, t, p, s, n, o, m) },
+        ..avx2_f32::KERNELS
+    };
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -595,6 +629,26 @@ mod tests {
             // 16 bits of the largest of up to 320 factors, against the root of the summed squares of all terms.
             let bound = if k.level.rounds_to_16_bits() { [4e-4; 2] } else { plain.map(|e| 2.0 * e) };
             assert!(errors.iter().zip(bound).all(|(e, bound)| *e <= bound), "{:?}: {errors:?} {plain:?}", k.level);
+        }
+    }
+
+    #[test]
+    fn the_largest_sums_do_not_overflow() {
+        for (k, rank) in levels().flat_map(|k| [(k, 512), (k, 513), (k, 1024)]) {
+            let widths = Widths { counts: [0, 0, 0, rank, 0, 0, 0] };
+            let codes = vec![255; widths.bytes()];
+            let mut s = Products { widths, n: 1, stride: rank, frames: 1, means: vec![0.0], scale: 1.0, largest: vec![0.0], ..Products::default() };
+            s.z.resize((rank + 64) * 4);
+            s.z.floats_mut()[..rank].fill(2.0);
+            (k.prepare)(&mut s);
+            let mut out = vec![0.0; TILE];
+            (k.tile_scores)(&mut s, &codes, &[1.0; TILE], &mut out, TILE);
+            let want = 2.0 * value(widths, &codes, 0, 0);
+            assert!(worst(&out, (0..TILE).map(|_| (want * rank as f64, want * rank as f64))) < 1e-5, "{:?} {rank}: {out:?}", k.level);
+            let mut sums = vec![0.0; rank * lanes::LANES];
+            (k.tile_values)(widths, &[codes.as_slice(); BATCH], &[2.0; BATCH * TILE], BATCH * TILE, 1, &mut sums, &mut s);
+            let sum: f64 = sums[..lanes::LANES].iter().map(|x| f64::from(*x)).sum();
+            assert!((sum / (want * (BATCH * TILE) as f64) - 1.0).abs() < 1e-5, "{:?}: {sum}", k.level);
         }
     }
 

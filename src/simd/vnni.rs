@@ -18,13 +18,13 @@ use std::arch::x86_64::*;
 /// Digits of base 256 of a factor, the lowest first.
 const DIGITS: usize = 2;
 /// What is added to a level to make it unsigned.
-const OFFSET: i32 = 128;
+pub const OFFSET: i32 = 128;
 
-/// Bytes of the levels by code, repeated to 64: an index is looked at in its low bits only.
-const fn table<const N: usize>(units: &[i8; N], from: usize, n: usize) -> [u8; 64] {
-    let mut out = [0; 64];
+/// Bytes of the levels by code, repeated to a vector: an index is looked at in its low bits only.
+pub const fn table<const N: usize, const BYTES: usize>(units: &[i8; N], from: usize, n: usize) -> [u8; BYTES] {
+    let mut out = [0; BYTES];
     let mut i = 0;
-    while i < 64 {
+    while i < BYTES {
         out[i] = (units[from + i % n] as i32 + OFFSET) as u8;
         i += 1;
     }

@@ -33,7 +33,7 @@ fn dot(a: &Digits, b: &Digits) -> i32 {
 
 /// Numbers as 16 bits of their largest; returns what one of these stands for.
 #[inline(always)]
-fn round(x: &[f32], out: &mut [Digits]) -> f32 {
+pub fn round(x: &[f32], out: &mut [Digits]) -> f32 {
     let mut lanes = [0.0f32; LANES];
     for x in x.as_chunks::<LANES>().0 {
         for (lane, x) in lanes.iter_mut().zip(x) {
@@ -49,6 +49,7 @@ fn round(x: &[f32], out: &mut [Digits]) -> f32 {
 }
 
 /// See [`super::Kernels::prepare`].
+#[inline(always)]
 pub fn prepare(s: &mut Products) {
     let (first, rank) = (tile::narrow_from(s.widths), s.widths.rank());
     let padded = (rank - first).next_multiple_of(BLOCK);
