@@ -11,11 +11,11 @@ use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Through
 use half::f16;
 use spectral_kv::attention::Scoring;
 use spectral_kv::cache::{Cache, Mask, Rows};
-use spectral_kv::codec::{encode_tile, Basis, TileWork};
+use spectral_kv::codec::{encode_tile, Basis, Fine, TileForm, TileWork, KEY_CUT};
 use spectral_kv::config::{Config, LayerShape, BANDS, TILE};
 use spectral_kv::rope::{Pairing, RopeParams};
 use spectral_kv::simd::lanes::LANES;
-use spectral_kv::simd::{self, Kernels, Level, Lines, MatMut, MatRef, Products, Widths, BATCH};
+use spectral_kv::simd::{self, Kernels, Level, Lines, MatMut, MatRef, Pass, Products, Widths, BATCH};
 use std::hint::black_box;
 
 const D: usize = 128;
@@ -34,14 +34,17 @@ fn levels() -> impl Iterator<Item = &'static Kernels> {
 
 /// Widths of 128 coefficients: what ratio 8 gives a flat spectrum, and each width by itself.
 fn widths() -> Vec<(String, Widths)> {
-    let mut all = vec![("ratio 8".to_string(), Widths { counts: [0, 0, 0, 0, 0, 70, 58] })];
+    let mut all = vec![
+        ("ratio 8".to_string(), Widths { counts: [0, 0, 0, 0, 0, 70, 58] }),
+        ("2.3 bits".to_string(), Widths { counts: [0, 0, 8, 16, 24, 36, 28] }),
+    ];
     for (i, bits) in Widths::BITS.into_iter().enumerate() {
         all.push((format!("{bits} bits"), Widths { counts: std::array::from_fn(|j| if i == j { D } else { 0 }) }));
     }
     all
 }
 
-/// Coding the 64 rows of a tile of one head, K or V.
+/// Coding the 64 rows of a tile of one head, K and V, two of them finer.
 fn encode(c: &mut Criterion) {
     let matrix: Vec<f32> = draw(D * D, 1).iter().map(|x| x / (D as f32).sqrt()).collect();
     let rows = draw(TILE * D, 2);
@@ -49,10 +52,11 @@ fn encode(c: &mut Criterion) {
     group.throughput(Throughput::Elements(TILE as u64));
     for (name, widths) in widths() {
         let basis = Basis { d: D, widths: [widths; BANDS], mean: vec![0.0; D], encode: matrix.clone(), decode: matrix.clone(), weight: vec![1.0; D] };
-        let (mut gains, mut codes, mut work) = (vec![0; TILE], vec![0; widths.bytes()], TileWork::default());
+        let form = TileForm::new(widths, widths, D, D, Fine::Residuals);
+        let (mut tile, mut work) = (vec![0; form.bytes()], TileWork::default());
         for kernels in levels() {
             group.bench_function(BenchmarkId::new(kernels.level.name(), &name), |b| {
-                b.iter(|| encode_tile(kernels, &basis, 0, black_box(&rows), &mut gains, &mut codes, &mut work));
+                b.iter(|| encode_tile(kernels, (&basis, &basis), &form, black_box(&rows), &rows, &[7, 40], &mut tile, &mut work));
             });
         }
     }
@@ -68,19 +72,29 @@ fn tiles(c: &mut Criterion) {
         let tiles: Vec<&[u8]> = tiles.iter().map(Vec::as_slice).collect();
         for kernels in levels() {
             let mut s = Products::default();
-            (s.widths, s.n, s.frames, s.stride, s.scale) = (widths, QUERIES, 1, D, 0.1);
+            (s.n, s.frames, s.scale) = (QUERIES, 1, 0.1);
             (s.means, s.largest) = (vec![0.0; QUERIES], vec![0.0; QUERIES]);
-            s.z.resize((QUERIES * D + 64) * 4);
-            s.z.floats_mut()[..QUERIES * D].copy_from_slice(&draw(QUERIES * D, 4));
+            for (part, widths) in s.parts.iter_mut().zip(widths.parts(KEY_CUT)) {
+                (part.widths, part.stride) = (widths, widths.rank().next_multiple_of(LANES));
+                part.z.resize((QUERIES * part.stride + 64) * 4);
+                part.z.floats_mut()[..QUERIES * part.stride].copy_from_slice(&draw(QUERIES * part.stride, 4));
+            }
+            let some: Vec<usize> = (0..2).filter(|part| s.parts[*part].widths.rank() > 0).collect();
             let (mut scores, mut sums) = (Lines::default(), Lines::default());
             scores.resize(QUERIES * LENGTH * 4);
             sums.resize(D * QUERIES * LANES * 4);
             let id = || BenchmarkId::new(kernels.level.name(), &name);
             c.benchmark_group("tile scores").throughput(Throughput::Elements(LENGTH as u64)).bench_function(id(), |b| {
                 b.iter(|| {
-                    (kernels.prepare)(&mut s);
+                    some.iter().for_each(|part| (kernels.prepare)(&mut s, *part));
                     for (t, codes) in tiles.iter().enumerate() {
-                        (kernels.tile_scores)(&mut s, black_box(codes), &gains, &mut scores.floats_mut()[t * TILE..], LENGTH);
+                        let mut codes = black_box(*codes);
+                        for (done, part) in some.iter().enumerate() {
+                            let (own, later) = codes.split_at(s.parts[*part].widths.bytes());
+                            let pass = Pass { part: *part, add: done > 0, finish: done + 1 == some.len() };
+                            (kernels.tile_scores)(&mut s, pass, own, &gains, &mut scores.floats_mut()[t * TILE..], LENGTH);
+                            codes = later;
+                        }
                     }
                 });
             });

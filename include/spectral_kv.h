@@ -25,7 +25,7 @@
 /**
  * Changes whenever a caller compiled against an older header could misbehave.
  */
-#define SKV_ABI_VERSION 2
+#define SKV_ABI_VERSION 3
 
 /**
  * Most query tokens of one attention call.
@@ -130,7 +130,8 @@ typedef struct skv_cache skv_cache;
 typedef struct skv_calibration skv_calibration;
 
 /**
- * Sizes of a cache, computed from a configuration. Immutable; may be used by several threads.
+ * Sizes of a cache, computed from a configuration. May be used by several threads. Tables and layers of one cache are made from one geometry:
+ * bits are shared out over all of its layers.
  */
 typedef struct skv_geometry skv_geometry;
 
@@ -166,6 +167,10 @@ typedef struct skv_config {
    */
   uint32_t n_seqs;
   /**
+   * Most tokens of one step of a stream. Default 512.
+   */
+  uint32_t n_tokens;
+  /**
    * Most recent rows of a sequence that stay exact. Default 128.
    */
   uint32_t window;
@@ -178,7 +183,7 @@ typedef struct skv_config {
    */
   float ratio;
   /**
-   * Code bits per element, mean over all tiles, up to 8, or 0 to derive them from `ratio`. Default 0.
+   * Bits per element of a coded row, everything in a tile counted, mean over all tiles, up to 8; or 0 to derive them from `ratio`. Default 0.
    */
   float bits;
   /**
@@ -346,7 +351,7 @@ typedef struct skv_rows {
 } skv_rows;
 
 /**
- * Rows of a layer's output projection, which weigh errors in values.
+ * Rows of a layer's output projection, which weigh errors.
  */
 typedef struct skv_projection {
   /**
@@ -358,6 +363,41 @@ typedef struct skv_projection {
    */
   size_t n_rows;
 } skv_projection;
+
+/**
+ * What a step brings to the layer that stores it. Rows of all its tokens, in the plan's order.
+ */
+typedef struct skv_step {
+  /**
+   * Set to `sizeof(skv_step)`.
+   */
+  size_t struct_size;
+  /**
+   * Queries, roped, `n_head` heads of `d_k`.
+   */
+  const struct skv_rows *q;
+  /**
+   * Keys, roped, `n_head_kv` heads of `d_k`.
+   */
+  const struct skv_rows *k;
+  /**
+   * Values, `n_head_kv` heads of `d_v`.
+   */
+  const struct skv_rows *v;
+  /**
+   * The residual stream that the attention's output is added to, one head of `n_residual` floats: errors count in proportion to it. NULL when
+   * it is not known: then all layers count alike.
+   */
+  const struct skv_rows *residual;
+  /**
+   * Floats of a row of `residual`.
+   */
+  size_t n_residual;
+  /**
+   * May be NULL: then heads count by their own outputs.
+   */
+  const struct skv_projection *projection;
+} skv_step;
 
 /**
  * Parameters of an attention call; semantics of `ggml_flash_attn_ext`.
@@ -496,10 +536,9 @@ skv_status skv_geometry_create(const struct skv_config *config,
 void skv_geometry_free(struct skv_geometry *geometry);
 
 /**
- * Bytes of one layer's arena for one stream; a multiple of 256. An arena must start at a multiple of 32 and be zeroed before use.
+ * Bytes of the arena of one stream, which all layers share; a multiple of 256. An arena must start at a multiple of 32 and be zeroed before use.
  */
 skv_status skv_geometry_arena_bytes(const struct skv_geometry *geometry,
-                                    size_t layer,
                                     size_t *bytes);
 
 /**
@@ -640,19 +679,15 @@ skv_status skv_layer_wants_projection(const struct skv_layer *layer,
                                       int32_t *wants);
 
 /**
- * Store the step: seal tiles, move rows, write exact rows, fit the bases when the plan says so. Runs after the attention of
- * the same step. `projection` may be NULL; only threads that `skv_layer_wants_projection` look at it. A fit is done by thread 0
- * alone and allocates temporary memory; steps of few tokens before it do part of its work.
+ * Store the step: seal tiles, move rows, write exact rows, look at heads for a fit and write bases when the plan says so. Runs after the
+ * attention of the same step. Only threads that `skv_layer_wants_projection` look at `step->projection`.
  */
 skv_status skv_layer_append(const struct skv_layer *layer,
                             uint8_t *arena,
                             size_t arena_bytes,
                             const int32_t *plan,
                             size_t plan_ints,
-                            const struct skv_rows *q,
-                            const struct skv_rows *k,
-                            const struct skv_rows *v,
-                            const struct skv_projection *projection,
+                            const struct skv_step *step,
                             uint32_t ith,
                             uint32_t nth);
 
@@ -751,12 +786,14 @@ skv_status skv_layer_last_error(const struct skv_layer *layer,
 
 /**
  * Write the rows of `cells` (ascending, all holding rows) into `buffer`. With `buffer` NULL and `capacity` 0 only `*size` is set;
- * it is the same for the same contents. A plan that was carried out, wholly or in part, must be committed first. `arenas` has the arena of each layer for this stream.
+ * it is the same for the same contents. A plan that was carried out, wholly or in part, must be committed first. `layers` are all of the geometry's,
+ * in their order, `arena` is the stream's.
  */
 skv_status skv_state_write(struct skv_table *table,
                            const struct skv_layer *const *layers,
-                           const uint8_t *const *arenas,
                            size_t n_layers,
+                           const uint8_t *arena,
+                           size_t arena_bytes,
                            const uint32_t *cells,
                            size_t n_cells,
                            uint8_t *buffer,
@@ -770,8 +807,9 @@ skv_status skv_state_write(struct skv_table *table,
  */
 skv_status skv_state_read(struct skv_table *table,
                           const struct skv_layer *const *layers,
-                          uint8_t *const *arenas,
                           size_t n_layers,
+                          uint8_t *arena,
+                          size_t arena_bytes,
                           const int32_t *cell_pos,
                           const int32_t *cell_seq,
                           size_t n_all,

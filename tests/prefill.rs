@@ -46,7 +46,7 @@ fn step(s: &mut Stream, seed: u64, cells: &[u32], places: &[(i32, u32)], look: &
     let ints = s.plan(cells).unwrap();
     let plan = Plan::parse(&ints).unwrap();
     let l = &s.layers[0];
-    let (g, arena) = (l.shape().clone(), s.arena(0));
+    let (g, arena) = (*l.shape(), s.arena());
     let scoring = Scoring { scale: 1.0 / (g.d_k as f32).sqrt(), softcap: look.softcap };
     let [q, k, v] = rows_of(l, &t.inputs[0], n);
 
@@ -199,7 +199,7 @@ fn what_cannot_be_computed_is_refused() {
     let mut q = vec![0.5; 100 * 4 * 64];
     let run = |q: &[f32], pieces, sinks: &[f32], scale| {
         let q = Rows::new(q, 100, 256, 64, 4, 64).unwrap();
-        let call = Call { arena: s.arena(0), plan: &plan, q: &q, k: &none, v: &none, scoring: Scoring { scale, softcap: 0.0 }, mask: Mask::All };
+        let call = Call { arena: s.arena(), plan: &plan, q: &q, k: &none, v: &none, scoring: Scoring { scale, softcap: 0.0 }, mask: Mask::All };
         l.prefill(pieces, &call, sinks, |_, _| {}).map_err(|e| e.to_string())
     };
     let pieces = l.prefill_pieces(100);

@@ -13,7 +13,7 @@ const NEAR: f64 = 0.05;
 const SHAPES: [LayerShape; 2] = [LayerShape { n_head: 4, n_head_kv: 2, d_k: 32, d_v: 16 }, LayerShape { n_head: 2, n_head_kv: 1, d_k: 16, d_v: 32 }];
 
 fn config() -> Config {
-    Config { n_cells: 1400, n_seqs: 4, window: 16, bits: 8.0, ..Config::default() }
+    Config { n_cells: 1400, n_seqs: 4, n_tokens: 1400, window: 16, bits: 10.0, ..Config::default() }
 }
 
 fn halves(d: usize) -> RopeParams {
@@ -52,9 +52,9 @@ fn carry(from: &Stream, cells: &[u32], to: &mut Stream, seq: u32) -> Vec<u32> {
     free
 }
 
-/// What an error must not change: the table and every byte of the arenas.
-fn snapshot(s: &Stream) -> (String, Vec<Vec<u8>>) {
-    (format!("{:?}", s.table), (0..SHAPES.len()).map(|i| s.arena(i).to_vec()).collect())
+/// What an error must not change: the table and every byte of the arena.
+fn snapshot(s: &Stream) -> (String, Vec<u8>) {
+    (format!("{:?}", s.table), s.arena().to_vec())
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn an_empty_stream_continues_where_the_saved_one_stopped() {
             let mut b = stream();
             let restored = carry(&a, &saved, &mut b, seq);
             assert!(a.bits(&saved) == b.bits(&restored), "{n} rows as sequence {seq}");
-            assert_eq!(a.table.is_fitted(), n >= 700);
+            assert!(a.table.is_fitted() == (n >= 640) && b.table.is_fitted() == a.table.is_fitted());
             assert_eq!(b.save(&b.live()).unwrap().len(), a.save(&saved).unwrap().len());
             b.check(NEAR);
             // What a study has found is not in a state: both look again.
@@ -179,7 +179,11 @@ fn rows_in_the_same_bases_are_restored_bit_for_bit() {
     s.append(3, 0, 150, 50).unwrap();
     let cells = s.free()[..saved.len()].to_vec();
     s.restore(&cells, &renamed(&model, 2), &state).unwrap();
-    assert!(s.bits(&cells) == before && s.bits(&others) == beside);
+    assert!(s.bits(&others) == beside);
+    // But for fine rows that come into tiles which have as many as they can.
+    let after = s.bits(&cells);
+    let changed = before.iter().zip(&after).filter(|(a, b)| a != b).count();
+    assert!(changed * 16 < before.len(), "{changed} of {}", before.len());
     s.check(NEAR);
     s.append(4, 2, s.free().len(), 60).unwrap();
     s.check(NEAR);
@@ -246,11 +250,12 @@ fn a_fitted_state_goes_into_an_unfitted_stream_with_rows() {
 
 #[test]
 fn a_state_that_finds_no_room_changes_no_row() {
-    // More rows wait for their first fit than have room beside bases that come from elsewhere.
-    let mut s = filled(1, 600);
+    // More rows would wait for their first fit than there is room for.
+    let mut s = filled(1, 440);
     let own = s.cells_of(0);
     let before = s.bits(&own);
-    let other = filled(2, 800);
+    let other = filled(2, 440);
+    assert!(!s.table.is_fitted() && !other.table.is_fitted());
     let saved = other.cells_of(0);
     let (cells, model) = (s.free()[..saved.len()].to_vec(), renamed(&rows(&other, &saved), 1));
     assert!(matches!(s.restore(&cells, &model, &other.save(&saved).unwrap()), Err(Error::Full(_))));
@@ -331,7 +336,7 @@ fn states_of_other_models_are_refused() {
     assert!(matches!(exact.restore(&saved, &model, &bytes), Err(Error::Data(_))), "coded rows into a cache without tiles");
     let mut coarse = Stream::new(&Config { bits: 3.0, ..config() }, &SHAPES, halves);
     assert!(matches!(coarse.restore(&saved, &model, &bytes), Err(Error::Data(_))), "more bits than there is room for");
-    assert!((0..2).all(|i| coarse.arena(i).iter().all(|x| *x == 0)));
+    assert!(coarse.arena().iter().all(|x| *x == 0));
 }
 
 #[test]

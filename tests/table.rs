@@ -13,13 +13,13 @@ use spectral_kv::error::Error;
 use spectral_kv::rope::{Pairing, RopeParams};
 use std::sync::OnceLock;
 
-/// At 8 bits a coded row is off by less than this.
+/// With codes of nearly 8 bits a coded row is off by less than this.
 const NEAR: f64 = 0.05;
 /// The same when a tile holds rows on both sides of a gap in the positions: they are far from the frame their basis was fitted in.
 const NEAR_A_GAP: f64 = 0.15;
 
 fn config(n_cells: u32) -> Config {
-    Config { n_cells, n_seqs: 4, window: 16, bits: 8.0, ..Config::default() }
+    Config { n_cells, n_seqs: 4, n_tokens: n_cells, window: 16, bits: 10.0, ..Config::default() }
 }
 
 fn stream_of(config: &Config) -> Stream {
@@ -41,14 +41,10 @@ fn stream() -> Stream {
     stream_of(&config(1100))
 }
 
-/// The table (with the same empty plan pending) and every row. Not the slots that plans had coded ahead: layers may know those of
-/// a plan that was dropped.
+/// The table (with the same empty plan pending) and every row.
 fn snapshot(s: &mut Stream) -> (String, Vec<u16>) {
     s.plan(&[]).unwrap();
-    let bits = s.bits(&s.live());
-    let table = format!("{:?}", s.table);
-    let (before, after) = table.split_once("ahead: {").unwrap();
-    (format!("{before}{}", after.split_once('}').unwrap().1), bits)
+    (format!("{:?}", s.table), s.bits(&s.live()))
 }
 
 /// What llama.cpp does to a stream. Numbers are cut to what there is when the operation comes.
@@ -273,7 +269,7 @@ proptest! {
 }
 
 #[test]
-fn sparse_tiles_are_compacted_bit_for_bit() {
+fn sparse_tiles_are_compacted_bit_for_bit_but_for_rows_that_were_fine() {
     let mut s = stream_of(&Config { fine_rows: 0, ..config(1100) });
     s.append(1, 0, 1100, 100).unwrap();
     s.check(NEAR);
@@ -285,7 +281,12 @@ fn sparse_tiles_are_compacted_bit_for_bit() {
     let moved = s.layers[0].counters.read().moved;
     assert!(moved > 0 && s.layers[1].counters.read().moved == moved);
     // The last rows kept were exact and have been coded since.
-    assert!(s.bits(&kept[..kept.len() - 50]) == before, "rows changed when they moved");
+    let (n, after) = (kept.len() - 50, s.bits(&kept[..kept.len() - 50]));
+    let size = |layer: usize| s.layers[layer].shape().n_head_kv * s.layers[layer].shape().elements();
+    assert_eq!(after.len(), n * (size(0) + size(1)));
+    // Two in 64 may have to share what a tile has for two; all others are what they were.
+    let changed = before.chunks(size(0) / 3).zip(after.chunks(size(0) / 3)).filter(|(a, b)| a != b).count();
+    assert!(changed * 10 < before.len() / (size(0) / 3), "{changed} pieces of rows changed when they moved");
     s.check(NEAR);
 }
 
@@ -294,7 +295,7 @@ fn rows_lose_precision_as_they_age_and_only_then() {
     let mut s = stream_of(&Config { bits: 4.0, fine_rows: 128, n_seqs: 1, ..config(2000) });
     let g = s.table.geometry().clone();
     assert_eq!(g.band_tiles[..2], [2, 4]);
-    let rates: Vec<f64> = (0..3).map(|b| g.layers[0].row_bits(b) as f64).collect();
+    let rates: Vec<f64> = (0..3).map(|b| g.bits(b)).collect();
     assert!(rates[0] > rates[1] && rates[1] > rates[2]);
     s.append(1, 0, 1400, 100).unwrap();
     // Tiles of the first band are the youngest, each older band the next older ones.
@@ -318,7 +319,7 @@ fn rows_lose_precision_as_they_age_and_only_then() {
 
 #[test]
 fn a_decode_step_changes_one_tile_at_most() {
-    let mut s = stream_of(&Config { bits: 4.0, fine_rows: 128, n_seqs: 1, ..config(2000) });
+    let mut s = stream_of(&Config { bits: 5.0, fine_rows: 128, n_seqs: 1, n_tokens: 100, ..config(2000) });
     // A long step leaves many rows waiting and no room made for them.
     s.append(1, 0, 1200, 100).unwrap();
     s.append(2, 0, 30, 1).unwrap();
@@ -373,7 +374,7 @@ fn a_full_context_without_sinks_finds_tiles() {
 
 #[test]
 fn six_bits_are_near_too() {
-    let mut s = stream_of(&Config { bits: 6.0, ..config(1100) });
+    let mut s = stream_of(&Config { bits: 7.5, ..config(1100) });
     s.append(1, 0, 1000, 100).unwrap();
     s.check(0.1);
 }
@@ -396,7 +397,7 @@ fn a_window_as_long_as_the_context_keeps_every_row_exact() {
 fn a_shift_turns_keys_without_touching_them() {
     let mut s = stream();
     s.append(1, 1, 800, 200).unwrap();
-    let arenas: Vec<Vec<u8>> = (0..2).map(|i| s.arena(i).to_vec()).collect();
+    let arena = s.arena().to_vec();
     let cells = s.cells_of(1);
     let before = s.bits(&cells);
     for by in [1000, -999, 50_000, -50_001] {
@@ -404,10 +405,10 @@ fn a_shift_turns_keys_without_touching_them() {
         s.check(NEAR);
     }
     assert!(s.bits(&cells) == before, "there and back again");
-    assert!((0..2).all(|i| s.arena(i) == arenas[i]));
+    assert!(s.arena() == arena);
 }
 
-/// Single tokens of sequence 0 until the bases are there; the heads looked at or coded in each step before.
+/// Single tokens of sequence 0 until the bases are there; the heads looked at in each step.
 fn study(s: &mut Stream) -> Vec<usize> {
     let mut looked = Vec::new();
     while !s.table.is_fitted() {
@@ -425,32 +426,55 @@ fn study(s: &mut Stream) -> Vec<usize> {
 }
 
 #[test]
-fn a_fit_is_spread_over_the_steps_before_it_and_no_head_is_looked_at_or_coded_twice() {
+fn a_fit_is_spread_over_the_steps_before_it_and_no_head_is_looked_at_twice() {
     // Of the two threads, either may be the one that finds the last head.
     let filled = |backwards: bool| {
         let mut s = stream();
         s.backwards = backwards;
-        s.append(1, 0, 450, 90).unwrap();
+        s.append(1, 0, 400, 25).unwrap();
         let looked = study(&mut s);
-        assert_eq!(s.cells_of(0).len(), s.table.geometry().fit_rows);
-        assert_eq!((looked.iter().sum::<usize>(), looked.iter().max()), (6, Some(&1)), "{looked:?}");
+        assert!(s.cells_of(0).len().abs_diff(s.table.geometry().fit_rows) <= 1, "{} {}", s.cells_of(0).len(), s.table.geometry().fit_rows);
+        assert_eq!((looked.iter().sum::<usize>(), looked.iter().max()), (3, Some(&1)), "{looked:?}");
         s.check(NEAR);
         s.append(3, 0, 300, 7).unwrap();
+        assert_eq!((s.waiting(), s.layers[0].counters.read().fits), (0, 1));
         s.check(NEAR);
-        (s.arena(0).to_vec(), s.arena(1).to_vec())
+        s.arena().to_vec()
     };
     assert!(filled(false) == filled(true));
 }
 
 #[test]
-fn a_fit_that_has_to_hurry_takes_what_a_study_knows_and_looks_at_the_rest() {
-    for known in [1, 30, 60, 99] {
+fn after_a_fit_short_steps_code_a_tile_of_what_waited_and_long_ones_all() {
+    for (step, steps) in [(1, 7), (90, 1)] {
         let mut s = stream();
-        s.append(1, 0, 450, 90).unwrap();
-        s.append(2, 0, known, 1).unwrap();
-        assert!(!s.table.is_fitted());
-        s.append(3, 0, 100, 100).unwrap();
-        assert!(s.table.is_fitted() && s.layers[0].counters.read().fits == 1);
+        s.append(1, 0, 400, 25).unwrap();
+        while !s.table.is_fitted() {
+            s.append(2, 0, step, step).unwrap();
+        }
+        let mut taken = 1;
+        while s.waiting() > 0 {
+            let before = s.waiting();
+            s.append(3 + taken, 0, step, step).unwrap();
+            assert_eq!(before - s.waiting(), 64);
+            s.check(NEAR);
+            taken += 1;
+        }
+        assert!(taken.abs_diff(steps) <= 1, "{taken} steps of {step}");
+    }
+}
+
+#[test]
+fn rows_that_come_faster_than_they_can_wait_are_looked_at_and_coded_at_once() {
+    for before in [0, 300] {
+        let mut s = stream_of(&Config { n_cells: 3000, ..config(3000) });
+        if before > 0 {
+            s.append(1, 0, before, 100).unwrap();
+        }
+        s.append(2, 0, 2500, 2500).unwrap();
+        assert!(s.table.is_fitted() && s.waiting() == 0 && s.layers[0].counters.read().fits == 1);
+        s.check(NEAR);
+        s.append(3, 0, 100, 50).unwrap();
         s.check(NEAR);
     }
 }
@@ -472,13 +496,13 @@ fn next_study(s: &mut Stream) -> plan::Study {
 #[test]
 fn a_study_is_not_known_to_a_copy_nor_to_what_comes_after_a_clear() {
     let mut s = stream();
-    s.append(1, 0, 450, 90).unwrap();
-    s.append(2, 0, 90, 1).unwrap();
+    s.append(1, 0, 400, 25).unwrap();
+    s.append(2, 0, 131, 1).unwrap();
     let known = next_study(&mut s);
-    assert!(known.id > 0 && known.to == 6);
+    assert!(known.id > 0 && known.to >= 2);
     s.table = s.table.copied();
     let other = next_study(&mut s);
-    assert!(other.id > 0 && other.id != known.id && other.from == 0 && other.to < 3);
+    assert!(other.id > 0 && other.id != known.id && other.from == 0);
     s.append(3, 0, 60, 1).unwrap();
     assert!(s.table.is_fitted());
     s.check(NEAR);
@@ -491,8 +515,8 @@ fn a_study_is_not_known_to_a_copy_nor_to_what_comes_after_a_clear() {
 fn layers_are_told_of_a_study_that_is_given_up() {
     for clear in [|s: &mut Stream| s.remove(0, &s.cells_of(0)), |s: &mut Stream| (s.rows.fill(None), s.table.reset()).1] {
         let mut s = stream();
-        s.append(1, 0, 450, 90).unwrap();
-        s.append(2, 0, 50, 1).unwrap();
+        s.append(1, 0, 400, 25).unwrap();
+        s.append(2, 0, 130, 1).unwrap();
         let known = next_study(&mut s);
         assert!(known.id > 0);
         clear(&mut s);
@@ -505,86 +529,21 @@ fn layers_are_told_of_a_study_that_is_given_up() {
 }
 
 #[test]
-fn what_is_coded_ahead_is_what_the_fit_seals() {
-    // One sequence, one that grows beside one that does not, two that grow.
-    for (idle, seqs) in [(None, 1), (Some(1), 1), (Some(0), 2), (None, 3)] {
-        let mut s = stream_of(&Config { window: 64, n_cells: 2000, ..config(2000) });
-        if let Some(seq) = idle {
-            s.append(1, seq, 200, 50).unwrap();
-        }
-        let (mut ahead, mut fitted) = (Vec::new(), Vec::new());
-        for step in 0.. {
-            let (cells, places) =
-                fresh_tokens(&s, &mut Random::new(1), seqs, if s.live().len() < 880 { 8 } else { seqs.count_ones() as usize }, false);
-            let t = s.tokens(step, &cells, &places);
-            s.enter(&t);
-            let ints = s.plan(&cells).unwrap();
-            let plan = Plan::parse(&ints).unwrap();
-            plan.check(s.table.geometry()).unwrap();
-            (0..2).for_each(|layer| s.run(layer, &ints, &t).unwrap());
-            s.table.commit().unwrap();
-            if plan.fit {
-                fitted = plan.changes().ints().to_vec();
-                break;
-            }
-            if plan.ahead().next().is_some() {
-                ahead.push(plan.ahead().ints().to_vec());
-            }
-        }
-        assert_eq!(ahead.len(), 3);
-        assert!(ahead.iter().all(|a| *a == fitted), "idle {idle:?}, sequences {seqs:b}");
-    }
-}
-
-#[test]
-fn rows_are_coded_alike_ahead_and_in_the_fit() {
-    let replace = |s: &mut Stream, rows: std::ops::Range<usize>| {
-        // Other rows at the same positions, in the same slots.
-        let cells = s.cells_of(0)[rows].to_vec();
-        let places: Vec<_> = cells.iter().map(|c| (position(s, *c), 0)).collect();
-        s.remove(0, &cells);
-        s.step(77, &cells, &places).unwrap();
-    };
-    let disturb: [&dyn Fn(&mut Stream); 9] = [
-        &|_| {},
-        &|s| replace(s, 100..140),
-        &|s| replace(s, 440..450),
-        &|s| s.remove(0, &s.cells_of(0)[200..300]),
-        &|s| shift(s, &s.cells_of(0), 1000),
-        &|s| shift(s, &s.cells_of(0)[300..], 40),
-        &|s| s.append(9, 1, 150, 50).unwrap(),
-        &|s| s.append(9, 0, 300, 100).unwrap(),
-        &|s| s.table = s.table.copied(),
-    ];
-    for (i, disturb) in disturb.iter().enumerate() {
-        for known in [6, 8, 30, 92] {
-            let filled = |codes_ahead: bool, abort: bool| {
-                let mut s = stream();
-                (s.codes_ahead, s.backwards) = (codes_ahead, codes_ahead);
-                s.append(1, 0, 450, 90).unwrap();
-                s.append(2, 0, known, 1).unwrap();
-                disturb(&mut s);
-                if abort {
-                    let (cell, place) = (s.free()[0], (s.next_pos(0), 0));
-                    s.abort(5, &[cell], &[place], 1).unwrap();
-                }
-                s.append(3, 0, 250, 1).unwrap();
-                assert!(s.table.is_fitted());
-                s.check(NEAR_A_GAP);
-                [0, 1].map(|layer| s.arena(layer).to_vec())
-            };
-            for abort in [false, true] {
-                assert!(filled(true, abort) == filled(false, abort), "case {i}, after {known} steps");
-            }
-        }
-    }
+fn layers_are_told_of_a_study_that_is_over() {
+    let mut s = stream();
+    s.append(1, 0, 400, 25).unwrap();
+    s.append(2, 0, 130, 1).unwrap();
+    let known = next_study(&mut s);
+    s.append(3, 0, 60, 1).unwrap();
+    assert!(s.table.is_fitted() && known.id > 0);
+    assert!(s.findings.head(known.id, 0).0.is_none());
 }
 
 #[test]
 fn a_study_survives_an_aborted_step_and_a_saved_state_goes_on_without() {
     for done in 0..=2 {
         let mut s = stream();
-        s.append(1, 0, 450, 90).unwrap();
+        s.append(1, 0, 400, 25).unwrap();
         for round in 0..30 {
             s.append(2 + round, 0, 2, 1).unwrap();
             let (cell, place) = (s.free()[0], (s.next_pos(0), 0));
@@ -733,24 +692,23 @@ fn an_aborted_step_that_compacts_loses_only_its_tokens() {
     }
 }
 
-/// A plan with something in every section but those of the fit, and one that fits.
+/// A plan that looks at heads, and one with something in every section but those that belong to it.
 fn plans() -> [Vec<i32>; 2] {
     let mut s = stream();
-    // So few tokens complete the fit that rows before them are in the window and have to leave their temporary slots.
-    s.append(1, 0, 520, 65).unwrap();
+    s.append(1, 0, 455, 65).unwrap();
     let cells = s.free()[..65].to_vec();
-    let places: Vec<_> = (520..585).map(|i| (i, 0)).collect();
+    let places: Vec<_> = (455..520).map(|i| (i, 0)).collect();
     let t = s.tokens(1, &cells, &places);
     s.enter(&t);
-    let fit = s.plan(&cells).unwrap();
+    let look = s.plan(&cells).unwrap();
     cells.iter().for_each(|c| s.rows[*c as usize] = None);
-    s.append(2, 0, 580, 100).unwrap();
+    s.append(2, 0, 645, 100).unwrap();
     let gone: Vec<u32> = s.cells_of(0).into_iter().filter(|c| c % 4 != 1).collect();
     s.remove(0, &gone);
     let cells = s.free()[..400].to_vec();
     let t = s.tokens(1, &cells, &(0..400).map(|i| (2000 + i, 0)).collect::<Vec<_>>());
     s.enter(&t);
-    [fit, s.plan(&cells).unwrap()]
+    [look, s.plan(&cells).unwrap()]
 }
 
 /// Look at everything a plan holds; returns how much that is.
@@ -758,8 +716,10 @@ fn walk(p: &Plan) -> usize {
     p.tokens().count()
         + p.exact().count()
         + p.tiles().map(|t| (0..64).filter(|r| t.cell(*r).is_some() || t.turn(*r) != 0).count()).sum::<usize>()
-        + p.changes().map(|c| if let Change::Seal { rows, .. } = c { rows.count() } else { 1 }).sum::<usize>()
-        + p.relocations().count()
+        + p.changes()
+            .map(|c| if let Change::Seal { filling, .. } = c { filling.rows().count() + filling.witnesses().count() } else { 1 })
+            .sum::<usize>()
+        + p.recents().count()
         + p.records().count()
         + p.fit_rows().count()
         + p.fit_queries().count()
@@ -767,13 +727,18 @@ fn walk(p: &Plan) -> usize {
 
 #[test]
 fn a_truncated_or_foreign_plan_is_refused() {
-    let [fit, moves] = plans();
-    let parsed = [Plan::parse(&fit).unwrap(), Plan::parse(&moves).unwrap()];
-    assert!(parsed[0].fit && parsed[0].fit_rows().len() > 500 && parsed[0].fit_queries().len() > 100 && parsed[0].relocations().len() > 0);
+    let [look, moves] = plans();
+    let parsed = [Plan::parse(&look).unwrap(), Plan::parse(&moves).unwrap()];
+    assert!(
+        parsed[0].study.from < parsed[0].study.to
+            && parsed[0].fit_rows().len() > 500
+            && parsed[0].fit_queries().len() > 50
+            && parsed[0].recents().len() > 0
+    );
     let has = |kind: fn(&Change<_>) -> bool| parsed[1].changes().any(|c| kind(&c));
     assert!(has(|c| matches!(c, Change::Move { .. })) && has(|c| matches!(c, Change::Recode { .. })));
     assert!(parsed[1].n_seals() > 0 && parsed[1].tiles().len() > 0);
-    for ints in [&fit, &moves] {
+    for ints in [&look, &moves] {
         for n in 0..ints.len() {
             assert!(matches!(Plan::parse(&ints[..n]), Err(Error::Data(_))), "{n} of {} ints", ints.len());
         }

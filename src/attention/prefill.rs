@@ -1,13 +1,13 @@
 //! Attention of many queries over rows of one KV head that are rebuilt a block at a time and then forgotten: both products are products of matrices.
 //!
-//! A block has up to 64 rows; up to [`STEP`] blocks are looked at between two updates of the running maximum. What a query gets depends on its own row of
-//! every product only, never on the queries beside it, so callers may divide queries as they like. Must not know about cells, arenas or plans.
+//! A block has up to 64 rows; up to [`STEP`] blocks are looked at between two updates of the running maximum. What a query gets depends on its own
+//! row of every product only, never on the queries beside it, so callers may divide queries as they like. Must not know about cells, arenas or plans.
 
 use super::{Context, HeadBases, Turns, Visible};
-use crate::codec::{split_tile, TilePlace};
+use crate::codec::{Basis, Side, TileForm};
 use crate::config::TILE;
 use crate::rope::Turn;
-use crate::simd::{quant, Lines, MatMut, MatRef};
+use crate::simd::{quant, Kernels, Lines, MatMut, MatRef};
 
 /// Most blocks of one step of the softmax.
 pub const STEP: usize = 4;
@@ -37,6 +37,13 @@ impl RowBlock {
         self.keys.floats_mut().iter_mut().skip(row).step_by(TILE).zip(key).for_each(|(to, x)| *to = *x);
         self.values.floats_mut()[row * value.len()..][..value.len()].copy_from_slice(value);
     }
+
+    /// All keys, all values, row by row.
+    #[cfg(test)]
+    pub(super) fn rows(&self, d_k: usize, d_v: usize) -> (Vec<f32>, Vec<f32>) {
+        let keys = self.keys.floats();
+        ((0..TILE * d_k).map(|i| keys[i % d_k * TILE + i / d_k]).collect(), self.values.floats()[..TILE * d_v].to_vec())
+    }
 }
 
 /// Rebuilds tiles.
@@ -47,35 +54,75 @@ pub struct Rebuilder {
     by_row: Lines,
     turn: Turn,
     key: Vec<f32>,
+    /// Coefficients of a residual, and what they add to their row.
+    fine: Vec<f32>,
+    added: Vec<f32>,
 }
 
 impl Rebuilder {
     /// Rebuild all rows of a tile.
-    pub fn tile(&mut self, c: Context, bases: &HeadBases, place: &TilePlace, tile: &[u8], turns: Turns, out: &mut RowBlock) {
-        let [(gk, ck), (gv, cv)] = split_tile(tile, place.k);
-        let (kernels, table, k, v) = (c.kernels, quant::gains(), &bases.k, &bases.v);
-        let mut gains = [0.0; TILE];
-
-        let rank = place.k.rank();
-        self.coefficients.resize(k.rank().max(v.rank()) * TILE * 4);
-        let (coefficients, _) = self.coefficients.floats_mut().as_chunks_mut::<TILE>();
-        (kernels.unpack)(place.k, ck, &mut coefficients[..rank]);
-        (kernels.lookup)(table, gk, &mut gains);
-        coefficients[..rank].iter_mut().for_each(|x| x.iter_mut().zip(&gains).for_each(|(x, gain)| *x *= gain));
+    pub fn tile(&mut self, c: Context, bases: &HeadBases, form: &TileForm, tile: &[u8], turns: Turns, out: &mut RowBlock) {
+        let (kernels, k, v) = (c.kernels, &bases.k, &bases.v);
+        self.unpack(kernels, &form.k, tile);
         out.keys.resize(k.d * TILE * 4);
         let keys = &mut out.keys.floats_mut()[..k.d * TILE];
+        keys.fill(0.0);
         keys.chunks_exact_mut(TILE).zip(&k.mean).for_each(|(to, mean)| to.fill(*mean));
-        if rank > 0 {
-            let decode = MatRef::new(bases.projection.floats(), bases.stride);
-            (kernels.multiply)(decode, MatRef::new(self.coefficients.floats(), TILE), MatMut::new(keys, TILE), k.d, rank, TILE);
+        let (rank, decode) = (form.k.widths.rank(), MatRef::new(bases.projection.floats(), bases.stride));
+        (kernels.multiply)(decode, MatRef::new(self.coefficients.floats(), TILE), MatMut::new(keys, TILE), k.d, rank, TILE);
+        for (row, step, nibbles) in form.residuals(&form.k, tile) {
+            self.residual(kernels, k, &bases.finer[0], step, nibbles);
+            keys[row..].iter_mut().step_by(TILE).zip(&self.added).for_each(|(to, x)| *to += x);
         }
+        self.turn_keys(c, turns, keys, k.d);
+
+        self.unpack(kernels, &form.v, tile);
+        out.values.resize(TILE * v.d * 4);
+        let values = &mut out.values.floats_mut()[..TILE * v.d];
+        values.fill(0.0);
+        let rank = form.v.widths.rank();
+        self.by_row.resize(TILE * v.d * 4);
+        let by_row = self.by_row.floats_mut();
+        (kernels.transpose)(MatRef::new(self.coefficients.floats(), TILE), MatMut::new(by_row, v.d), rank, TILE);
+        (kernels.multiply)(MatRef::new(by_row, v.d), MatRef::new(&v.decode, v.d), MatMut::new(values, v.d), TILE, rank, v.d);
+        for (row, step, nibbles) in form.residuals(&form.v, tile) {
+            self.residual(kernels, v, &bases.finer[1], step, nibbles);
+            values[row * v.d..][..v.d].iter_mut().zip(&self.added).for_each(|(to, x)| *to += x);
+        }
+    }
+
+    /// Coefficients of all rows.
+    fn unpack(&mut self, kernels: &Kernels, side: &Side, tile: &[u8]) {
+        self.coefficients.resize(side.d * TILE * 4);
+        let (coefficients, _) = self.coefficients.floats_mut().as_chunks_mut::<TILE>();
+        let mut gains = [0.0; TILE];
+        for (_, part) in side.some_parts() {
+            let own = &mut coefficients[part.first..part.first + part.rank()];
+            (kernels.unpack)(part.widths, part.codes(tile), own);
+            (kernels.lookup)(quant::gains(), part.gains(tile), &mut gains);
+            own.iter_mut().for_each(|x| x.iter_mut().zip(&gains).for_each(|(x, gain)| *x *= gain));
+        }
+    }
+
+    /// What a residual adds to its row.
+    fn residual(&mut self, kernels: &Kernels, basis: &Basis, finer: &[f32], step: f32, nibbles: &[u8]) {
+        self.fine.resize(basis.d, 0.0);
+        (kernels.unpack_fine)(nibbles, step, &mut self.fine);
+        self.fine.iter_mut().zip(finer).for_each(|(x, finer)| *x *= finer);
+        self.added.clear();
+        self.added.resize(basis.d, 0.0);
+        (kernels.accumulate)(&basis.decode, &self.fine, &mut self.added);
+    }
+
+    /// Turn keys to where they are.
+    fn turn_keys(&mut self, c: Context, turns: Turns, keys: &mut [f32], d: usize) {
         match turns {
             Turns::One(turn) => {
                 c.rope.turn(i64::from(turn), &mut self.turn);
                 c.rope.rotate_columns(&self.turn, keys, TILE);
             }
             Turns::Each(turns) => {
-                self.key.resize(k.d, 0.0);
+                self.key.resize(d, 0.0);
                 for (row, turn) in turns.iter().enumerate() {
                     c.rope.turn(i64::from(*turn), &mut self.turn);
                     self.key.iter_mut().zip(keys[row..].iter().step_by(TILE)).for_each(|(to, x)| *to = *x);
@@ -83,22 +130,6 @@ impl Rebuilder {
                     keys[row..].iter_mut().step_by(TILE).zip(&self.key).for_each(|(to, x)| *to = *x);
                 }
             }
-        }
-
-        let rank = place.v.rank();
-        let (coefficients, _) = self.coefficients.floats_mut().as_chunks_mut::<TILE>();
-        (kernels.unpack)(place.v, cv, &mut coefficients[..rank]);
-        out.values.resize(TILE * v.d * 4);
-        let values = &mut out.values.floats_mut()[..TILE * v.d];
-        values.chunks_exact_mut(v.d).for_each(|to| to.copy_from_slice(&v.mean));
-        if rank > 0 {
-            (kernels.lookup)(table, gv, &mut gains);
-            self.by_row.resize(TILE * rank * 4);
-            let by_row = &mut self.by_row.floats_mut()[..TILE * rank];
-            for ((row, to), gain) in by_row.chunks_exact_mut(rank).enumerate().zip(gains) {
-                to.iter_mut().zip(&*coefficients).for_each(|(to, x)| *to = x[row] * gain);
-            }
-            (kernels.multiply)(MatRef::new(by_row, rank), MatRef::new(&v.decode, v.d), MatMut::new(values, v.d), TILE, rank, v.d);
         }
     }
 }

@@ -1,131 +1,174 @@
-//! Views of an arena: which bytes are what. The layout is described in [`crate::config`].
+//! Views of an arena: which bytes are what. The layout is described in [`super::geometry`].
 //!
 //! An arena of zeros is valid and empty, so that a caller may allocate it as it likes. It holds no pointers; a copy of its
 //! bytes is a copy of its contents. Must not know about threads: it hands out slices.
 
-use crate::codec::{f16s, f16s_mut, TileMap};
-use crate::config::{LayerGeometry, BANDS, HEAD_RECORD_BYTES};
+use super::geometry::{Geometry, HeadRanges};
+use crate::codec::{f16s, f16s_mut, Basis, Fine, TileForm};
+use crate::config::{Heads, BANDS, QUERY_SLOTS};
 use crate::error::{Error, Result};
 use half::f16;
 use std::ops::Range;
 
-const MAGIC: u32 = 0x534b_5641;
-const VERSION: u32 = 3;
+/// Stands in a head's record when it has bases: of this layout, and no other.
+const MAGIC: u32 = 0x534b_5604;
+/// Words of a record: number of the last plan, the magic number, where the head's pieces of tiles begin in each band's blocks, [`promise`].
+const OFFSETS: usize = 2;
+const PROMISE: usize = OFFSETS + BANDS;
 
-/// Which bytes of an arena belong to one KV head.
-#[derive(Debug, Clone)]
-pub struct HeadRanges {
-    /// Record and permanent exact rows.
-    pub exact: Range<usize>,
-    /// Before the fit: further exact rows and queries.
-    pub raw: Range<usize>,
-    /// After the fit: the bases of K and V.
-    pub bases: Range<usize>,
-    /// After the fit: tiles.
-    pub tiles: Range<usize>,
+/// The bytes of an arena that one head may look at and change: its own ranges and its own pieces of tiles.
+pub trait Bytes {
+    /// Some of them.
+    fn get(&self, range: Range<usize>) -> &[u8];
+    /// Some of them, to change.
+    fn get_mut(&mut self, range: Range<usize>) -> &mut [u8];
+}
+
+impl Bytes for &mut [u8] {
+    fn get(&self, range: Range<usize>) -> &[u8] {
+        &self[range]
+    }
+    fn get_mut(&mut self, range: Range<usize>) -> &mut [u8] {
+        &mut self[range]
+    }
 }
 
 fn word(bytes: &[u8], i: usize) -> u32 {
     u32::from_le_bytes(bytes[4 * i..4 * i + 4].try_into().expect("invariant: four bytes"))
 }
 
-/// Stamp the header of an arena that has bases.
-pub fn write_header(arena: &mut [u8]) {
-    arena[..4].copy_from_slice(&MAGIC.to_le_bytes());
-    arena[4..8].copy_from_slice(&VERSION.to_le_bytes());
-}
-
-/// Byte ranges of every head. `fitted` says whether tiles exist; then the header and the widths are checked.
-pub fn ranges(arena: &[u8], g: &LayerGeometry, band_tiles: &[usize; BANDS], fitted: bool) -> Result<Vec<HeadRanges>> {
-    read_ranges(|r| &arena[r], arena.len(), g, band_tiles, fitted)
-}
-
-/// [`ranges`] of an arena of `len` bytes of which only the header and the widths of the bases may be looked at: other threads
-/// may be writing rows. `read` borrows a range of it.
-pub fn read_ranges<'a>(
-    read: impl Fn(Range<usize>) -> &'a [u8],
-    len: usize,
-    g: &LayerGeometry,
-    band_tiles: &[usize; BANDS],
-    fitted: bool,
-) -> Result<Vec<HeadRanges>> {
-    if len < g.arena_bytes {
-        return Err(Error::Buffer { need: g.arena_bytes, have: len });
-    }
-    let header = read(0..8);
-    if fitted && (word(header, 0) != MAGIC || word(header, 1) != VERSION) {
-        return Err(Error::Data("the arena has no bases, or is of another version".into()));
-    }
-    let body = g.body_offset();
-    let mut tiles_at = body + g.n_head_kv * g.basis_bytes();
-    let mut out = Vec::with_capacity(g.n_head_kv);
-    for head in 0..g.n_head_kv {
-        let mut r = HeadRanges {
-            exact: g.exact_offset(head)..g.exact_offset(head + 1),
-            raw: body + head * g.raw_head_bytes()..body + (head + 1) * g.raw_head_bytes(),
-            bases: 0..0,
-            tiles: 0..0,
-        };
-        if fitted {
-            r.bases = body + head * g.basis_bytes()..body + (head + 1) * g.basis_bytes();
-            let map = TileMap::of(*band_tiles, g, read(r.bases.clone()));
-            if !map.is_possible(g) {
-                return Err(Error::Data(format!("head {head} has more coefficients than elements")));
-            }
-            r.tiles = tiles_at..tiles_at + map.bytes();
-            tiles_at = r.tiles.end;
-        }
-        out.push(r);
-    }
-    if fitted && tiles_at > g.arena_bytes {
-        return Err(Error::Data("the tiles are longer than the arena".into()));
-    }
-    Ok(out)
+fn put_word(bytes: &mut [u8], i: usize, x: u32) {
+    bytes[4 * i..4 * i + 4].copy_from_slice(&x.to_le_bytes());
 }
 
 /// Number of the last plan a head has carried out.
-pub fn epoch(exact: &[u8]) -> i32 {
-    word(exact, 0) as i32
+pub fn epoch(record: &[u8]) -> i32 {
+    word(record, 0) as i32
 }
 
 /// Set [`epoch`].
-pub fn set_epoch(exact: &mut [u8], epoch: i32) {
-    exact[..4].copy_from_slice(&epoch.to_le_bytes());
+pub fn set_epoch(record: &mut [u8], epoch: i32) {
+    put_word(record, 0, epoch as u32);
 }
 
-/// Exact rows of one head: the permanent slots, then those that exist before the fit.
+/// Note in a record that there are bases, and where the head's pieces begin in blocks.
+pub fn set_pieces(record: &mut [u8], offsets: [usize; BANDS]) {
+    put_word(record, 1, MAGIC);
+    offsets.iter().enumerate().for_each(|(band, at)| put_word(record, OFFSETS + band, *at as u32));
+}
+
+/// The relative error with which the newest values would have been coded when the bases were fitted; 0 when there were none.
+pub fn promise(record: &[u8]) -> f32 {
+    f32::from_bits(word(record, PROMISE))
+}
+
+/// Set [`promise`].
+pub fn set_promise(record: &mut [u8], error: f32) {
+    put_word(record, PROMISE, error.to_bits());
+}
+
+/// Where a head's pieces of the tiles lie, and how those of each band are coded.
+#[derive(Debug, Clone)]
+pub struct Pieces {
+    /// First byte of the first piece, bytes to the next, and form; by band, and last those of waiting rows.
+    bands: [(usize, usize, TileForm); BANDS + 1],
+    /// Tiles of the bands end here, numbered.
+    ends: [usize; BANDS],
+}
+
+impl Pieces {
+    /// Those of a head. `bases` is empty when there are none yet: then only rows that wait are coded.
+    pub fn new(g: &Geometry, layer: usize, head: usize, record: &[u8], bases: &[u8]) -> Result<Self> {
+        let (at, form) = g.waiting_piece(layer, head);
+        let waiting = (g.band_offset(BANDS) + at, g.band_stride(BANDS), form);
+        let mut bands = std::array::from_fn(|_| waiting.clone());
+        if !bases.is_empty() {
+            if word(record, 1) != MAGIC {
+                return Err(Error::Data("the arena has no bases, or is of another version".into()));
+            }
+            let h = &g.layers[layer];
+            let (k, v) = (Basis::widths_of(bases), Basis::widths_of(&bases[Basis::bytes_of(h.d_k)..]));
+            for band in 0..BANDS {
+                if k[band].rank() > h.d_k || v[band].rank() > h.d_v {
+                    return Err(Error::Data(format!("head {head} has more coefficients than elements")));
+                }
+                let (form, offset) = (TileForm::new(k[band], v[band], h.d_k, h.d_v, Fine::Residuals), word(record, OFFSETS + band) as usize);
+                if offset + form.bytes() > g.block_bytes[band] {
+                    return Err(Error::Data(format!("the pieces of head {head} are longer than a tile")));
+                }
+                bands[band] = (g.band_offset(band) + offset, g.band_stride(band), form);
+            }
+        }
+        Ok(Pieces { bands, ends: std::array::from_fn(|band| g.band(band).end) })
+    }
+
+    /// Band of a tile, and the bytes of its piece.
+    pub fn place(&self, tile: usize) -> (usize, Range<usize>) {
+        let band = self.ends.iter().position(|end| tile < *end).unwrap_or(BANDS);
+        let first = if band == 0 { 0 } else { self.ends[band - 1] };
+        let (at, stride, form) = &self.bands[band];
+        let at = at + (tile - first) * stride;
+        (band, at..at + form.bytes())
+    }
+
+    /// How the tiles of a band are coded.
+    pub fn form(&self, band: usize) -> &TileForm {
+        &self.bands[band].2
+    }
+}
+
+/// Exact rows of one head.
+#[derive(Clone, Copy)]
 pub struct ExactRows<'a> {
-    permanent: &'a [f16],
-    raw: &'a [f16],
+    rows: &'a [f16],
     row: usize,
-    slots: usize,
 }
 
 impl<'a> ExactRows<'a> {
-    /// `exact` and `raw` are a head's ranges; `raw` is empty after the fit.
-    pub fn new(g: &LayerGeometry, slots: usize, exact: &'a [u8], raw: &'a [u8]) -> Result<Self> {
-        Ok(ExactRows { permanent: f16s(&exact[HEAD_RECORD_BYTES..])?, raw: f16s(raw)?, row: g.head_elements(), slots })
+    /// `exact` is a head's range.
+    pub fn new(h: &Heads, exact: &'a [u8]) -> Result<Self> {
+        Ok(ExactRows { rows: f16s(exact)?, row: h.elements() })
     }
     /// Key and value of a slot, one after the other.
     pub fn row(&self, slot: usize) -> &'a [f16] {
-        let (rows, i) = if slot < self.slots { (self.permanent, slot) } else { (self.raw, slot - self.slots) };
-        &rows[i * self.row..(i + 1) * self.row]
+        &self.rows[slot * self.row..(slot + 1) * self.row]
     }
 }
 
 /// Mutable [`ExactRows::row`].
-pub fn exact_row_mut<'a>(g: &LayerGeometry, slots: usize, exact: &'a mut [u8], raw: &'a mut [u8], slot: usize) -> Result<&'a mut [f16]> {
-    let (bytes, i) = if slot < slots { (&mut exact[HEAD_RECORD_BYTES..], slot) } else { (raw, slot - slots) };
-    f16s_mut(&mut bytes[i * g.row_bytes()..(i + 1) * g.row_bytes()])
+pub fn exact_row_mut<'a>(h: &Heads, exact: &'a mut [u8], slot: usize) -> Result<&'a mut [f16]> {
+    f16s_mut(&mut exact[slot * h.row_bytes()..(slot + 1) * h.row_bytes()])
 }
 
-/// The queries a head's group keeps for the fit: the tail of its raw range.
-pub fn queries<'a>(g: &LayerGeometry, raw: &'a [u8]) -> Result<&'a [f16]> {
-    f16s(&raw[raw.len() - g.query_bytes()..])
+/// Queries of a head's group that are kept in some slots, and the squared norms behind them; `kept` is a head's range of queries.
+pub fn queries_mut(kept: &mut [u8]) -> Result<(&mut [f16], &mut [f32])> {
+    let (queries, norms) = kept.split_at_mut(kept.len() - 4 * QUERY_SLOTS);
+    let norms = bytemuck::try_cast_slice_mut(norms).map_err(|e| Error::Data(format!("norms are not aligned: {e}")))?;
+    Ok((f16s_mut(queries)?, norms))
 }
 
-/// Mutable [`queries`].
-pub fn queries_mut<'a>(g: &LayerGeometry, raw: &'a mut [u8]) -> Result<&'a mut [f16]> {
-    let at = raw.len() - g.query_bytes();
-    f16s_mut(&mut raw[at..])
+/// [`queries_mut`], to read.
+pub fn queries(kept: &[u8]) -> Result<(&[f16], &[f32])> {
+    let (queries, norms) = kept.split_at(kept.len() - 4 * QUERY_SLOTS);
+    let norms = bytemuck::try_cast_slice(norms).map_err(|e| Error::Data(format!("norms are not aligned: {e}")))?;
+    Ok((f16s(queries)?, norms))
+}
+
+/// What waiting rows are coded relative to: mean and scale of keys, scale of values. Zeros before the first tile of them.
+pub fn plain(h: &Heads, bytes: &[u8]) -> (Basis, Basis) {
+    let float = |b: &[u8]| f32::from_le_bytes(b.try_into().expect("invariant: four bytes"));
+    let all: Vec<f32> = bytes.chunks_exact(4).map(float).collect();
+    let (mean, scales) = all.split_at(h.d_k);
+    (Basis::diagonal(mean, &scales[..h.d_k]), Basis::diagonal(&[], &scales[h.d_k..h.d_k + h.d_v]))
+}
+
+/// Set [`plain`].
+pub fn set_plain(bytes: &mut [u8], mean: &[f32], scale_k: &[f32], scale_v: &[f32]) {
+    let all = mean.iter().chain(scale_k).chain(scale_v);
+    bytes.chunks_exact_mut(4).zip(all).for_each(|(to, x)| to.copy_from_slice(&x.to_le_bytes()));
+}
+
+/// The ranges of all heads of a layer.
+pub fn heads(g: &Geometry, layer: usize) -> Vec<HeadRanges> {
+    (0..g.layers[layer].n_head_kv).map(|head| g.head(layer, head)).collect()
 }

@@ -1,17 +1,18 @@
 //! Attention of one layer over its arena, as the plan says: which rows, which of them are seen, in which pieces.
 //!
-//! Work is cut into units of one KV head and one of [`crate::config::LayerGeometry::chunks`] chunks of the rows, whatever the number of threads, so results do not depend on it.
+//! Work is cut into units of one KV head and one of [`crate::config::Heads::chunks`] chunks of the rows, whatever the number of threads, so results do not depend on it.
 //! Must not know how scores are computed, nor about threads.
 
-use super::arena::{self, ExactRows};
-use super::layer::{Layer, Mask, Rows};
+use super::arena::{self, ExactRows, Pieces};
+use super::geometry::HeadRanges;
+use super::input::{Mask, Rows};
+use super::layer::Layer;
 use super::plan::{Plan, Source, TileView};
 use crate::attention::{merge, no_rows, partial_floats, Accumulator, Context, HeadBases, Scoring, Tile, Turns, Visible, BATCH};
-use crate::codec::{TileMap, TilePlace};
-use crate::config::{ANCHOR_GRID, MAX_QUERIES, TILE};
+use crate::config::{ANCHOR_GRID, BANDS, MAX_QUERIES, TILE};
 use crate::error::{argument, Error, Result};
 use crate::rope::Turn;
-use crate::simd::{self, Lines};
+use crate::simd::{self, Ahead, Lines};
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::atomic::Ordering::Relaxed;
@@ -48,9 +49,39 @@ enum Block<'a> {
     Tile(TileView<'a>),
 }
 
+/// The bases of a head, as far as a plan's tiles need them: those that were fitted, and those of rows that wait.
+#[derive(Default)]
+pub(super) struct Loaded {
+    pub(super) fitted: HeadBases,
+    pub(super) plain: HeadBases,
+}
+
+impl Loaded {
+    /// Load those of a head.
+    pub(super) fn load(&mut self, layer: &Layer, arena: &[u8], r: &HeadRanges, plan: &Plan) -> Result<()> {
+        let (g, first) = (layer.shape(), layer.geometry().tiles);
+        if plan.tiles().any(|t| t.tile < first) {
+            self.fitted.load(&arena[r.bases.clone()], g.d_k, g.d_v)?;
+        }
+        if plan.tiles().any(|t| t.tile >= first) {
+            let (k, v) = arena::plain(g, &arena[r.plain.clone()]);
+            self.plain = HeadBases::of(k, v);
+        }
+        Ok(())
+    }
+    /// Those of a band.
+    pub(super) fn of(&self, band: usize) -> &HeadBases {
+        if band == BANDS {
+            &self.plain
+        } else {
+            &self.fitted
+        }
+    }
+}
+
 #[derive(Default)]
 struct Scratch {
-    bases: HeadBases,
+    bases: Loaded,
     rows_k: Lines,
     rows_v: Lines,
     accumulator: Accumulator,
@@ -133,6 +164,7 @@ impl Layer {
         n_tokens * self.shape().group() * partial_floats(self.shape().d_v)
     }
 
+    /// Exact rows, then tiles, band by band: those of rows that wait come last.
     fn blocks<'a>(plan: &Plan<'a>) -> impl Iterator<Item = Block<'a>> {
         let cut = |n: usize| (0..n).step_by(TILE).map(move |at| (at, (at + TILE).min(n)));
         cut(plan.exact().len())
@@ -153,7 +185,8 @@ impl Layer {
             return Err(Error::Buffer { need: units.len() * size, have: out.len() });
         }
         call.scoring.check()?;
-        let ranges = self.ranges(call.arena, call.plan)?;
+        self.check_arena(call.arena)?;
+        let ranges = arena::heads(&self.geometry, self.index);
         SCRATCH.with_borrow_mut(|s| {
             let mut loaded = None;
             for (unit, out) in units.zip(out.chunks_exact_mut(size)) {
@@ -164,9 +197,7 @@ impl Layer {
                     if let Some(t) = (0..n).find(|t| !(0..g.group()).all(|a| call.q.is_finite(*t, head * g.group() + a, g.d_k))) {
                         return Err(Error::NotFinite(format!("query of token {t}, KV head {head}, in f16")));
                     }
-                    if call.plan.fitted && call.plan.tiles().len() > 0 {
-                        s.bases.load(&call.arena[r.bases.clone()], g.d_k, g.d_v)?;
-                    }
+                    s.bases.load(self, call.arena, r, call.plan)?;
                 }
                 self.attend_unit(s, call, head, chunk, r, out)?;
             }
@@ -175,7 +206,7 @@ impl Layer {
     }
 
     /// One KV head's query group over one chunk of the rows; its bases have been loaded.
-    fn attend_unit(&self, s: &mut Scratch, call: &Call, head: usize, chunk: usize, r: &arena::HeadRanges, out: &mut [f32]) -> Result<()> {
+    fn attend_unit(&self, s: &mut Scratch, call: &Call, head: usize, chunk: usize, r: &HeadRanges, out: &mut [f32]) -> Result<()> {
         let (g, n, plan) = (self.shape(), call.q.len(), call.plan);
         let context = Context { kernels: simd::kernels(), scoring: call.scoring, rope: &self.rope };
         let count = plan.exact().len().div_ceil(TILE) + plan.tokens().len().div_ceil(TILE) + plan.tiles().len();
@@ -186,16 +217,12 @@ impl Layer {
             return Ok(());
         }
         let (first, last) = (chunk * count / chunks, (chunk + 1) * count / chunks);
-        let raw = if plan.fitted { &[] } else { &call.arena[r.raw.clone()] };
-        let rows = ExactRows::new(g, self.geometry.exact, &call.arena[r.exact.clone()], raw)?;
-        let (map, value_rank) = if plan.fitted && plan.tiles().len() > 0 {
-            (Some(TileMap::of(self.geometry.band_tiles, g, &call.arena[r.bases.clone()])), s.bases.v.rank())
-        } else {
-            (None, 0)
-        };
+        let rows = ExactRows::new(g, &call.arena[r.exact.clone()])?;
+        let bases = if plan.fitted { &call.arena[r.bases.clone()] } else { &[] };
+        let pieces = Pieces::new(&self.geometry, self.index, head, &call.arena[r.record.clone()], bases)?;
         let group = g.group();
         let queries = (0..n * group).map(|i| call.q.head(i / group, head * group + i % group, g.d_k));
-        s.accumulator.begin(g.d_k, g.d_v, group, value_rank, queries);
+        s.accumulator.begin(g.d_k, g.d_v, group, queries);
         let batch = s.accumulator.batch();
         s.masks.resize(batch * n * TILE, 0.0);
         s.turns.resize(batch, [0; TILE]);
@@ -206,11 +233,10 @@ impl Layer {
                 exact_seen += self.exact_block(s, call, context, head, &block, &rows);
                 continue;
             };
-            let Some(map) = &map else { continue };
-            let (place, run) = (map.place(t.tile), t.run());
+            let ((band, place), run) = (pieces.place(t.tile), t.run());
             let turn = run.map(|(_, turn)| turn).or_else(|| t.one_turn());
-            if waiting.is_over(&place, turn, batch) {
-                waiting.attend(s, context, &call.arena[r.tiles.start..]);
+            if waiting.is_over(band, turn, batch) {
+                waiting.attend(s, context, &pieces, call.arena);
             }
             let i = waiting.n;
             let mask = &mut s.masks[i * n * TILE..][..n * TILE];
@@ -223,10 +249,11 @@ impl Layer {
             if turn.is_none() {
                 s.turns[i] = std::array::from_fn(|row| t.turn(row));
             }
-            waiting.push(place, turn, matches!(visible, Seen::All));
+            waiting.push(band, place, turn, matches!(visible, Seen::All));
         }
-        waiting.attend(s, context, &call.arena[r.tiles.start..]);
-        s.accumulator.finish(context.kernels, (coded_seen > 0).then_some(&s.bases.v), out);
+        waiting.attend(s, context, &pieces, call.arena);
+        waiting.leave(s, context);
+        s.accumulator.finish(out);
         if head == 0 {
             self.counters.attended_exact.fetch_add(exact_seen, Relaxed);
             self.counters.attended_coded.fetch_add(coded_seen, Relaxed);
@@ -314,46 +341,65 @@ impl Layer {
     }
 }
 
-/// Tiles of one band that wait to be attended to together; masks and turns are in [`Scratch`], at a tile's number in the batch.
+/// Tiles of one band that will be attended to together; masks and turns are in [`Scratch`], at a tile's number in the batch.
 #[derive(Default)]
 struct Batch {
     n: usize,
-    place: Option<TilePlace>,
+    band: usize,
     /// Bytes of each tile, its turn when all rows share one, and whether all of it is seen.
     tiles: [(Range<usize>, Option<i32>, bool); BATCH],
+    /// The band whose value sums have not left their basis yet.
+    summed: Option<usize>,
 }
 
 impl Batch {
-    /// True when a tile cannot wait with the others, or better begins the next batch: tiles with the same frame stay together where they can.
-    fn is_over(&self, place: &TilePlace, turn: Option<i32>, batch: usize) -> bool {
-        let Some(first) = &self.place else { return false };
+    /// True when a tile cannot join the others, or better begins the next batch: tiles with the same frame stay together where they can.
+    fn is_over(&self, band: usize, turn: Option<i32>, batch: usize) -> bool {
+        if self.n == 0 {
+            return false;
+        }
         let another_frame = self.tiles[self.n - 1].1 != turn;
-        self.n == batch || first.band != place.band || another_frame && self.n + FRAME_TILES > batch
+        self.n == batch || self.band != band || another_frame && self.n + FRAME_TILES > batch
     }
 
-    fn push(&mut self, place: TilePlace, turn: Option<i32>, all: bool) {
-        self.tiles[self.n] = (place.bytes.clone(), turn, all);
+    fn push(&mut self, band: usize, bytes: Range<usize>, turn: Option<i32>, all: bool) {
+        (self.tiles[self.n], self.band) = ((bytes, turn, all), band);
         self.n += 1;
-        self.place = Some(place);
     }
 
-    fn attend(&mut self, s: &mut Scratch, context: Context, bytes: &[u8]) {
-        let Some(place) = self.place.take() else { return };
+    fn attend(&mut self, s: &mut Scratch, context: Context, pieces: &Pieces, arena: &[u8]) {
+        if self.n == 0 {
+            return;
+        }
+        if self.summed.is_some_and(|band| (band == BANDS) != (self.band == BANDS)) {
+            self.leave(s, context);
+        }
+        self.summed = Some(self.band);
         let per_tile = s.masks.len() / s.turns.len();
         let tiles: [Tile; BATCH] = std::array::from_fn(|i| {
-            let (range, turn, all) = &self.tiles[i.min(self.n - 1)];
             let i = i.min(self.n - 1);
+            let (range, turn, all) = &self.tiles[i];
             Tile {
-                bytes: &bytes[range.clone()],
+                bytes: &arena[range.clone()],
                 turns: turn.map_or(Turns::Each(&s.turns[i]), Turns::One),
                 visible: if *all { Visible::All } else { Visible::Some(&s.masks[i * per_tile..][..per_tile]) },
             }
         });
-        // Most often the next batch lies behind this one, and is as long.
-        let (first, last) = (&self.tiles[0].0, &self.tiles[self.n - 1].0);
-        let behind = &bytes[last.end..];
-        let ahead = &behind[..last.end.saturating_sub(first.start).min(behind.len())];
-        s.accumulator.tile_batch(context, &s.bases, &place, &tiles[..self.n], ahead);
+        s.accumulator.tile_batch(context, s.bases.of(self.band), pieces.form(self.band), &tiles[..self.n], self.ahead(arena));
         self.n = 0;
+    }
+
+    /// What will most likely be read next: as many pieces, as far behind these.
+    fn ahead(&self, arena: &[u8]) -> Ahead {
+        let (first, last) = (&self.tiles[0].0, &self.tiles[self.n - 1].0);
+        let stride = if self.n > 1 { self.tiles[1].0.start.abs_diff(first.start) } else { first.len() };
+        Ahead::pieces(arena, last.start + stride, first.len(), stride, self.n)
+    }
+
+    /// Value sums leave their basis.
+    fn leave(&mut self, s: &mut Scratch, context: Context) {
+        if let Some(band) = self.summed.take() {
+            s.accumulator.leave(context.kernels, s.bases.of(band));
+        }
     }
 }

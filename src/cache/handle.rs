@@ -2,9 +2,9 @@
 //!
 //! Cells are numbered in the order of appending. Must not know about C.
 
-use super::{plan, Call, Cells, HeadMut, Layer, Mask, Plan, Rows, Stats, Table};
+use super::{plan, Call, Cells, Findings, Geometry, Layer, Mask, Plan, Rows, SizeReport, Stats, Step, Table};
 use crate::attention::Scoring;
-use crate::config::{Config, Geometry, LayerShape, SizeReport, MAX_QUERIES};
+use crate::config::{Config, LayerShape, MAX_QUERIES};
 use crate::error::{argument, Error, Result};
 use crate::rope::RopeParams;
 use half::f16;
@@ -38,17 +38,18 @@ impl Cache {
         if !projection.len().is_multiple_of(row) || !projection.iter().all(|x| x.is_finite()) {
             return argument(format!("the output projection must be finite rows of {row} floats"));
         }
-        let mut layer = Layer::new(geometry.clone(), 0)?;
+        let findings = Arc::new(Findings::default());
+        let mut layer = Layer::new(geometry.clone(), findings.clone(), 0)?;
         layer.set_rope(rope)?;
         layer.set_scoring(scoring)?;
-        let bytes = geometry.layers[0].arena_bytes;
+        let bytes = geometry.arena_bytes;
         let mut arena = Vec::new();
         arena.try_reserve_exact(bytes.div_ceil(64)).map_err(|_| Error::Full(format!("{bytes} bytes of memory are not to be had")))?;
         arena.resize(bytes.div_ceil(64), [0; 8]);
         let cells = config.n_cells as usize;
         Ok(Cache {
             layer,
-            table: Table::new(geometry),
+            table: Table::new(geometry, findings),
             arena,
             positions: vec![-1; cells],
             sequences: vec![-1; cells],
@@ -110,7 +111,18 @@ impl Cache {
         if !(finite(k, g.n_head_kv, g.d_k) && finite(v, g.n_head_kv, g.d_v) && finite(q, g.n_head, g.d_k)) {
             return Err(Error::NotFinite("a query, key or value among the rows to append".into()));
         }
-        let cells = self.used..self.used + n;
+        let most = self.table.geometry().config.n_tokens as usize;
+        for from in (0..n).step_by(most) {
+            let rows = from..(from + most).min(n);
+            let [q, k, v] = [q, k, v].map(|x| x.part(rows.clone()));
+            self.append_step(&positions[rows], &q, &k, &v)?;
+        }
+        Ok(())
+    }
+
+    /// Store the rows of one step, which were checked.
+    fn append_step(&mut self, positions: &[i32], q: &Rows, k: &Rows, v: &Rows) -> Result<()> {
+        let cells = self.used..self.used + positions.len();
         self.positions[cells.clone()].copy_from_slice(positions);
         self.sequences[cells.clone()].fill(0);
         let new: Vec<u32> = cells.clone().map(|c| c as u32).collect();
@@ -120,28 +132,19 @@ impl Cache {
             self.sequences[cells].fill(-1);
             return result;
         }
-        self.used += n;
+        self.used += positions.len();
         self.table.commit()
     }
 
     fn store(&mut self, new: &[u32], q: &Rows, k: &Rows, v: &Rows) -> Result<()> {
         let used = self.make_plan(new)?;
         let plan = Plan::parse(&self.plan[..used])?;
-        let arena: &mut [u8] = bytemuck::cast_slice_mut(&mut self.arena);
-        if plan.fit {
-            return self.layer.append_fit(arena, &plan, q, k, v, &self.projection);
+        let mut arena: &mut [u8] = bytemuck::cast_slice_mut(&mut self.arena);
+        let step = Step { projection: &self.projection, ..Step::new(*q, *k, *v) };
+        if plan.fit && !plan.shared {
+            return self.layer.append_fit(arena, &plan, &step);
         }
-        for (head, r) in self.layer.ranges(arena, &plan)?.into_iter().enumerate() {
-            let bases = arena[r.bases].to_vec();
-            let (front, back) = arena.split_at_mut(r.exact.end);
-            let base = r.exact.end;
-            let body = if plan.fitted { r.tiles } else { r.raw };
-            let body = &mut back[body.start - base..body.end - base];
-            let (raw, tiles): (&mut [u8], &mut [u8]) = if plan.fitted { (&mut [], body) } else { (body, &mut []) };
-            let m = HeadMut { exact: &mut front[r.exact], raw, bases: &bases, tiles };
-            self.layer.append_head(head, m, &plan, q, k, v, &self.projection)?;
-        }
-        Ok(())
+        (0..self.layer.shape().n_head_kv).try_for_each(|head| self.layer.append_head(head, &mut arena, &plan, &step))
     }
 
     /// Rebuild rows `first..first + n` as roped f16: `k_out[row][head][d_k]`, `v_out[row][head][d_v]`.
@@ -157,7 +160,7 @@ impl Cache {
 
     /// Attention of 1 to 64 query tokens over all stored rows: `out[token][query head][d_v]`.
     pub fn attend(&mut self, q: &Rows, scoring: Scoring, mask: Mask, sinks: &[f32], out: &mut [f32]) -> Result<()> {
-        let (g, n) = (self.layer.shape().clone(), q.len());
+        let (g, n) = (*self.layer.shape(), q.len());
         if n == 0 || n > MAX_QUERIES {
             return argument(format!("{n} query tokens; 1 to {MAX_QUERIES} are possible"));
         }

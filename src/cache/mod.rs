@@ -1,18 +1,29 @@
 //! The cache: which row is where, and what is done with the rows.
 //!
-//! [`Table`] (host side of a stream) makes [`plan`]s; [`Layer`] carries them out on [`arena`]s that the caller owns; [`Cache`]
-//! owns all three for a plain user. Must not know about C or llama.cpp.
+//! [`geometry`] says how large everything is; [`Table`] (host side of a stream) makes [`plan`]s; [`Layer`] carries them out on [`arena`]s that the
+//! caller owns; [`Cache`] owns all of these for a plain user. Must not know about C or llama.cpp.
 
 pub mod arena;
 mod attend;
+pub mod findings;
+pub mod geometry;
 mod handle;
+mod input;
 mod layer;
 pub mod plan;
 mod prefill;
+mod rebuild;
+mod stats;
+mod store;
+mod study;
 mod table;
 
 pub use attend::Call;
+pub use findings::Findings;
+pub use geometry::{Geometry, SizeReport};
 pub use handle::Cache;
-pub use layer::{HeadMut, Layer, Mask, Rows, Stats};
+pub use input::{Mask, Rows, Step};
+pub use layer::Layer;
 pub use plan::Plan;
+pub use stats::Stats;
 pub use table::{Cells, Location, Restore, Table};

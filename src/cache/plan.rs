@@ -3,31 +3,41 @@
 //! A plan is what the table tells the layers. It can be copied, sent to a device and replayed; it holds no pointers.
 //! Sections follow the header in the order of the fields of [`Plan`]. Must not know what a row contains.
 
-use crate::config::{Geometry, BANDS, FIT_ROWS_MIN, QUERY_SLOTS, TILE};
+use super::geometry::Geometry;
+use crate::config::{BANDS, QUERY_SLOTS, RECENT_QUERIES, TILE};
 use crate::error::{Error, Result};
-use std::slice::ChunksExact;
 
 const MAGIC: i32 = 0x534b_5650;
-const VERSION: i32 = 4;
-const HEADER: usize = 16;
+const VERSION: i32 = 5;
+const HEADER: usize = 17;
 const TILE_INTS: usize = 1 + 2 * TILE;
 const MOVE: i32 = 0;
 const RECODE: i32 = 1;
 const SEAL: i32 = 2;
 const MOVE_INTS: usize = 3;
-const SEAL_INTS: usize = 2 + 2 * TILE;
+const SEAL_INTS: usize = 2 + 2 * TILE + WITNESSES;
 /// Most rows a fit looks at.
-pub const FIT_ROWS_MAX: usize = 2 * crate::config::FIT_ROWS;
+pub const FIT_ROWS_MAX: usize = 2048;
+/// The fewest rows that were stored before a step for which its fit is worth replaying.
+const FIT_ROWS_LEAST: usize = 384;
+/// Most queries that tell which rows of a tile draw attention.
+pub const WITNESSES: usize = 16;
+/// In place of a witness that is not there.
+const NOBODY: i32 = i32::MIN;
+/// Rows of tiles are numbered from here on where slots are numbers, too.
+const CODED: i32 = 1 << 30;
 const FIT_ROW_INTS: usize = 4;
 const FIT_QUERY_INTS: usize = 3;
 
-/// Where a row to be sealed or fitted comes from: an exact slot, or a token of this ubatch.
+/// Where a row or a query is: in a slot, in a tile, or a token of this ubatch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source {
-    /// Exact slot.
+    /// Exact slot, or slot of recent queries.
     Slot(usize),
     /// Token of the current ubatch.
     Token(usize),
+    /// Row of a tile, as `tile * 64 + row`.
+    Coded(usize),
 }
 
 impl Source {
@@ -35,10 +45,13 @@ impl Source {
         match self {
             Source::Slot(s) => s as i32,
             Source::Token(t) => -1 - t as i32,
+            Source::Coded(row) => CODED + row as i32,
         }
     }
     fn from_int(i: i32) -> Self {
-        if i >= 0 {
+        if i >= CODED {
+            Source::Coded((i - CODED) as usize)
+        } else if i >= 0 {
             Source::Slot(i as usize)
         } else {
             Source::Token((-1 - i) as usize)
@@ -55,9 +68,18 @@ pub struct SealRow {
     pub turn: i32,
 }
 
+/// What a tile is filled with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Filling {
+    /// The rows.
+    pub rows: [SealRow; TILE],
+    /// Queries that came some time after all of the rows and looked at them: recent ones, or the step's own.
+    pub witnesses: [Option<Source>; WITNESSES],
+}
+
 /// A change to the tiles. Changes happen in their order: a tile may be emptied and filled again in one step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Change<Rows> {
+pub enum Change<F> {
     /// A coded row moves within its band, as `tile * 64 + row`.
     Move {
         /// Row to move.
@@ -65,9 +87,9 @@ pub enum Change<Rows> {
         /// Where it goes.
         to: usize,
     },
-    /// A tile is coded again in a later band, and then free.
+    /// A tile is coded again, in a later band or because there are bases now, and then free.
     Recode {
-        /// Tile that ages.
+        /// Tile that ages or waited.
         from: usize,
         /// Tile it becomes.
         to: usize,
@@ -76,29 +98,17 @@ pub enum Change<Rows> {
     Seal {
         /// The tile.
         tile: usize,
-        /// Its rows.
-        rows: Rows,
+        /// With what.
+        filling: F,
     },
 }
 
-impl<Rows> Change<Rows> {
-    /// The last tile it has to do with.
-    pub fn last_tile(&self) -> usize {
-        match self {
-            Change::Move { from, to } => from.max(to) / TILE,
-            Change::Recode { from, to } => *from.max(to),
-            Change::Seal { tile, .. } => *tile,
-        }
-    }
-}
-
-/// A fit that is prepared in the steps before it: each looks at some heads, or, when all were looked at, codes the rows of some aside.
-/// A study whose id a layer does not know has seen nothing.
+/// A fit that is prepared in the steps before it: each looks at some heads. A study whose id a layer does not know has seen nothing.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Study {
     /// Tells studies apart, in a process; 0 for none, below that one to forget.
     pub id: i32,
-    /// First KV head to look at in this step, counted over all layers; counted on behind the last one, the first to be coded.
+    /// First KV head to look at in this step, counted over all layers.
     pub from: i32,
     /// The one after the last.
     pub to: i32,
@@ -109,8 +119,12 @@ pub struct Study {
 pub struct PlanData {
     /// Number of this plan in its table; never 0.
     pub epoch: i32,
-    /// Fit the bases in this step.
+    /// Tells the table's stream from others, in a process: what layers see of drift is noted under it.
+    pub stream: i32,
+    /// Bases come in this step.
     pub fit: bool,
+    /// All heads were looked at before this step, so that bits are shared out over all layers; else each layer looks at its heads now.
+    pub shared: bool,
     /// Bases exist before this step.
     pub fitted: bool,
     /// What is known already of the heads to be fitted, or becomes known in this step.
@@ -120,34 +134,33 @@ pub struct PlanData {
     /// Live exact rows before this step: `(slot, cell, turn)`.
     pub exact: Vec<(u32, u32, i32)>,
     /// What happens to the tiles, in order.
-    pub changes: Vec<Change<[SealRow; TILE]>>,
-    /// Where rows are coded aside: the first of the changes that a fit is expected to make. Their rows are in slots.
-    pub ahead: Vec<Change<[SealRow; TILE]>>,
-    /// Exact rows to move when the fit takes the slots behind the permanent ones: `(from, to)`.
-    pub relocations: Vec<(u32, u32)>,
+    pub changes: Vec<Change<Filling>>,
     /// Queries to keep for the fit: `(token, query slot)`.
     pub records: Vec<(u32, u32)>,
-    /// Rows to fit on: source, turn into a tile frame, position, sequence.
+    /// Queries to keep as recent ones: `(token, slot)`.
+    pub recents: Vec<(u32, u32)>,
+    /// Rows to fit on: source, turn into a tile frame (of a coded one: out of it), position, sequence.
     pub fit_rows: Vec<(SealRow, i32, i32)>,
     /// Queries to fit on: `(query slot, position, sequence)`.
     pub fit_queries: Vec<(u32, i32, i32)>,
 }
 
-/// Whether replaying a fit on these rows is pointless: too few of them were stored before the step. A calibration needs none.
-pub fn replay_is_lost(g: &Geometry, sources: impl Iterator<Item = Source>) -> bool {
-    !g.config.calibrated && sources.filter(|s| matches!(s, Source::Slot(_))).count() < FIT_ROWS_MIN * 3 / 4
+/// Whether replaying a fit on these rows is pointless: too few of them were stored before the step. What was looked at before, or comes from a
+/// calibration, needs none.
+pub fn replay_is_lost(g: &Geometry, shared: bool, sources: impl Iterator<Item = Source>) -> bool {
+    !g.config.calibrated && !shared && sources.filter(|s| !matches!(s, Source::Token(_))).count() < FIT_ROWS_LEAST
 }
 
 /// Ints of the longest plan for `n_tokens` new tokens.
 pub fn capacity(g: &Geometry, n_tokens: usize) -> usize {
-    let before_fit = if g.tiles > 0 { g.raw } else { 0 };
-    let seals = if g.tiles > 0 { (before_fit + n_tokens) / TILE + 1 } else { 0 };
+    let seals = if g.tiles > 0 { (g.exact + n_tokens) / TILE + 1 } else { 0 };
     // Room for a seal may take a recode for each band, or the moves of a tile.
-    let changes = seals * (SEAL_INTS + MOVE_INTS * (BANDS + TILE));
+    let changes = seals * (SEAL_INTS + MOVE_INTS * (BANDS + TILE)) + g.waiting * MOVE_INTS;
     let records = if g.keeps_queries() { n_tokens } else { 0 };
-    let sample = if g.keeps_queries() { FIT_ROWS_MAX.min(before_fit + n_tokens) * FIT_ROW_INTS + QUERY_SLOTS * FIT_QUERY_INTS } else { 0 };
-    let relocations = if g.keeps_queries() { 2 * g.exact } else { 0 };
-    HEADER + 2 * n_tokens + 3 * g.raw + g.tiles * TILE_INTS + changes + 2 * records + sample + relocations
+    let recents = if g.tiles > 0 { n_tokens.min(RECENT_QUERIES) } else { 0 };
+    let rows = g.exact + g.waiting * TILE + n_tokens;
+    let sample = if g.keeps_queries() { FIT_ROWS_MAX.min(rows) * FIT_ROW_INTS + QUERY_SLOTS * FIT_QUERY_INTS } else { 0 };
+    HEADER + 2 * n_tokens + 3 * g.exact + (g.tiles + g.waiting) * TILE_INTS + changes + 2 * (records + recents) + sample
 }
 
 impl PlanData {
@@ -166,20 +179,21 @@ impl PlanData {
             counts[2] += 1;
         }
         let changes_at = w.at;
-        for change in self.changes.iter().chain(&self.ahead) {
+        for change in &self.changes {
             match change {
                 Change::Move { from, to } => w.puts([MOVE, *from as i32, *to as i32])?,
                 Change::Recode { from, to } => w.puts([RECODE, *from as i32, *to as i32])?,
-                Change::Seal { tile, rows } => {
+                Change::Seal { tile, filling } => {
                     w.puts([SEAL, *tile as i32])?;
-                    rows.iter().try_for_each(|r| w.puts([r.source.to_int(), r.turn]))?;
+                    filling.rows.iter().try_for_each(|r| w.puts([r.source.to_int(), r.turn]))?;
+                    w.puts(filling.witnesses.map(|s| s.map_or(NOBODY, Source::to_int)))?;
                 }
             }
         }
-        // Changes differ in length: the header has their ints. What they are, now or ahead, the flags say.
+        // Changes differ in length: the header has their ints.
         counts[3] = (w.at - changes_at) as i32;
-        counts[4] = w.items(self.relocations.iter().map(|m| [m.0 as i32, m.1 as i32]))?;
-        counts[5] = w.items(self.records.iter().map(|r| [r.0 as i32, r.1 as i32]))?;
+        counts[4] = w.items(self.records.iter().map(|r| [r.0 as i32, r.1 as i32]))?;
+        counts[5] = w.items(self.recents.iter().map(|r| [r.0 as i32, r.1 as i32]))?;
         counts[6] = w.items(self.fit_rows.iter().map(|(r, pos, seq)| [r.source.to_int(), r.turn, *pos, *seq]))?;
         counts[7] = w.items(self.fit_queries.iter().map(|q| [q.0 as i32, q.1, q.2]))?;
         let used = w.at;
@@ -187,7 +201,7 @@ impl PlanData {
             MAGIC,
             VERSION,
             self.epoch,
-            i32::from(self.fit) | i32::from(self.fitted) << 1,
+            i32::from(self.fit) | i32::from(self.fitted) << 1 | i32::from(self.shared) << 2,
             counts[0],
             counts[1],
             counts[2],
@@ -200,6 +214,7 @@ impl PlanData {
             self.study.id,
             self.study.from,
             self.study.to,
+            self.stream,
         ]);
         Ok(used)
     }
@@ -235,8 +250,12 @@ impl Writer<'_> {
 pub struct Plan<'a> {
     /// Number of this plan in its table.
     pub epoch: i32,
-    /// Fit the bases in this step.
+    /// See [`PlanData::stream`].
+    pub stream: i32,
+    /// Bases come in this step.
     pub fit: bool,
+    /// See [`PlanData::shared`].
+    pub shared: bool,
     /// Bases exist before this step.
     pub fitted: bool,
     /// See [`PlanData::study`].
@@ -245,9 +264,8 @@ pub struct Plan<'a> {
     exact: &'a [i32],
     tiles: &'a [i32],
     changes: Changes<'a>,
-    ahead: Changes<'a>,
-    relocations: &'a [i32],
     records: &'a [i32],
+    recents: &'a [i32],
     fit_rows: &'a [i32],
     fit_queries: &'a [i32],
 }
@@ -287,18 +305,22 @@ impl TileView<'_> {
 #[derive(Debug, Clone, Copy)]
 pub struct Changes<'a>(&'a [i32]);
 
-/// The rows of a tile to be filled, in transport form.
-type SealRows<'a> = std::iter::Map<ChunksExact<'a, i32>, fn(&'a [i32]) -> SealRow>;
+/// [`Filling`] in transport form.
+#[derive(Debug, Clone, Copy)]
+pub struct FillingView<'a>(&'a [i32]);
 
-impl<'a> Changes<'a> {
-    /// As the plan has them.
-    pub fn ints(&self) -> &'a [i32] {
-        self.0
+impl<'a> FillingView<'a> {
+    /// The rows.
+    pub fn rows(&self) -> impl ExactSizeIterator<Item = SealRow> + 'a {
+        self.0[..2 * TILE].chunks_exact(2).map(|r| SealRow { source: Source::from_int(r[0]), turn: r[1] })
     }
-    /// What comes after some `first` changes; `None` when the first ones are others.
-    pub fn after(&self, first: &[i32]) -> Option<Self> {
-        self.0.strip_prefix(first).map(Changes)
+    /// The witnesses that are there.
+    pub fn witnesses(&self) -> impl Iterator<Item = Source> + 'a {
+        self.0[2 * TILE..].iter().filter(|i| **i != NOBODY).map(|i| Source::from_int(*i))
     }
+}
+
+impl Changes<'_> {
     fn are_whole(mut self) -> bool {
         self.by_ref().for_each(drop);
         self.0.is_empty()
@@ -306,7 +328,7 @@ impl<'a> Changes<'a> {
 }
 
 impl<'a> Iterator for Changes<'a> {
-    type Item = Change<SealRows<'a>>;
+    type Item = Change<FillingView<'a>>;
 
     fn next(&mut self) -> Option<Self::Item> {
         let (change, tail) = self.0.split_at_checked(change_ints(self.0)?)?;
@@ -315,10 +337,7 @@ impl<'a> Iterator for Changes<'a> {
         Some(match change[0] {
             MOVE => Change::Move { from, to },
             RECODE => Change::Recode { from, to },
-            _ => {
-                let row: fn(&'a [i32]) -> SealRow = |r| SealRow { source: Source::from_int(r[0]), turn: r[1] };
-                Change::Seal { tile: from, rows: change[2..].chunks_exact(2).map(row) }
-            }
+            _ => Change::Seal { tile: from, filling: FillingView(&change[2..]) },
         })
     }
 }
@@ -352,21 +371,20 @@ impl<'a> Plan<'a> {
                 None => return bad("a section is longer than the plan"),
             }
         }
-        let [tokens, exact, tiles, changes, relocations, records, fit_rows, fit_queries] = parts;
-        let (fit, fitted) = (ints[3] & 1 != 0, ints[3] & 2 != 0);
-        let (changes, ahead) = if fit || fitted { (changes, [].as_slice()) } else { ([].as_slice(), changes) };
+        let [tokens, exact, tiles, changes, records, recents, fit_rows, fit_queries] = parts;
         Ok(Plan {
             epoch: ints[2],
-            fit,
-            fitted,
+            stream: ints[16],
+            fit: ints[3] & 1 != 0,
+            shared: ints[3] & 4 != 0,
+            fitted: ints[3] & 2 != 0,
             study: Study { id: ints[13], from: ints[14], to: ints[15] },
             tokens,
             exact,
             tiles,
             changes: Changes(changes),
-            ahead: Changes(ahead),
-            relocations,
             records,
+            recents,
             fit_rows,
             fit_queries,
         })
@@ -374,31 +392,40 @@ impl<'a> Plan<'a> {
 
     /// Check every slot, tile, row and token against a geometry. Cells need no check: one that does not exist is never visible.
     pub fn check(&self, g: &Geometry) -> Result<()> {
-        let tokens = self.tokens().len();
-        let slots = if self.fitted { g.exact } else { g.raw };
-        let stored = if self.fitted || self.fit { g.exact } else { g.raw };
+        let (tokens, all) = (self.tokens().len(), g.tiles + g.waiting);
+        let has_bases = self.fitted || self.fit;
+        // Without bases only tiles of waiting rows can be filled.
+        let fillable = |tile: usize| tile < all && (has_bases || tile >= g.tiles);
         let source = |s: Source| match s {
-            Source::Slot(s) => s < slots,
+            Source::Slot(s) => s < g.exact,
             Source::Token(t) => t < tokens,
+            Source::Coded(row) => row < all * TILE && (self.fitted || row >= g.tiles * TILE),
         };
-        let rows = g.tiles * TILE;
+        let witness = |s: Source| match s {
+            Source::Slot(s) => s < RECENT_QUERIES,
+            Source::Token(t) => t < tokens,
+            Source::Coded(_) => false,
+        };
+        // A fit that is not the first takes the place of other bases: all of it was prepared.
         let good = self.epoch != 0
-            && !(self.fit && self.fitted)
-            && (g.tiles > 0 || !(self.fit || self.fitted))
+            && (self.shared || !(self.fit && self.fitted))
+            && (g.tiles > 0 || !has_bases)
             && (0..=self.study.to).contains(&self.study.from)
-            && (self.study.from == self.study.to || g.keeps_queries() && self.study.id > 0 && !(self.fit || self.fitted))
-            && self.tokens.chunks_exact(2).all(|t| t[0] >= 0 && t[1] >= -1 && t[1] < stored as i32)
-            && self.exact().all(|(slot, ..)| slot < slots)
-            && self.tiles().all(|t| self.fitted && t.tile < g.tiles)
+            && (self.study.from == self.study.to || g.keeps_queries() && self.study.id > 0 && !self.fit)
+            && self.tokens.chunks_exact(2).all(|t| t[0] >= 0 && t[1] >= -1 && t[1] < g.exact as i32)
+            && self.exact().all(|(slot, ..)| slot < g.exact)
+            && self.tiles().all(|t| t.tile < all && (self.fitted || t.tile >= g.tiles))
             && self.changes.are_whole()
-            && self.ahead.are_whole()
-            && self.changes.chain(self.ahead).all(|change| match change {
-                Change::Move { from, to } => from < rows && to < rows && g.band_of(from / TILE) == g.band_of(to / TILE),
-                Change::Recode { from, to } => from < g.tiles && to < g.tiles && from != to,
-                Change::Seal { tile, mut rows } => tile < g.tiles && rows.all(|r| source(r.source)),
+            && self.changes().all(|change| match change {
+                Change::Move { from, to } => fillable(from / TILE) && fillable(to / TILE) && g.band_of(from / TILE) == g.band_of(to / TILE),
+                Change::Recode { from, to } => fillable(from) && to < g.tiles && has_bases && from != to,
+                Change::Seal { tile, filling } => {
+                    let is_row = |s: Source| source(s) && !matches!(s, Source::Coded(_));
+                    fillable(tile) && filling.rows().all(|r| is_row(r.source)) && filling.witnesses().all(witness)
+                }
             })
-            && self.relocations().all(|(from, to)| self.fit && from < g.raw && to < g.exact)
             && self.records().all(|(token, slot)| token < tokens && slot < QUERY_SLOTS)
+            && self.recents().all(|(token, slot)| token < tokens && slot < RECENT_QUERIES)
             && self.fit_rows().all(|(r, ..)| source(r.source))
             && self.fit_queries().all(|(slot, ..)| slot < QUERY_SLOTS);
         if good {
@@ -407,7 +434,7 @@ impl<'a> Plan<'a> {
             Err(Error::Data("plan: a slot, tile, row or token is out of range".into()))
         }
     }
-    /// Whether a head, counted as in [`Study`], is looked at or coded in this step.
+    /// Whether a head, counted as in [`Study`], is looked at in this step.
     pub fn studies(&self, head: usize) -> bool {
         (self.study.from as usize..self.study.to as usize).contains(&head)
     }
@@ -431,21 +458,17 @@ impl<'a> Plan<'a> {
     pub fn changes(&self) -> Changes<'a> {
         self.changes
     }
-    /// See [`PlanData::ahead`].
-    pub fn ahead(&self) -> Changes<'a> {
-        self.ahead
-    }
     /// Tiles filled in this step.
     pub fn n_seals(&self) -> usize {
         self.changes().filter(|c| matches!(c, Change::Seal { .. })).count()
     }
-    /// Exact rows to move at the fit.
-    pub fn relocations(&self) -> impl ExactSizeIterator<Item = (usize, usize)> + 'a {
-        self.relocations.chunks_exact(2).map(|m| (m[0] as usize, m[1] as usize))
-    }
     /// Queries to keep: `(token, query slot)`.
     pub fn records(&self) -> impl ExactSizeIterator<Item = (usize, usize)> + 'a {
         self.records.chunks_exact(2).map(|m| (m[0] as usize, m[1] as usize))
+    }
+    /// Queries to keep as recent ones: `(token, slot)`.
+    pub fn recents(&self) -> impl ExactSizeIterator<Item = (usize, usize)> + 'a {
+        self.recents.chunks_exact(2).map(|m| (m[0] as usize, m[1] as usize))
     }
     /// Rows to fit on: row, position, sequence.
     pub fn fit_rows(&self) -> impl ExactSizeIterator<Item = (SealRow, i32, i32)> + 'a {

@@ -3,13 +3,14 @@
 //! Work is cut into pieces of one KV head and [`TOKENS`] query tokens. A result depends on its own piece only, so pieces may be shared out in any way;
 //! those of a head that are computed together share the rebuilding of its tiles. Must not know how scores are computed, nor about threads.
 
-use super::arena::{ExactRows, HeadRanges};
-use super::attend::{Call, Seen};
-use super::layer::{Layer, Mask};
+use super::arena::{self, ExactRows, Pieces};
+use super::attend::{Call, Loaded, Seen};
+use super::geometry::HeadRanges;
+use super::input::Mask;
+use super::layer::Layer;
 use super::plan::{Plan, Source, TileView};
 use crate::attention::prefill::{Prefill, Rebuilder, RowBlock, STEP};
-use crate::attention::{Context, HeadBases, Turns, Visible};
-use crate::codec::TileMap;
+use crate::attention::{Context, Turns, Visible};
 use crate::config::TILE;
 use crate::error::{argument, Error, Result};
 use crate::rope::Turn;
@@ -105,13 +106,12 @@ impl Mask<'_> {
 struct Stored<'a> {
     head: usize,
     rows: ExactRows<'a>,
-    map: Option<TileMap>,
-    tiles: &'a [u8],
+    pieces: Pieces,
 }
 
 #[derive(Default)]
 struct Scratch {
-    bases: HeadBases,
+    bases: Loaded,
     rebuilder: Rebuilder,
     prefill: Prefill,
     blocks: [RowBlock; STEP],
@@ -142,7 +142,8 @@ impl Layer {
             return argument(format!("{n} query tokens, pieces {pieces:?} of {}, {} sinks", self.prefill_pieces(n), sinks.len()));
         }
         call.scoring.check()?;
-        let ranges = self.ranges(call.arena, plan)?;
+        self.check_arena(call.arena)?;
+        let ranges = arena::heads(&self.geometry, self.index);
         let seating = Seating::new(plan);
         let per_head = n.div_ceil(TOKENS);
         let together = (QUERY_FLOATS / (TOKENS * g.group() * g.d_k.max(g.d_v))).max(1);
@@ -157,10 +158,9 @@ impl Layer {
             while at < pieces.end {
                 let head = at / per_head;
                 let end = pieces.end.min((head + 1) * per_head).min(at + together);
-                if loaded != Some(head) && plan.fitted && plan.tiles().len() > 0 {
-                    s.bases.load(&call.arena[ranges[head].bases.clone()], g.d_k, g.d_v)?;
+                if loaded.replace(head) != Some(head) {
+                    s.bases.load(self, call.arena, &ranges[head], plan)?;
                 }
-                loaded = Some(head);
                 // Later tokens see more of the step: equal shares of this order are about equal work.
                 let order = |i: usize| if i.is_multiple_of(2) { i / 2 } else { per_head - 1 - i / 2 };
                 let parts: Vec<usize> = (at % per_head..at % per_head + (end - at)).map(order).collect();
@@ -193,12 +193,11 @@ impl Layer {
         }
         let queries = (0..tokens.len() * group).map(|i| call.q.head(tokens[i / group], head * group + i % group, g.d_k));
         s.prefill.begin(g.d_k, g.d_v, group, call.scoring.scale, queries);
-        let raw = if plan.fitted { &[] } else { &call.arena[r.raw.clone()] };
+        let bases = if plan.fitted { &call.arena[r.bases.clone()] } else { &[] };
         let stored = Stored {
             head,
-            rows: ExactRows::new(g, self.geometry.exact, &call.arena[r.exact.clone()], raw)?,
-            map: plan.fitted.then(|| TileMap::of(self.geometry.band_tiles, g, &call.arena[r.bases.clone()])),
-            tiles: &call.arena[r.tiles.clone()],
+            rows: ExactRows::new(g, &call.arena[r.exact.clone()])?,
+            pieces: Pieces::new(&self.geometry, self.index, head, &call.arena[r.record.clone()], bases)?,
         };
         s.masks.resize(STEP * TOKENS * TILE, 0.0);
         let lengths = || parts.iter().map(|p| (*p, TOKENS.min(n - p * TOKENS)));
@@ -256,12 +255,11 @@ impl Layer {
                 }
             }
             Block::Tile(t) => {
-                let Some(map) = &stored.map else { return };
-                let place = map.place(t.tile);
+                let (band, place) = stored.pieces.place(t.tile);
                 let each: [i32; TILE] = std::array::from_fn(|row| t.turn(row));
                 let turns = t.run().map(|(_, turn)| turn).or_else(|| t.one_turn()).map_or(Turns::Each(&each), Turns::One);
                 let context = Context { kernels: simd::kernels(), scoring: call.scoring, rope: &self.rope };
-                s.rebuilder.tile(context, &s.bases, &place, &stored.tiles[place.bytes.clone()], turns, out);
+                s.rebuilder.tile(context, s.bases.of(band), stored.pieces.form(band), &call.arena[place], turns, out);
             }
         }
     }

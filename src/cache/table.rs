@@ -6,30 +6,52 @@
 //! 64 at a time into a tile of the finest band. A freed row is a hole; when a band runs out of tiles, rows of its sparse tiles
 //! move, bit for bit, into holes of others; without enough holes its oldest tile is coded again in the next band. That happens while
 //! the rows for a tile gather, one change in a step.
-//! A table whose cells are all gone forgets its basis: what comes next gets the output it would get alone. With a calibration the
-//! first step with rows is the one that "fits": it has nothing to look at, it stores the bases that the layers have.
+//! A table whose cells are all gone forgets its basis: what comes next gets the output it would get alone.
 //!
-//! The fit is too much work for one decode step. From some rows before it on, plans say which heads to look at (a study), and then of
-//! which heads to code the rows that the fit will seal, so that the step that fits finds that done; a step of many tokens fits at once,
-//! and so does one after which the waiting rows have no slots. When a row that was coded ahead goes, its slot may get another one: the
-//! study is given up and begins again.
+//! Before there are bases, rows that leave the window wait in tiles of 8 bits per element. Plans say which heads to look at for the fit (a
+//! study), in steps of few tokens a few at a time, in long ones all at once. The step after the last one writes the bases, and that one and
+//! the next ones code what waited: a tile for every token, so that no more rows come meanwhile than a tile has. Where rows come faster than they can wait, the step that finds no
+//! room looks and fits at once. With a calibration the first step with rows is the one that "fits": it has nothing to look at.
+//!
+//! The bases may fit what came first and not what comes later. Layers note how well the newest rows would be coded; where that has become much
+//! worse, and the context is young enough, rows wait once more for another fit, in which all tiles are coded again, into other tiles.
 //!
 //! A plan is pending until `commit`. Freeing the rows of vanished cells is a fact and is not rolled back; everything else is
-//! applied by `commit`. Must not know what rows contain, nor how many layers there are.
+//! applied by `commit`. Must not know what rows contain.
 
-use super::plan::{self, Change, PlanData, SealRow, Source, Study, FIT_ROWS_MAX};
+use super::findings::Findings;
+use super::geometry::Geometry;
+use super::plan::{self, Change, Filling, PlanData, SealRow, Source, Study, FIT_ROWS_MAX, WITNESSES};
 use crate::codec::anchor;
-use crate::config::{Geometry, BANDS, FIT_LEAD, FIT_LOOK, MAX_QUERIES, QUERY_SLOTS, TILE};
+use crate::config::{BANDS, QUERY_SLOTS, RECENT_QUERIES, TILE};
 use crate::error::{argument, Error, Result};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
 use std::sync::Arc;
+
+/// Rows that come in while heads are looked at in steps of few tokens.
+const FIT_LEAD: usize = 96;
+/// Of recent tokens every one whose position is a multiple of this leaves its query.
+const RECENT_STRIDE: i32 = 8;
+/// How far behind the last row of a tile queries begin and end to tell which of its rows draw attention: nearer ones look at every neighbour.
+const WITNESS_DISTANCE: std::ops::RangeInclusive<i32> = 32..=128;
 
 const NOWHERE: u32 = u32::MAX;
 const CODED: u32 = 1 << 31;
 
-/// The next [`Study::id`]: layers know studies of all tables of a process.
-static STUDIES: AtomicI32 = AtomicI32::new(1);
+/// How many times worse than at the fit new rows would be coded before there is another one.
+const DRIFT: f64 = 2.0;
+/// From so many observations of each head.
+const DRIFT_SAMPLES: usize = 12;
+/// Most tiles that another fit codes again: that is one step's work.
+const REFIT_TILES: usize = 64;
+
+/// The next [`Study::id`] and [`PlanData::stream`]: layers know those of all tables of a process.
+static NUMBERS: AtomicI32 = AtomicI32::new(1);
+
+fn new_number() -> i32 {
+    NUMBERS.fetch_add(1, Relaxed).max(1)
+}
 
 /// What the caller knows about the cells of a stream, after the new tokens were put into them.
 #[derive(Debug, Clone, Copy)]
@@ -53,6 +75,9 @@ pub enum Location {
 #[derive(Debug, Clone)]
 pub struct Table {
     geometry: Arc<Geometry>,
+    findings: Arc<Findings>,
+    /// See [`PlanData::stream`].
+    stream: i32,
     location: Vec<u32>,
     row_cell: Vec<u32>,
     /// `turn - position` of a coded row: constant under shifts.
@@ -64,37 +89,39 @@ pub struct Table {
     slot_cell: Vec<u32>,
     slot_pos: Vec<i32>,
     fitted: bool,
+    /// Rows wait for another fit.
+    refits: bool,
     epoch: i32,
+    /// Position and sequence of the queries that are kept for a fit, and of recent ones.
     queries: Vec<Option<(i32, i32)>>,
+    recent: Vec<Option<(i32, i32)>>,
+    /// Tokens, and recent queries, so far.
     seen: u64,
+    recorded: u64,
     /// The fit that is being prepared.
-    study: Option<Preparation>,
-    /// Slots whose rows plans of this study had coded ahead, be they committed or not.
-    ahead: BTreeSet<usize>,
+    study: Option<Looked>,
     /// A study that was given up and that layers have not been told of.
     given_up: i32,
     pending: Option<Pending>,
 }
 
+/// How far a study has come.
 #[derive(Debug, Clone, Copy)]
-struct Preparation {
-    /// What is done.
-    study: Study,
-    /// Rows of a sequence at which it should be over.
-    end: usize,
-    /// Rows that each sequence that grows gets until then.
-    coming: usize,
+struct Looked {
+    id: i32,
+    /// Heads that were looked at, counted over all layers.
+    heads: usize,
 }
 
 #[derive(Debug, Clone)]
 struct Pending {
     data: PlanData,
     /// [`Table::study`] after it.
-    study: Option<Preparation>,
+    study: Option<Looked>,
     /// Position and sequence of every new token.
     token_places: Vec<(i32, i32)>,
-    /// Cell of every sealed row and its `turn - position`, in the order of the seals.
-    sealed_rows: Vec<[(u32, i32); TILE]>,
+    /// In the order of the tiles that are filled: when their rows were sealed, and of each its cell and its `turn - position`.
+    sealed: Vec<(u64, [(u32, i32); TILE])>,
 }
 
 /// Where the rows of a saved state go; per-cell vectors are in the order of the cells given.
@@ -104,13 +131,13 @@ pub struct Restore {
     pub fitted: bool,
     /// The stream takes over the state's bases.
     pub adopt: bool,
+    /// The stream takes over what the state's waiting rows are coded relative to.
+    pub adopt_plain: bool,
     /// The stream held nothing before.
     pub was_empty: bool,
-    /// Exact rows that move because their slots give way to bases: `(from, to)`.
-    pub relocations: Vec<(u32, u32)>,
     /// Exact slot of each cell, or `None` when it is coded.
     pub slots: Vec<Option<u32>>,
-    /// Tile row of each coded cell, in the saved band where that has room.
+    /// Tile row of each coded cell, in the saved band where that has room. Without bases these are rows that wait.
     pub rows: Vec<u32>,
     /// Turn into its tile's frame of each exact row that has to be coded.
     pub turns: Vec<i32>,
@@ -131,25 +158,14 @@ impl Candidate {
     fn token(&self) -> Option<usize> {
         match self.source {
             Source::Token(token) => Some(token),
-            Source::Slot(_) => None,
+            _ => None,
         }
     }
 }
 
-/// The rows of a sequence, without sinks, that are behind its window when `coming` ones have been added: tile by tile.
-fn groups(rest: &[Candidate], window: usize, coming: usize) -> impl Iterator<Item = &[Candidate]> {
-    rest.chunks_exact(TILE).take((rest.len() + coming).saturating_sub(window) / TILE)
-}
-
-/// Whether new rows are among these.
-fn grows(rows: &[Candidate]) -> bool {
-    rows.iter().any(|c| c.token().is_some())
-}
-
-/// The slots of rows that are sealed.
-fn sealed_slots(changes: &[Change<[SealRow; TILE]>]) -> impl Iterator<Item = usize> + '_ {
-    let rows = changes.iter().filter_map(|c| if let Change::Seal { rows, .. } = c { Some(rows) } else { None });
-    rows.flatten().filter_map(|r| if let Source::Slot(slot) = r.source { Some(slot) } else { None })
+/// The rows of a sequence, without sinks, that are behind its window: tile by tile.
+fn groups(rest: &[Candidate], window: usize) -> impl Iterator<Item = &[Candidate]> {
+    rest.chunks_exact(TILE).take(rest.len().saturating_sub(window) / TILE)
 }
 
 /// The anchor of each row of a tile: that of the middle of its run of near positions. A row far from its anchor would lie
@@ -161,23 +177,27 @@ fn anchors(group: &[Candidate]) -> Vec<i32> {
 
 impl Table {
     /// An empty table.
-    pub fn new(geometry: Arc<Geometry>) -> Self {
+    pub fn new(geometry: Arc<Geometry>, findings: Arc<Findings>) -> Self {
         let g = &geometry;
         Table {
+            findings,
+            stream: new_number(),
             location: vec![NOWHERE; g.config.n_cells as usize],
-            row_cell: vec![NOWHERE; g.tiles * TILE],
-            row_turn: vec![0; g.tiles * TILE],
-            live: vec![0; g.tiles],
-            sealed_at: vec![0; g.tiles],
+            row_cell: vec![NOWHERE; (g.tiles + g.waiting) * TILE],
+            row_turn: vec![0; (g.tiles + g.waiting) * TILE],
+            live: vec![0; g.tiles + g.waiting],
+            sealed_at: vec![0; g.tiles + g.waiting],
             sealed: 0,
-            slot_cell: vec![NOWHERE; g.raw],
-            slot_pos: vec![0; g.raw],
+            slot_cell: vec![NOWHERE; g.exact],
+            slot_pos: vec![0; g.exact],
             fitted: false,
+            refits: false,
             epoch: 0,
             queries: vec![None; QUERY_SLOTS],
+            recent: vec![None; RECENT_QUERIES],
             seen: 0,
+            recorded: 0,
             study: None,
-            ahead: BTreeSet::new(),
             given_up: 0,
             pending: None,
             geometry,
@@ -187,7 +207,7 @@ impl Table {
     /// A copy for another arena: what layers know of this one's rows stays with it.
     pub fn copied(&self) -> Self {
         let pending = self.pending.clone().map(|p| Pending { study: None, ..p });
-        Table { study: None, ahead: BTreeSet::new(), given_up: 0, pending, ..self.clone() }
+        Table { stream: new_number(), study: None, refits: false, given_up: 0, pending, ..self.clone() }
     }
 
     /// The geometry this table belongs to.
@@ -200,7 +220,8 @@ impl Table {
         self.give_up();
         // Epochs go on, so that an arena never takes a new plan for one it has seen.
         let epoch = self.pending.as_ref().map_or(self.epoch, |p| p.data.epoch);
-        *self = Table { epoch, given_up: self.given_up, ..Table::new(self.geometry.clone()) };
+        self.findings.forget_drift(self.stream);
+        *self = Table { epoch, given_up: self.given_up, ..Table::new(self.geometry.clone(), self.findings.clone()) };
     }
 
     /// Bases exist.
@@ -227,20 +248,14 @@ impl Table {
 
     /// The fit is no longer being prepared.
     fn give_up(&mut self) {
-        self.ahead.clear();
-        if let Some(p) = self.study.take() {
-            self.given_up = p.study.id;
+        if let Some(study) = self.study.take() {
+            self.given_up = study.id;
         }
     }
 
     fn free(&mut self, cell: usize) {
         match self.locate(cell) {
-            Some((Location::Slot(slot), _)) => {
-                self.slot_cell[slot] = NOWHERE;
-                if self.ahead.contains(&slot) {
-                    self.give_up();
-                }
-            }
+            Some((Location::Slot(slot), _)) => self.slot_cell[slot] = NOWHERE,
             Some((Location::Coded(tile, row), _)) => {
                 self.row_cell[tile * TILE + row] = NOWHERE;
                 self.live[tile] &= !(1 << row);
@@ -250,7 +265,7 @@ impl Table {
         self.location[cell] = NOWHERE;
     }
 
-    fn check_new(&self, cells: &Cells, new: &[u32]) -> Result<()> {
+    fn check_cells(&self, cells: &Cells, new: &[u32]) -> Result<()> {
         let n_cells = self.location.len();
         if cells.pos.len() != n_cells || cells.seq.len() != n_cells {
             return argument(format!("{} positions and {} sequences for {n_cells} cells", cells.pos.len(), cells.seq.len()));
@@ -280,24 +295,31 @@ impl Table {
             self.free(*cell as usize);
         }
         if self.location.iter().all(|l| *l == NOWHERE) {
-            self.fitted = false;
+            (self.fitted, self.refits) = (false, false);
+            self.findings.forget_drift(self.stream);
             self.queries.fill(None);
-            self.seen = 0;
+            self.recent.fill(None);
+            (self.seen, self.recorded) = (0, 0);
             self.give_up();
         }
     }
 
     /// Plan one step: the new tokens go to the cells `new`, in order. Writes the plan to `out` and returns its length.
     pub fn plan(&mut self, cells: Cells, new: &[u32], out: &mut [i32]) -> Result<usize> {
-        self.check_new(&cells, new)?;
+        self.check_cells(&cells, new)?;
+        if new.len() > self.geometry.config.n_tokens as usize && self.geometry.tiles > 0 {
+            return argument(format!("a step of {} tokens; the cache was made for {} at most", new.len(), self.geometry.config.n_tokens));
+        }
         let need = plan::capacity(&self.geometry, new.len());
         if out.len() < need {
             return Err(Error::Buffer { need, have: out.len() });
         }
         self.pending = None;
         self.reconcile(&cells, new);
+        self.watch();
         let data = PlanData {
             epoch: self.epoch.wrapping_add(1).max(1),
+            stream: self.stream,
             fitted: self.fitted,
             exact: self
                 .slot_cell
@@ -320,14 +342,86 @@ impl Table {
             (tile as u32, rows)
         });
         let used = pending.data.write(tiles, out)?;
-        self.ahead.extend(sealed_slots(&pending.data.ahead));
         self.pending = Some(pending);
         Ok(used)
     }
 
+    /// Begin to gather rows for another fit if the bases no longer fit what comes, and there is room to code everything again.
+    fn watch(&mut self) {
+        let g = &self.geometry;
+        if !self.fitted || !g.keeps_queries() || self.refits {
+            return;
+        }
+        let drift = self.findings.take_drift(self.stream, DRIFT_SAMPLES * g.n_heads());
+        let (tiles, limit) = (self.live.iter().filter(|l| **l != 0).count(), g.tiles_beside_waiting());
+        let step = (g.config.n_tokens as usize).div_ceil(TILE) + g.config.n_seqs as usize;
+        let has_room = tiles <= REFIT_TILES && 2 * tiles + g.waiting + step <= limit && self.live[limit..].iter().all(|l| *l == 0);
+        if drift.is_some_and(|d| d > DRIFT) && has_room {
+            (self.refits, self.seen) = (true, 0);
+            self.queries.fill(None);
+        }
+    }
+
+    /// Rows wait, for the first fit or another.
+    fn waits(&self) -> bool {
+        !self.fitted || self.refits
+    }
+
     /// Decide where the new rows go, what is sealed, moved and fitted.
     fn place(&self, mut data: PlanData, cells: &Cells, new: &[u32]) -> Result<Pending> {
-        let g = &self.geometry;
+        let candidates = self.candidates(&data, cells, new);
+        let sequences: Vec<&[Candidate]> = candidates.chunk_by(|a, b| a.seq == b.seq).collect();
+        let rests: Vec<&[Candidate]> = sequences.iter().map(|s| &s[self.sinks(s)..]).collect();
+        let window = self.geometry.config.window as usize;
+        let leaving: Vec<&[Candidate]> = if self.geometry.tiles > 0 { rests.iter().flat_map(|r| groups(r, window)).collect() } else { vec![] };
+
+        let mut tiles = Tiles::new(self);
+        let study = self.prepare_fit(&mut data, &tiles, cells, new, leaving.len());
+        self.record(&mut data, cells, new);
+        if data.fit && !data.shared || data.study.from < data.study.to {
+            self.fit_on(&mut data, cells, &sequences, new);
+        }
+        if !new.is_empty() && data.study.id == 0 {
+            data.study.id = -self.given_up;
+        }
+
+        let fill = |group: &[Candidate]| {
+            let witnesses = self.witnesses(group, &rests);
+            let anchors = anchors(group);
+            let rows = std::array::from_fn(|i| SealRow { source: group[i].source, turn: group[i].stored_turn.wrapping_sub(anchors[i]) });
+            let places = std::array::from_fn(|i| (group[i].cell, anchors[i].wrapping_sub(group[i].pos)));
+            (Filling { rows, witnesses }, places)
+        };
+        if !new.is_empty() && self.geometry.tiles > 0 {
+            if !data.fit && self.waits() && leaving.len() <= tiles.room_to_wait() {
+                leaving.iter().try_for_each(|group| tiles.wait(fill(group)))?;
+            } else if data.fit && self.fitted {
+                tiles.code_all_again(leaving.iter().map(|group| fill(group)).collect())?;
+            } else if data.fit || tiles.are_waiting() {
+                tiles.code_waiting(leaving.iter().map(|group| fill(group)).collect(), new.len())?;
+            } else {
+                let most = rests.iter().map(|rest| rest.len().saturating_sub(window)).max().unwrap_or(0);
+                if most < TILE {
+                    tiles.prepare(most);
+                }
+                leaving.iter().try_for_each(|group| tiles.seal(fill(group)))?;
+            }
+        }
+        let mut leaves = vec![false; new.len()];
+        let sealed_tokens = tiles.changes.iter().filter_map(|c| if let Change::Seal { filling, .. } = c { Some(filling) } else { None });
+        sealed_tokens.flat_map(|f| &f.rows).for_each(|r| {
+            if let Source::Token(t) = r.source {
+                leaves[t] = true
+            }
+        });
+        data.changes = tiles.changes;
+        self.slots(&mut data, new, &leaves)?;
+        let token_places = new.iter().map(|c| (cells.pos[*c as usize], cells.seq[*c as usize])).collect();
+        Ok(Pending { data, study, token_places, sealed: tiles.sealed_rows })
+    }
+
+    /// The exact rows and the new ones, by sequence and position.
+    fn candidates(&self, data: &PlanData, cells: &Cells, new: &[u32]) -> Vec<Candidate> {
         let at = |cell: u32| (cells.seq[cell as usize], cells.pos[cell as usize]);
         let mut candidates: Vec<Candidate> = Vec::with_capacity(data.exact.len() + new.len());
         for (slot, cell, turn) in &data.exact {
@@ -339,147 +433,145 @@ impl Table {
             candidates.push(Candidate { seq, pos, cell: *cell, source: Source::Token(i), stored_turn: 0 });
         }
         candidates.sort_unstable_by_key(|c| (c.seq, c.pos, c.cell));
-        let sequences: Vec<&[Candidate]> = candidates.chunk_by(|a, b| a.seq == b.seq).collect();
-        let sinks = |s: &[Candidate]| s.iter().take(g.config.sinks as usize).take_while(|c| c.pos < g.config.sinks as i32).count();
-
-        let mut study = self.study;
-        if g.tiles > 0 && !self.fitted && !new.is_empty() {
-            let longest = sequences.iter().map(|s| s.len()).max().unwrap_or(0);
-            let next = self.next_study(&sequences, candidates.len(), longest, new.len());
-            study = next.or(study.map(|p| Preparation { study: Study { from: p.study.to, ..p.study }, ..p }));
-            data.study = study.map_or(Study::default(), |p| p.study);
-            data.fit = candidates.len() > g.raw || longest >= g.fit_rows && (next.is_none() || data.study.from == data.study.to);
-            if data.fit {
-                // What is left is looked at in the fit.
-                data.study.from = data.study.to;
-                study = None;
-            }
-        }
-        if g.keeps_queries() && !self.fitted {
-            let stride = (g.fit_rows / QUERY_SLOTS).max(1) as u64;
-            for i in 0..new.len() {
-                let n = self.seen + i as u64;
-                if n.is_multiple_of(stride) {
-                    data.records.push((i as u32, (n / stride % QUERY_SLOTS as u64) as u32));
-                }
-            }
-            if data.fit || data.study.from < data.study.to.min(g.n_heads() as i32) {
-                self.fit_on(&mut data, &sequences, sinks, &at, new);
-            }
-        }
-
-        if !new.is_empty() && data.study.id == 0 {
-            data.study.id = -self.given_up;
-        }
-
-        let (mut sealed_rows, mut leaving) = (Vec::new(), vec![false; new.len()]);
-        let mut tiles = Tiles::new(self);
-        let (window, rests) = (g.config.window as usize, sequences.iter().map(|s| &s[sinks(s)..]));
-        if self.fitted || data.fit {
-            let most = rests.clone().map(|rest| rest.len().saturating_sub(window)).max().unwrap_or(0);
-            if most < TILE && !new.is_empty() {
-                tiles.prepare(most);
-            }
-            for group in rests.flat_map(|rest| groups(rest, window, 0)) {
-                let anchors = tiles.seal(group)?;
-                sealed_rows.push(std::array::from_fn(|i| (group[i].cell, anchors[i].wrapping_sub(group[i].pos))));
-                group.iter().filter_map(Candidate::token).for_each(|t| leaving[t] = true);
-            }
-            data.changes = tiles.changes;
-        } else if let Some(p) = study.filter(|p| (g.n_heads() as i32..p.study.to).contains(&p.study.from)) {
-            let groups = rests.flat_map(|rest| groups(rest, window, if grows(rest) { p.coming } else { 0 }));
-            // What is not in slots yet, or finds no tile, is left to the fit.
-            let _ = groups.take_while(|group| !grows(group)).try_for_each(|group| tiles.seal(group).map(drop));
-            data.ahead = tiles.changes;
-        }
-        self.slots(&mut data, new, &leaving)?;
-        let token_places = new.iter().map(|c| (cells.pos[*c as usize], cells.seq[*c as usize])).collect();
-        Ok(Pending { data, study, token_places, sealed_rows })
+        candidates
     }
 
-    /// What this step does for a fit to come; `None` when nothing can be prepared: it is early, or rows come in faster than that.
-    fn next_study(&self, sequences: &[&[Candidate]], rows: usize, longest: usize, tokens: usize) -> Option<Preparation> {
+    /// How many of a sequence's rows are sinks.
+    fn sinks(&self, rows: &[Candidate]) -> usize {
+        let sinks = self.geometry.config.sinks;
+        rows.iter().take(sinks as usize).take_while(|c| c.pos < sinks as i32).count()
+    }
+
+    /// Whether this step fits, and which heads it looks at for a fit to come. Gives the study after it.
+    fn prepare_fit(&self, data: &mut PlanData, tiles: &Tiles, cells: &Cells, new: &[u32], leaving: usize) -> Option<Looked> {
         let g = &self.geometry;
-        if !g.keeps_queries() || tokens > MAX_QUERIES {
+        if !self.waits() || g.tiles == 0 || new.is_empty() {
+            return self.study;
+        }
+        let room = tiles.room_to_wait();
+        data.shared = g.config.calibrated || self.study.is_some_and(|s| s.heads == g.n_heads());
+        if self.fitted && !data.shared && leaving > room {
+            // Rows come faster than they can wait for another fit: the present bases have to do.
             return None;
         }
-        let growth = tokens.div_ceil(sequences.iter().filter(|s| grows(s)).count().max(1));
-        let (study, end) = match self.study {
-            Some(Preparation { study, end, .. }) => (Study { from: study.to, ..study }, end),
-            None if longest + FIT_LEAD >= g.fit_rows || rows + FIT_LEAD >= g.raw => {
-                let id = STUDIES.fetch_add(1, Relaxed).max(1);
-                (Study { id, ..Study::default() }, g.fit_rows.max(longest + FIT_LEAD))
-            }
-            None => return None,
-        };
-        // Steps like this one until the fit is wanted, or has to be.
-        let steps = (end.saturating_sub(longest) / growth).min(g.raw.saturating_sub(rows) / tokens);
-        let (from, n) = (study.from as usize, g.n_heads());
-        let left = 2 * n - from;
-        if steps == 0 {
-            return (left == 0).then_some(Preparation { study, end, coming: 0 });
+        data.fit = data.shared || leaving > room;
+        let study = if data.fit { self.study } else { self.next_study(room - leaving, cells, new).or(self.study) };
+        let looked = self.study.map_or(0, |s| s.heads);
+        if let Some(s) = study {
+            data.study = Study { id: s.id, from: looked as i32, to: s.heads as i32 };
         }
-        // A head is coded when all of its layer were looked at.
-        let looks = n.saturating_sub(from);
-        let share = (left + looks * (FIT_LOOK - 1)).div_ceil(steps);
-        let to = from + if looks > 0 { looks.min(share.div_ceil(FIT_LOOK)) } else { share };
-        // The fit waits for what is left to code, and for its rows.
-        let until = left.max(g.fit_rows.saturating_sub(longest) / growth).min(steps);
-        Some(Preparation { study: Study { to: to as i32, ..study }, end, coming: until * growth })
+        if data.fit {
+            return None;
+        }
+        study
     }
 
-    /// Give slots to the tokens that stay exact and, at the fit, to the rows that must leave the temporary ones.
-    fn slots(&self, data: &mut PlanData, new: &[u32], leaving: &[bool]) -> Result<()> {
+    /// The study with what this step looks at, if it is time for that: with `room` tiles left for rows to wait in.
+    fn next_study(&self, room: usize, cells: &Cells, new: &[u32]) -> Option<Looked> {
         let g = &self.geometry;
-        let mut taken: Vec<bool> = self.slot_cell.iter().map(|c| *c != NOWHERE).collect();
-        sealed_slots(&data.changes).for_each(|slot| taken[slot] = false);
-        let limit = if self.fitted || data.fit { g.exact } else { g.raw };
-        let mut free = 0;
-        let mut next = |taken: &mut [bool]| -> Result<u32> {
-            while free < limit && taken[free] {
-                free += 1;
-            }
-            if free == limit {
-                return Err(Error::Full(format!("all {limit} exact slots are taken by {} sequences", g.config.n_seqs)));
-            }
-            taken[free] = true;
-            Ok(free as u32)
+        let (mut rows, mut growth) = (BTreeMap::<i32, usize>::new(), BTreeMap::<i32, usize>::new());
+        // For another fit only rows count that came since: they wait or are exact.
+        let is_old = |cell: usize| {
+            self.location[cell] != NOWHERE && self.location[cell] & CODED != 0 && self.location[cell] & !CODED < (g.tiles * TILE) as u32
         };
-        if data.fit {
-            for slot in g.exact..g.raw {
-                if taken[slot] {
-                    data.relocations.push((slot as u32, next(&mut taken)?));
-                }
-            }
+        let counted = cells.seq.iter().enumerate().filter(|(cell, s)| **s >= 0 && !(self.fitted && is_old(*cell)));
+        counted.for_each(|(_, s)| *rows.entry(*s).or_default() += 1);
+        new.iter().for_each(|c| *growth.entry(cells.seq[*c as usize]).or_default() += 1);
+        // Steps like this one until a sequence has enough rows, or there is no room for more.
+        let until = |(seq, growth): (&i32, &usize)| g.fit_rows.saturating_sub(rows[seq]) / growth;
+        let steps = growth.iter().map(until).min().unwrap_or(0).min(room * TILE / new.len());
+        let study = match self.study {
+            Some(study) => study,
+            None if steps > (FIT_LEAD / new.len()).min(g.n_heads()) => return None,
+            None => Looked { id: new_number(), heads: 0 },
+        };
+        let left = g.n_heads() - study.heads;
+        Some(Looked { heads: study.heads + left.div_ceil(steps + 1), ..study })
+    }
+
+    /// Which tokens leave their queries behind, for a fit and as recent ones.
+    fn record(&self, data: &mut PlanData, cells: &Cells, new: &[u32]) {
+        let g = &self.geometry;
+        if g.keeps_queries() && self.waits() && !(data.fit && data.shared) {
+            let stride = (g.fit_rows / QUERY_SLOTS).max(1) as u64;
+            let at = |i: usize| self.seen + i as u64;
+            let kept = (0..new.len()).filter(|i| at(*i).is_multiple_of(stride));
+            data.records = kept.map(|i| (i as u32, (at(i) / stride % QUERY_SLOTS as u64) as u32)).collect();
+            // Slots that are written twice in a step keep the later one.
+            let surplus = data.records.len().saturating_sub(QUERY_SLOTS);
+            data.records.drain(..surplus);
         }
-        for (cell, leaves) in new.iter().zip(leaving) {
-            let slot = if *leaves { -1 } else { next(&mut taken)? as i32 };
-            data.tokens.push((*cell, slot));
+        if g.tiles > 0 {
+            let recent: Vec<usize> = (0..new.len()).filter(|i| cells.pos[new[*i] as usize] % RECENT_STRIDE == 0).collect();
+            let kept = &recent[recent.len().saturating_sub(RECENT_QUERIES)..];
+            let slot = |i: usize| ((self.recorded + i as u64) % RECENT_QUERIES as u64) as u32;
+            data.recents = kept.iter().enumerate().map(|(i, token)| (*token as u32, slot(i))).collect();
+        }
+    }
+
+    /// Queries that came some time after the rows of a tile: of the step's own tokens, and recent ones.
+    fn witnesses(&self, group: &[Candidate], rests: &[&[Candidate]]) -> [Option<Source>; WITNESSES] {
+        let last = group[group.len() - 1];
+        let is_witness = |pos: i32| WITNESS_DISTANCE.contains(&pos.wrapping_sub(last.pos));
+        let recent = self.recent.iter().enumerate().filter_map(|(slot, place)| {
+            let (pos, seq) = (*place)?;
+            (seq == last.seq && is_witness(pos)).then_some(Source::Slot(slot))
+        });
+        let own = rests.iter().filter(|r| r.first().is_some_and(|c| c.seq == last.seq)).flat_map(|r| r.iter());
+        let own = own.filter(|c| c.token().is_some() && is_witness(c.pos) && c.pos % RECENT_STRIDE == 0).map(|c| c.source);
+        let mut all = recent.chain(own);
+        std::array::from_fn(|_| all.next())
+    }
+
+    /// Give slots to the tokens that stay exact.
+    fn slots(&self, data: &mut PlanData, new: &[u32], leaves: &[bool]) -> Result<()> {
+        let mut taken: Vec<bool> = self.slot_cell.iter().map(|c| *c != NOWHERE).collect();
+        for change in &data.changes {
+            let Change::Seal { filling, .. } = change else { continue };
+            filling.rows.iter().for_each(|r| {
+                if let Source::Slot(slot) = r.source {
+                    taken[slot] = false
+                }
+            });
+        }
+        let mut free = (0..taken.len()).filter(|slot| !taken[*slot]);
+        for (cell, leaves) in new.iter().zip(leaves) {
+            let slot = if *leaves { None } else { Some(free.next().ok_or_else(|| self.no_slot())?) };
+            data.tokens.push((*cell, slot.map_or(-1, |s| s as i32)));
         }
         Ok(())
     }
 
-    fn fit_on(
-        &self,
-        data: &mut PlanData,
-        sequences: &[&[Candidate]],
-        sinks: impl Fn(&[Candidate]) -> usize,
-        at: &impl Fn(u32) -> (i32, i32),
-        new: &[u32],
-    ) {
-        for s in sequences {
-            for group in s[sinks(s)..].chunks(TILE) {
-                for (c, anchor) in group.iter().zip(anchors(group)) {
-                    let turn = c.stored_turn.wrapping_sub(anchor);
-                    data.fit_rows.push((SealRow { source: c.source, turn }, c.pos, c.seq));
-                }
+    fn no_slot(&self) -> Error {
+        Error::Full(format!("all {} exact slots are taken by {} sequences", self.slot_cell.len(), self.geometry.config.n_seqs))
+    }
+
+    /// The rows and queries that there are to fit on.
+    fn fit_on(&self, data: &mut PlanData, cells: &Cells, sequences: &[&[Candidate]], new: &[u32]) {
+        let g = &self.geometry;
+        // Of old tiles, which other bases coded, as many as of new ones, spread evenly.
+        let (old, waiting): (Vec<usize>, Vec<usize>) = (0..self.live.len()).filter(|t| self.live[*t] != 0).partition(|t| *t < g.tiles);
+        let every = old.len().div_ceil(waiting.len().max(1)).max(1);
+        for tile in old.into_iter().step_by(every).chain(waiting) {
+            for row in (tile * TILE..(tile + 1) * TILE).filter(|row| self.row_cell[*row] != NOWHERE) {
+                let cell = self.row_cell[row] as usize;
+                let (pos, seq) = (cells.pos[cell], cells.seq[cell]);
+                data.fit_rows.push((SealRow { source: Source::Coded(row), turn: self.row_turn[row].wrapping_add(pos) }, pos, seq));
+            }
+        }
+        // Sinks are not fitted on, but queries look at them.
+        let groups = sequences.iter().flat_map(|s| std::iter::once(&s[..self.sinks(s)]).chain(s[self.sinks(s)..].chunks(TILE)));
+        for group in groups.filter(|group| !group.is_empty()) {
+            for (c, anchor) in group.iter().zip(anchors(group)) {
+                let turn = c.stored_turn.wrapping_sub(anchor);
+                data.fit_rows.push((SealRow { source: c.source, turn }, c.pos, c.seq));
             }
         }
         data.fit_rows.truncate(FIT_ROWS_MAX);
         let mut queries = self.queries.clone();
         for (token, slot) in &data.records {
-            let (seq, pos) = at(new[*token as usize]);
-            queries[*slot as usize] = Some((pos, seq));
+            let cell = new[*token as usize] as usize;
+            queries[*slot as usize] = Some((cells.pos[cell], cells.seq[cell]));
         }
         data.fit_queries = queries.iter().enumerate().filter_map(|(i, q)| q.map(|(pos, seq)| (i as u32, pos, seq))).collect();
     }
@@ -493,7 +585,7 @@ impl Table {
     /// to fit and few rows were stored before it, there is nothing to fit on and the waiting rows may be gone: the table forgets
     /// all rows and says so.
     pub fn commit_replayed(&mut self) -> Result<()> {
-        let too_few = |p: &Pending| plan::replay_is_lost(&self.geometry, p.data.fit_rows.iter().map(|r| r.0.source));
+        let too_few = |p: &Pending| plan::replay_is_lost(&self.geometry, p.data.shared, p.data.fit_rows.iter().map(|r| r.0.source));
         let lost = self.pending.as_ref().is_some_and(|p| p.data.fit && too_few(p));
         if lost && self.slot_cell.iter().any(|c| *c != NOWHERE) {
             self.reset();
@@ -511,14 +603,20 @@ impl Table {
             return Err(Error::State("no plan is pending".into()));
         };
         self.epoch = p.data.epoch;
-        self.fitted |= p.data.fit;
+        if p.data.fit {
+            // Nobody needs any longer what was found.
+            (self.fitted, self.refits, self.given_up) = (true, false, p.data.study.id.max(0));
+            self.findings.forget_drift(self.stream);
+        }
         if with_tokens || p.data.fit {
+            // What was begun and is not gone on with is over.
+            if p.study.is_none() && !p.data.fit && self.study.is_some() {
+                self.give_up();
+                self.refits = false;
+            }
             self.study = p.study;
         }
-        if self.fitted {
-            self.ahead.clear();
-        }
-        let mut sealed_rows = p.sealed_rows.iter();
+        let mut sealed = p.sealed.iter();
         for change in &p.data.changes {
             match change {
                 Change::Move { from, to } => self.move_coded(*from, *to),
@@ -526,25 +624,20 @@ impl Table {
                     (0..TILE).for_each(|row| self.move_coded(from * TILE + row, to * TILE + row));
                     self.sealed_at[*to] = self.sealed_at[*from];
                 }
-                Change::Seal { tile, rows } => {
-                    self.sealed += 1;
-                    self.sealed_at[*tile] = self.sealed;
-                    let places = sealed_rows.next().expect("invariant: a place for every sealed row");
-                    for (row, (r, (cell, turn))) in rows.iter().zip(places).enumerate() {
+                Change::Seal { tile, filling } => {
+                    let (age, places) = sealed.next().expect("invariant: a place for every sealed row");
+                    self.sealed = self.sealed.max(*age);
+                    self.sealed_at[*tile] = *age;
+                    for (row, (r, (cell, turn))) in filling.rows.iter().zip(places).enumerate() {
                         match r.source {
                             Source::Slot(s) => self.slot_cell[s] = NOWHERE,
-                            Source::Token(_) if !with_tokens => continue,
-                            Source::Token(_) => {}
+                            _ if !with_tokens => continue,
+                            _ => {}
                         }
                         self.put_coded(*cell, *tile * TILE + row, *turn);
                     }
                 }
             }
-        }
-        for (from, to) in &p.data.relocations {
-            let (from, to) = (*from as usize, *to as usize);
-            let cell = std::mem::replace(&mut self.slot_cell[from], NOWHERE);
-            self.put_exact(cell, to, self.slot_pos[from]);
         }
         if with_tokens {
             for ((cell, slot), (pos, _)) in p.data.tokens.iter().zip(&p.token_places) {
@@ -558,8 +651,12 @@ impl Table {
             for (token, slot) in &p.data.records {
                 self.queries[*slot as usize] = Some(p.token_places[*token as usize]);
             }
+            for (token, slot) in &p.data.recents {
+                self.recent[*slot as usize] = Some(p.token_places[*token as usize]);
+            }
+            self.recorded += p.data.recents.len() as u64;
         }
-        if self.fitted {
+        if !self.waits() {
             self.queries.fill(None);
             self.seen = 0;
         } else if with_tokens {
@@ -590,33 +687,28 @@ impl Table {
         self.location[cell as usize] = slot as u32;
     }
 
-    /// Where the rows of a saved state go. `coded` (the band, `None` when exact) and `turns` (less position) are the state's; see [`crate::state`].
+    /// Where the rows of a saved state go. `coded` (the band, [`BANDS`] for one that waited, `None` when exact) and `turns` (less position) are the
+    /// state's; see [`crate::state`].
     pub fn plan_restore(&mut self, cells: Cells, new: &[u32], coded: &[Option<usize>], turns: &[i32], saved_fitted: bool) -> Result<Restore> {
-        self.check_new(&cells, new)?;
+        self.check_cells(&cells, new)?;
         self.pending = None;
         self.reconcile(&cells, new);
         let g = self.geometry.clone();
         let was_empty = self.location.iter().all(|l| *l == NOWHERE);
         let fitted = self.fitted || saved_fitted;
+        let waits = self.live[g.tiles..].iter().any(|l| *l != 0);
         let mut r = Restore {
             fitted,
             adopt: saved_fitted && !self.fitted,
+            adopt_plain: !waits,
             was_empty,
-            relocations: Vec::new(),
             slots: vec![None; new.len()],
             rows: vec![NOWHERE; new.len()],
             turns: vec![0; new.len()],
             row_turns: turns.to_vec(),
             places: new.iter().map(|c| (cells.pos[*c as usize], cells.seq[*c as usize])).collect(),
         };
-        let limit = if fitted { g.exact } else { g.raw };
-        let mut free: Vec<u32> = (0..limit).rev().filter(|s| self.slot_cell[*s] == NOWHERE).map(|s| s as u32).collect();
-        let full = |n: usize| Error::Full(format!("{n} exact rows do not fit into the slots that are free"));
-        for slot in limit..g.raw {
-            if self.slot_cell[slot] != NOWHERE {
-                r.relocations.push((slot as u32, free.pop().ok_or_else(|| full(1))?));
-            }
-        }
+        let mut free: Vec<u32> = (0..g.exact).rev().filter(|s| self.slot_cell[*s] == NOWHERE).map(|s| s as u32).collect();
         // Sinks and the newest rows first: what finds no slot is coded.
         let mut exact: Vec<usize> = (0..new.len()).filter(|i| coded[*i].is_none()).collect();
         exact.sort_by_key(|i| (r.places[*i].0 >= g.config.sinks as i32, std::cmp::Reverse(r.places[*i].0)));
@@ -625,26 +717,23 @@ impl Table {
             if r.slots[i].is_some() {
                 continue;
             }
-            if !fitted {
-                return Err(full(new.len()));
-            }
             let pos = r.places[i].0;
             let anchor = anchor(pos);
             r.turns[i] = turns[i].wrapping_add(pos).wrapping_sub(anchor);
             r.row_turns[i] = anchor.wrapping_sub(pos);
         }
-        let mut holes: [_; BANDS] = std::array::from_fn(|band| {
-            let (whole, partial): (Vec<usize>, Vec<usize>) = g.band(band).partition(|t| self.live[*t] == 0);
+        let limit = if waits { g.tiles_beside_waiting() } else { g.tiles };
+        let mut holes: [_; BANDS + 1] = std::array::from_fn(|band| {
+            let tiles = g.band(band).filter(|t| *t < limit || *t >= g.tiles);
+            let (whole, partial): (Vec<usize>, Vec<usize>) = tiles.partition(|t| self.live[*t] == 0);
             let live = &self.live;
             whole.into_iter().chain(partial).flat_map(|t| (0..TILE).map(move |row| (t, row))).filter(|(t, row)| live[*t] >> row & 1 == 0)
         });
         for i in (0..new.len()).filter(|i| r.slots[*i].is_none()) {
-            // Exact rows that found no slot are young. What a band has no room for is coded again, coarser if possible.
-            let band = coded[i].unwrap_or(0);
-            let (tile, row) = (band..BANDS)
-                .chain((0..band).rev())
-                .find_map(|b| holes[b].next())
-                .ok_or_else(|| Error::Full("no tile row is free for the saved rows".into()))?;
+            // Rows that were exact or waited are young. What a band has no room for is coded again, coarser if possible.
+            let band = coded[i].filter(|b| *b < BANDS).unwrap_or(0);
+            let mut bands = if fitted { (band..BANDS).chain((0..band).rev()) } else { (BANDS..BANDS + 1).chain((0..0).rev()) };
+            let (tile, row) = bands.find_map(|b| holes[b].next()).ok_or_else(|| Error::Full("no tile row is free for the saved rows".into()))?;
             r.rows[i] = (tile * TILE + row) as u32;
         }
         Ok(r)
@@ -652,12 +741,9 @@ impl Table {
 
     /// The rows of a state are in their places.
     pub fn commit_restore(&mut self, r: &Restore, new: &[u32]) {
-        self.fitted = r.fitted;
+        (self.fitted, self.refits) = (r.fitted, false);
+        self.findings.forget_drift(self.stream);
         self.give_up();
-        for (from, to) in &r.relocations {
-            let cell = std::mem::replace(&mut self.slot_cell[*from as usize], NOWHERE);
-            self.put_exact(cell, *to as usize, self.slot_pos[*from as usize]);
-        }
         for (i, cell) in new.iter().enumerate() {
             match r.slots[i] {
                 Some(slot) => self.put_exact(*cell, slot as usize, r.row_turns[i].wrapping_neg()),
@@ -694,29 +780,110 @@ impl Table {
     }
 }
 
+/// What a tile is filled with, and the cell and the `turn - position` of each row.
+type Fill = (Filling, [(u32, i32); TILE]);
+
 /// The tiles as they will be: makes room in bands, and notes what that takes.
 struct Tiles<'a> {
     geometry: &'a Geometry,
     live: Vec<u64>,
     sealed_at: Vec<u64>,
     sealed: u64,
-    changes: Vec<Change<[SealRow; TILE]>>,
+    changes: Vec<Change<Filling>>,
+    /// See [`Pending::sealed`].
+    sealed_rows: Vec<(u64, [(u32, i32); TILE])>,
 }
 
 impl<'a> Tiles<'a> {
     fn new(table: &'a Table) -> Self {
         let (live, sealed_at) = (table.live.clone(), table.sealed_at.clone());
-        Tiles { geometry: &table.geometry, live, sealed_at, sealed: table.sealed, changes: Vec::new() }
+        Tiles { geometry: &table.geometry, live, sealed_at, sealed: table.sealed, changes: Vec::new(), sealed_rows: Vec::new() }
     }
 
-    /// Fill a tile of the first band. Gives the anchors of its rows.
-    fn seal(&mut self, group: &[Candidate]) -> Result<Vec<i32>> {
-        let (tile, anchors) = (self.take(0)?, anchors(group));
-        let rows = std::array::from_fn(|i| SealRow { source: group[i].source, turn: group[i].stored_turn.wrapping_sub(anchors[i]) });
-        self.sealed += 1;
-        (self.live[tile], self.sealed_at[tile]) = (u64::MAX, self.sealed);
-        self.changes.push(Change::Seal { tile, rows });
-        Ok(anchors)
+    fn fill(&mut self, tile: usize, age: u64, (filling, places): Fill) {
+        (self.live[tile], self.sealed_at[tile]) = (u64::MAX, age);
+        self.sealed = self.sealed.max(age);
+        self.changes.push(Change::Seal { tile, filling });
+        self.sealed_rows.push((age, places));
+    }
+
+    /// Fill a tile of the first band.
+    fn seal(&mut self, fill: Fill) -> Result<()> {
+        let tile = self.take(0)?;
+        self.fill(tile, self.sealed + 1, fill);
+        Ok(())
+    }
+
+    /// Fill a tile of rows that wait.
+    fn wait(&mut self, fill: Fill) -> Result<()> {
+        let free = self.geometry.band(BANDS).find(|t| self.live[*t] == 0);
+        let tile = match free {
+            Some(tile) => tile,
+            None if self.holes(BANDS) >= TILE => self.compact(BANDS),
+            None => return Err(Error::Full("no tile is left to wait in".into())),
+        };
+        self.fill(tile, self.sealed + 1, fill);
+        Ok(())
+    }
+
+    /// Tiles that rows can wait in.
+    fn room_to_wait(&self) -> usize {
+        let (mut free, mut holes) = (0, 0);
+        for live in &self.live[self.geometry.tiles..] {
+            free += usize::from(*live == 0);
+            holes += if *live == 0 { 0 } else { live.count_zeros() as usize };
+        }
+        free + holes / TILE
+    }
+
+    fn are_waiting(&self) -> bool {
+        self.live[self.geometry.tiles..].iter().any(|l| *l != 0)
+    }
+
+    /// Code up to `most` of the tiles that wait, now that there are bases, and the rows that leave, which are younger: the youngest get the finest bands.
+    fn code_waiting(&mut self, leaving: Vec<Fill>, most: usize) -> Result<()> {
+        let age = self.sealed;
+        for (i, fill) in leaving.into_iter().enumerate().rev() {
+            let tile = self.beside_waiting()?;
+            self.fill(tile, age + 1 + i as u64, fill);
+        }
+        let mut waiting: Vec<usize> = self.geometry.band(BANDS).filter(|t| self.live[*t] != 0).collect();
+        waiting.sort_by_key(|t| std::cmp::Reverse(self.sealed_at[*t]));
+        for from in waiting.into_iter().take(most) {
+            let to = self.beside_waiting()?;
+            self.recode(from, to);
+        }
+        Ok(())
+    }
+
+    /// Code all tiles again in other bases, and the rows that leave. Nothing is written where anything was: layers change their bases one after another.
+    fn code_all_again(&mut self, leaving: Vec<Fill>) -> Result<()> {
+        let taken = self.live.clone();
+        let mut free = (0..self.geometry.tiles_beside_waiting()).filter(|t| taken[*t] == 0);
+        let mut next = || free.next().ok_or_else(|| Error::Full("there is no room to code all tiles again".into()));
+        let age = self.sealed;
+        for (i, fill) in leaving.into_iter().enumerate().rev() {
+            self.fill(next()?, age + 1 + i as u64, fill);
+        }
+        let mut old: Vec<usize> = (0..taken.len()).filter(|t| taken[*t] != 0).collect();
+        old.sort_by_key(|t| std::cmp::Reverse(self.sealed_at[*t]));
+        old.into_iter().try_for_each(|from| Ok(self.recode(from, next()?)))
+    }
+
+    /// The first free tile that lies before what waits.
+    fn beside_waiting(&self) -> Result<usize> {
+        let free = (0..self.geometry.tiles_beside_waiting()).find(|t| self.live[*t] == 0);
+        free.ok_or_else(|| Error::Full("no tile is free beside the rows that wait for a fit".into()))
+    }
+
+    fn recode(&mut self, from: usize, to: usize) {
+        self.changes.push(Change::Recode { from, to });
+        self.sealed_at[to] = self.sealed_at[from];
+        self.live[to] = std::mem::take(&mut self.live[from]);
+    }
+
+    fn holes(&self, band: usize) -> usize {
+        self.geometry.band(band).map(|t| self.live[t].count_zeros() as usize).sum()
     }
 
     /// A free tile of a band, or of a later one when this band has none at all. Where holes make up a tile, its rows move together;
@@ -726,20 +893,17 @@ impl<'a> Tiles<'a> {
         if let Some(free) = tiles.clone().find(|t| self.live[*t] == 0) {
             return Ok(free);
         }
-        let holes: usize = tiles.clone().map(|t| self.live[t].count_zeros() as usize).sum();
-        if holes >= TILE {
+        if self.holes(band) >= TILE {
             return Ok(self.compact(band));
         }
         if band + 1 == BANDS {
-            return Err(Error::Full(format!("no hole is left in {} tiles", self.live.len())));
+            return Err(Error::Full(format!("no hole is left in {} tiles", self.geometry.tiles)));
         }
         let Some(oldest) = tiles.by_ref().min_by_key(|t| self.sealed_at[*t]) else {
             return self.take(band + 1);
         };
         let to = self.take(band + 1)?;
-        self.changes.push(Change::Recode { from: oldest, to });
-        self.sealed_at[to] = self.sealed_at[oldest];
-        self.live[to] = std::mem::take(&mut self.live[oldest]);
+        self.recode(oldest, to);
         Ok(oldest)
     }
 
@@ -748,10 +912,9 @@ impl<'a> Tiles<'a> {
         if self.geometry.band(0).any(|t| self.live[t] == 0) || self.geometry.band_tiles[0] == 0 {
             return;
         }
-        let holes: usize = self.geometry.band(0).map(|t| self.live[t].count_zeros() as usize).sum();
         let band = match waiting {
             n if n >= TILE * 2 / 3 => 0,
-            n if n >= TILE / 3 && holes < TILE => 1,
+            n if n >= TILE / 3 && self.holes(0) < TILE => 1,
             _ => return,
         };
         // Where there is no room yet, rows may be removed until the seal.

@@ -1,31 +1,27 @@
 //! Calibration: what fits found in texts, once for a model, in a file that caches of that model take their bases from.
 //!
 //! Owns the file and its checks. A file is bound to the model by a hash that the caller makes, and to each layer's heads and rope.
-//! It holds spectra, not bases: how many bits there are and where bands end is for the cache that reads it to say. Must not know
+//! It holds transforms and errors, not bases: how many bits there are is for the cache that reads it to say. Must not know
 //! where texts come from.
 //!
-//! It is an option, not the default: on the small model (32768 cells, ratio 8, texts of 2048 tokens) the mean KL divergence was 0.000036 with the
-//! online fit and 0.000051 with a calibration on 12 texts, because the rows before an online fit are exact; behind the fit 0.000072 and 0.000069, and
-//! where the topic had changed 0.000044 and 0.000040. Calibrated on 4 texts 0.000084 and 0.000044.
-//!
-//! Layout, little-endian: magic, version, model hash, number of layers; per layer whether it has a spectrum, its heads, its rope,
-//! the edges; per head K and V (mean in f32, variances in f64, both matrices as row scales in f32 and f16 with rows scaled to a largest element of
-//! 1, which is all that a cache's own stored basis keeps of them), spread and energies in f64; CRC-32 of all that.
+//! Layout, little-endian: magic, version, model hash, number of layers; per layer whether it was analysed, its heads, its rope; per head K and V (the
+//! mean of K in f32, variances in f64, both matrices as row scales in f32 and f16 with rows scaled to a largest element of 1, which is as
+//! precise as what a cache stores) and both errors in f64; CRC-32 of all that.
 
 use super::anchor;
-use super::fit::{analyse, HeadRows, HeadSpectrum, Place, Sample, Spectrum, Transform};
+use super::basis::row_scale;
+use super::fit::{analyse, HeadRows, HeadSpectrum, Place, Sample, Transform};
 use crate::attention::Scoring;
-use crate::config::{Config, LayerGeometry, LayerShape, TILE};
+use crate::config::{Config, Heads, LayerShape, TILE};
 use crate::error::{argument, Error, Result};
-use crate::rope::{Rope, RopeParams, Turn};
+use crate::rope::{Rope, RopeParams};
 use crate::simd;
 use half::f16;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"SKVBASIS");
-const VERSION: u32 = 2;
-/// First distance up to which energy is added up.
-const FIRST_EDGE: i64 = TILE as i64;
-const MAX_EDGES: usize = 64;
+const VERSION: u32 = 3;
+/// Bits per element at which errors are measured: what caches will have, about. Which heads have large ones depends little on it.
+const BITS: f64 = 2.0;
 const MAX_LAYERS: usize = 4096;
 
 /// See the module.
@@ -44,8 +40,8 @@ pub struct CalibratedLayer {
     pub shape: LayerShape,
     /// Its rope, as [`Rope::to_bytes`] gives it.
     pub rope: Vec<u8>,
-    /// What was found.
-    pub spectrum: Spectrum,
+    /// What was found in each KV head.
+    pub heads: Vec<HeadSpectrum>,
 }
 
 /// Rows of one text in one layer, as the model gives them (roped), from position 0 on.
@@ -58,6 +54,8 @@ pub struct Text {
     pub q_positions: Vec<i32>,
     /// `[query][query head][d_k]`.
     pub q: Vec<f16>,
+    /// `|x|^2` of the residual stream that each query's attention is added to; nothing where that is not known.
+    pub residual: Vec<f32>,
 }
 
 /// How a layer works, as far as a calibration depends on it.
@@ -77,74 +75,78 @@ pub struct LayerModel<'a> {
 impl CalibratedLayer {
     /// Analyse a layer's rows of some texts. Window and sinks are those that a cache has by default.
     pub fn new(model: &LayerModel, texts: &[Text]) -> Result<Self> {
-        let (g, rope) = (LayerGeometry::heads(&model.shape), Rope::new(model.rope, model.shape.d_k as usize)?);
+        let (g, rope) = (Heads::of(&model.shape), Rope::new(model.rope, model.shape.d_k as usize)?);
+        check(&g, model, texts)?;
         let config = Config::default();
-        let (nk, nv, nq) = (g.n_head_kv * g.d_k, g.n_head_kv * g.d_v, g.n_head * g.d_k);
-        for t in texts {
-            if !t.k.len().is_multiple_of(nk) || t.v.len() != t.k.len() / nk * nv || t.q.len() != t.q_positions.len() * nq {
-                return argument("keys, values and queries of a text do not go together");
-            }
-            if !t.k.iter().chain(&t.v).chain(&t.q).all(|x| x.is_finite()) {
-                return Err(Error::NotFinite("a query, key or value of a text".into()));
-            }
-        }
-        if !model.projection.iter().all(|x| x.is_finite()) || !model.projection.len().is_multiple_of(g.n_head * g.d_v) {
-            return argument("the output projection is not finite or does not consist of whole rows");
-        }
-        let longest = texts.iter().map(|t| t.k.len() / nk).max().unwrap_or(0);
-        if longest <= config.sinks as usize {
-            return argument("no text is longer than the rows that stay exact");
-        }
-        let (mut rows, mut queries) = (Vec::new(), Vec::new());
+        let n_rows = |t: &Text| t.k.len() / (g.n_head_kv * g.d_k);
+        let (mut rows, mut turns, mut queries, mut residual) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let known = texts.iter().all(|t| !t.residual.is_empty());
         for (seq, t) in texts.iter().enumerate() {
             let place = |pos: i32| Place { pos, seq: seq as i32 };
-            rows.extend((config.sinks as i32..(t.k.len() / nk) as i32).map(place));
+            let n = n_rows(t) as i32;
+            rows.extend((0..n).map(place));
+            // Tiles have the rows from the sinks on.
+            let (sinks, tile) = (config.sinks as i32, TILE as i32);
+            let first = |row: i32| sinks + (row - sinks).div_euclid(tile) * tile;
+            turns.extend((0..n).map(|row| -anchor(first(row) + ((first(row) + tile).min(n) - first(row)) / 2)));
             queries.extend(t.q_positions.iter().copied().map(place));
+            residual.extend(t.residual.iter().filter(|_| known));
         }
-        let mut edges = vec![FIRST_EDGE];
-        while edges[edges.len() - 1] < longest as i64 {
-            edges.push(edges[edges.len() - 1] * 2);
-        }
-        edges.push(i64::MAX);
         let sample = Sample {
             rows: &rows,
+            turns: &turns,
             queries: &queries,
+            residual: &residual,
             projection: model.projection,
             scale: model.scoring.scale,
             softcap: model.scoring.softcap,
             window: config.window as i32,
+            sinks: config.sinks as i32,
             n_cells: i64::from(model.distance),
-            edges,
+            bits: BITS,
         };
-        let mut heads = Vec::with_capacity(g.n_head_kv);
-        for head in 0..g.n_head_kv {
-            let HeadRows { mut k, k_framed: mut framed, mut v, mut q } = HeadRows::default();
-            let mut turn = Turn::default();
-            for t in texts {
-                let n = t.k.len() / nk;
-                for first in (config.sinks as usize..n).step_by(TILE) {
-                    let end = (first + TILE).min(n);
-                    rope.turn(-i64::from(anchor((first + (end - first) / 2) as i32)), &mut turn);
-                    for row in first..end {
-                        let at = framed.len();
-                        k.extend(t.k[row * nk + head * g.d_k..][..g.d_k].iter().map(|x| x.to_f32()));
-                        framed.extend_from_slice(&k[at..]);
-                        rope.rotate(&turn, &mut framed[at..]);
-                        v.extend(t.v[row * nv + head * g.d_v..][..g.d_v].iter().map(|x| x.to_f32()));
-                    }
-                }
-                let group = g.group() * g.d_k;
-                q.extend(t.q.chunks_exact(nq).flat_map(|q| &q[head * group..(head + 1) * group]).map(|x| x.to_f32()));
-            }
-            heads.push(analyse(simd::kernels(), &g, &rope, &sample, head, &HeadRows { k, k_framed: framed, v, q })?);
-        }
-        let spectrum = Spectrum::new(sample.edges, heads);
-        Ok(CalibratedLayer { shape: model.shape, rope: rope.to_bytes(), spectrum })
+        let heads = (0..g.n_head_kv).map(|head| analyse(simd::kernels(), &g, &rope, &sample, head, &head_rows(&g, texts, head)));
+        Ok(CalibratedLayer { shape: model.shape, rope: rope.to_bytes(), heads: heads.collect::<Result<_>>()? })
     }
 }
 
+/// Refuse what nothing can be found in.
+fn check(g: &Heads, model: &LayerModel, texts: &[Text]) -> Result<()> {
+    let (nk, nv, nq) = (g.n_head_kv * g.d_k, g.n_head_kv * g.d_v, g.n_head * g.d_k);
+    for t in texts {
+        let residual = t.residual.is_empty() || t.residual.len() == t.q_positions.len();
+        if !t.k.len().is_multiple_of(nk) || t.v.len() != t.k.len() / nk * nv || t.q.len() != t.q_positions.len() * nq || !residual {
+            return argument("keys, values and queries of a text do not go together");
+        }
+        if !t.k.iter().chain(&t.v).chain(&t.q).all(|x| x.is_finite()) || !t.residual.iter().all(|x| x.is_finite()) {
+            return Err(Error::NotFinite("a query, key or value of a text".into()));
+        }
+    }
+    if !model.projection.iter().all(|x| x.is_finite()) || !model.projection.len().is_multiple_of(g.n_head * g.d_v) {
+        return argument("the output projection is not finite or does not consist of whole rows");
+    }
+    if texts.iter().all(|t| t.k.len() / nk <= Config::default().sinks as usize) {
+        return argument("no text is longer than the rows that stay exact");
+    }
+    Ok(())
+}
+
+/// What texts have of one head.
+fn head_rows(g: &Heads, texts: &[Text], head: usize) -> HeadRows {
+    let mut own = HeadRows::default();
+    let take = |out: &mut Vec<f32>, rows: &[f16], n: usize, d: usize| {
+        out.extend(rows.chunks_exact(n * d).flat_map(|row| &row[head * d..(head + 1) * d]).map(|x| x.to_f32()));
+    };
+    for t in texts {
+        take(&mut own.k, &t.k, g.n_head_kv, g.d_k);
+        take(&mut own.v, &t.v, g.n_head_kv, g.d_v);
+        take(&mut own.q, &t.q, g.n_head_kv, g.group() * g.d_k);
+    }
+    own
+}
+
 fn put_matrix(out: &mut Vec<u8>, rows: &[f32], d: usize) {
-    let scales: Vec<f32> = rows.chunks_exact(d).map(super::row_scale).collect();
+    let scales: Vec<f32> = rows.chunks_exact(d).map(row_scale).collect();
     scales.iter().for_each(|s| out.extend(s.to_le_bytes()));
     for (row, scale) in rows.chunks_exact(d).zip(scales) {
         row.iter().for_each(|x| out.extend(f16::from_f32(x / scale).to_le_bytes()));
@@ -152,6 +154,20 @@ fn put_matrix(out: &mut Vec<u8>, rows: &[f32], d: usize) {
 }
 
 impl Calibration {
+    /// What is known of a layer, by the model's number.
+    pub fn layer(&self, layer: usize, heads: &Heads, rope: &Rope) -> Result<&CalibratedLayer> {
+        let Some(Some(l)) = self.layers.get(layer) else {
+            return Err(Error::Data(format!("the calibration has no layer {layer}")));
+        };
+        if Heads::of(&l.shape) != *heads {
+            return Err(Error::Data(format!("layer {layer} of the calibration has other heads")));
+        }
+        if l.rope != rope.to_bytes() {
+            return Err(Error::Data(format!("layer {layer} of the calibration has other RoPE settings")));
+        }
+        Ok(l)
+    }
+
     /// As a file.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut out = Vec::new();
@@ -162,20 +178,18 @@ impl Calibration {
         for layer in &self.layers {
             out.extend(u32::from(layer.is_some()).to_le_bytes());
             let Some(l) = layer else { continue };
-            for x in [l.shape.n_head, l.shape.n_head_kv, l.shape.d_k, l.shape.d_v, l.rope.len() as u32, l.spectrum.edges.len() as u32] {
+            for x in [l.shape.n_head, l.shape.n_head_kv, l.shape.d_k, l.shape.d_v, l.rope.len() as u32] {
                 out.extend(x.to_le_bytes());
             }
             out.extend(&l.rope);
-            l.spectrum.edges.iter().for_each(|e| out.extend(e.to_le_bytes()));
-            for head in &l.spectrum.heads {
+            for head in &l.heads {
                 for t in [&head.k, &head.v] {
                     t.mean.iter().for_each(|x| out.extend(x.to_le_bytes()));
                     t.variance.iter().for_each(|x| out.extend(x.to_le_bytes()));
-                    put_matrix(&mut out, &t.encode, t.mean.len());
-                    put_matrix(&mut out, &t.decode, t.mean.len());
+                    put_matrix(&mut out, &t.encode, t.variance.len());
+                    put_matrix(&mut out, &t.decode, t.variance.len());
                 }
-                out.extend(head.spread.to_le_bytes());
-                head.energy.iter().flatten().for_each(|e| out.extend(e.to_le_bytes()));
+                head.errors.iter().for_each(|e| out.extend(e.to_le_bytes()));
             }
         }
         out.extend(crc32fast::hash(&out).to_le_bytes());
@@ -249,7 +263,7 @@ impl<'a> Reader<'a> {
         if x.iter().all(|x| x.is_finite() && *x >= 0.0) {
             Ok(x)
         } else {
-            bad("an energy or variance that is negative or not finite")
+            bad("an error or variance that is negative or not finite")
         }
     }
     fn matrix(&mut self, d: usize) -> Result<Vec<f32>> {
@@ -263,8 +277,8 @@ impl<'a> Reader<'a> {
             bad("a number that is not finite")
         }
     }
-    fn transform(&mut self, d: usize) -> Result<Transform> {
-        let mean = self.f32s(d)?;
+    fn transform(&mut self, d: usize, centred: bool) -> Result<Transform> {
+        let mean = self.f32s(if centred { d } else { 0 })?;
         let variance = self.f64s(d)?;
         if variance[d - 1] <= 0.0 || variance.windows(2).any(|w| w[0] < w[1]) {
             return bad("variances that do not fall");
@@ -277,23 +291,14 @@ impl<'a> Reader<'a> {
         if !shape.is_possible() {
             return bad("heads that no model has");
         }
-        let (n_rope, n_edges) = (self.count(1 << 16)?, self.count(MAX_EDGES)?);
+        let n_rope = self.count(1 << 16)?;
         let rope = self.take(n_rope)?.to_vec();
-        let long = |b: &[u8]| i64::from_le_bytes(b.try_into().expect("invariant: eight bytes"));
-        let edges: Vec<i64> = self.take(8 * n_edges)?.chunks_exact(8).map(long).collect();
-        if edges.last() != Some(&i64::MAX) || edges[0] <= 0 || edges.windows(2).any(|w| w[0] >= w[1]) {
-            return bad("distances that do not ascend");
-        }
         let mut heads = Vec::new();
         for _ in 0..n_head_kv {
-            let (k, v) = (self.transform(d_k as usize)?, self.transform(d_v as usize)?);
-            let spread = self.f64s(1)?[0];
-            let energy: Vec<Vec<f64>> = (0..n_head / n_head_kv).map(|_| self.f64s(n_edges)).collect::<Result<_>>()?;
-            if energy.iter().any(|e| e.windows(2).any(|w| w[0] > w[1])) {
-                return bad("energies that fall");
-            }
-            heads.push(HeadSpectrum { k, v, spread, energy });
+            let (k, v) = (self.transform(d_k as usize, true)?, self.transform(d_v as usize, false)?);
+            let errors = self.f64s(2)?;
+            heads.push(HeadSpectrum { k, v, errors: [errors[0], errors[1]] });
         }
-        Ok(CalibratedLayer { shape, rope, spectrum: Spectrum { edges, heads } })
+        Ok(CalibratedLayer { shape, rope, heads })
     }
 }

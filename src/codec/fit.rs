@@ -1,36 +1,36 @@
-//! Fit of one layer: second moments, weighted Karhunen-Loeve bases and the layer's bit widths.
+//! Fit of one head: second moments, weighted Karhunen-Loeve bases, and how many bits each half of a head (its keys, its values) is worth.
 //!
-//! In two halves: [`analyse`] finds in rows and queries of a head what can be found without knowing a cache, [`Spectrum::bases`] spends
-//! the bits of one on the heads of a layer. The second may happen elsewhere, see [`super::calibration`], and later: heads need not be
-//! analysed in one step.
+//! In three steps: [`analyse`] finds the transforms of a head in its rows and queries, and measures what coding keys and values at an equal rate does
+//! to the residual stream; [`share`] turns such errors, of as many heads and layers as there are, into rates; [`basis`] spends the rate of a half on
+//! its coefficients. The last two may happen elsewhere, see [`super::calibration`], and later.
 //!
-//! Keys are weighted by the second moment of the queries as tiles see them, which makes the *score* error diagonal; values by
-//! the output projection. One bit budget covers all heads, K and V: a coefficient counts by what its error does to the layer's
-//! output, which is proportional to the head's attention energy on rows that will be coded (most heads look at the window only).
-//! Measured on the small model at 2 bits: budget per head 0.0029, per layer 0.0004 mean KL divergence. One budget for the whole model
-//! would halve it again (simulated), but a layer's arena has its size before anything was seen. There is no second fit: with rates by age a change
-//! of topic after the first one costs less than it costs stock types (0.7 to 1.0 times the divergence on the same text without the change).
-//! Must not know about arenas.
+//! Keys are weighted by the second moment of the queries as tiles see them, which makes the *score* error diagonal. Values count alike whatever
+//! their size, and are not centred: rows that soak up attention without saying anything have tiny values, which an error in proportion to a mean
+//! would ruin. Sums of these errors over heads and layers predict the KL divergence of a model (within 15 % for SmolLM2 from 1.6 to 4.5 bits); what
+//! energies of attention say of a head is off by up to ten times, and starving such a head costs more than all the others gain. There is no second
+//! fit: with rates by age a change of topic after the first one costs less than it costs stock types. Must not know about arenas.
 
 use super::bits::allocate;
-use super::Basis;
-use crate::config::{LayerGeometry, ANCHOR_GRID, BANDS, TILE};
+use super::measure;
+use super::{encode_tile, Basis, Fine, TileForm, TileWork};
+use crate::config::{Heads, ANCHOR_GRID, BANDS, TILE};
 use crate::error::{Error, Result};
 use crate::rope::{Rope, Turn};
 use crate::simd::{Kernels, MatMut, MatRef, Widths};
 use faer::{Mat, Side};
 
-/// Energy every head gets on top of its own, as a share of the layer's mean: insurance for heads that wake up later. Simulated
-/// at 2 bits on the small model, mean KL divergence at a floor of 1 %, 3 %, 10 %, 30 %: 0.00062, 0.00072, 0.00096, 0.00133. The younger
-/// bands take more: their rows become neighbours again when a long answer is taken back.
-const ENERGY_FLOOR: [f64; BANDS] = [0.1, 0.1, 0.02];
-/// Own energy, as a share of the layer's mean, at which half of that floor is granted: a head whose attention never leaves the
-/// window (scores far apart) would not wake up, and its wide scores would take the bits of the others.
-const DORMANT: f64 = 1e-5;
+/// Bits that a half gets for an error four times as large: 1 would make all errors alike, but those of a short sample are not all of a model's.
+pub const POWER: f64 = 0.6;
+/// Bits per element that no half has less of: insurance for heads that wake up later.
+pub const LEAST: f64 = 0.75;
+/// Most bits per element of a half.
+const MOST: f64 = 8.0;
 /// Least eigenvalue of a weight matrix, as a share of its mean eigenvalue.
 const DAMP: f64 = 1e-3;
 /// Distances at which tiles will look at a query, in rows; extended by doubling up to the context.
 const DISTANCES: [i64; 9] = [64, 128, 192, 320, 512, 768, 1024, 1536, 2048];
+/// What is left of the error of a row that is fine: 4 bits less, and a little more than that.
+const FINE_ERROR: f32 = 1.4 / 16.0;
 
 /// Where and when something was: enough to know what sees what.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,20 +46,24 @@ pub struct Place {
 pub struct HeadRows {
     /// Keys as the model gives them (roped), one row after another.
     pub k: Vec<f32>,
-    /// Keys in the frames of the tiles they will lie in.
-    pub k_framed: Vec<f32>,
     /// Values.
     pub v: Vec<f32>,
     /// Roped queries: query-major, then the heads of the group.
     pub q: Vec<f32>,
+    /// Numbers of the rows that will be coded finer.
+    pub fine: Vec<usize>,
 }
 
 /// What the rows and queries are that the heads of a layer are fitted on.
 pub struct Sample<'a> {
     /// Where each row stands.
     pub rows: &'a [Place],
+    /// What turns each key into the frame of the tile that it will lie in.
+    pub turns: &'a [i32],
     /// Where each query stands.
     pub queries: &'a [Place],
+    /// `|x|^2` of the residual stream that each query's attention is added to; empty for 1.
+    pub residual: &'a [f32],
     /// Rows of the output projection, `n_head * d_v` each; empty for identity.
     pub projection: &'a [f32],
     /// Scale of the scores.
@@ -68,19 +72,12 @@ pub struct Sample<'a> {
     pub softcap: f32,
     /// Rows nearer than this stay exact.
     pub window: i32,
+    /// Rows at positions before this stay exact, and are not fitted on.
+    pub sinks: i32,
     /// Longest distance there can be.
     pub n_cells: i64,
-    /// Rows behind the window up to which attention energy is added up, ascending; the last is `i64::MAX`.
-    pub edges: Vec<i64>,
-}
-
-/// What a sample says about a layer.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Spectrum {
-    /// [`Sample::edges`].
-    pub edges: Vec<i64>,
-    /// The KV heads.
-    pub heads: Vec<HeadSpectrum>,
+    /// Bits per element at which errors are measured.
+    pub bits: f64,
 }
 
 /// What a sample says about a KV head.
@@ -90,10 +87,8 @@ pub struct HeadSpectrum {
     pub k: Transform,
     /// Values.
     pub v: Transform,
-    /// How much the values seen spread in the output: what a wrong score stirs up.
-    pub spread: f64,
-    /// Attention energy of each query head of the group, up to each edge.
-    pub energy: Vec<Vec<f64>>,
+    /// Relative errors that coding keys alone, and values alone, makes in the residual stream: `E[|e|^2 / |x|^2]`.
+    pub errors: [f64; 2],
 }
 
 struct Moments {
@@ -159,6 +154,7 @@ fn transpose(rows: &[f32], d: usize, columns: &mut Vec<f32>) {
     }
 }
 
+/// Those of keys.
 fn moments(kernels: &Kernels, rows: &[f32], d: usize) -> Moments {
     let n = (rows.len() / d).max(1) as f64;
     let mut mean = vec![0.0f64; d];
@@ -173,6 +169,21 @@ fn moments(kernels: &Kernels, rows: &[f32], d: usize) -> Moments {
     Moments { covariance: gram.finish(1.0 / n), mean }
 }
 
+/// Those of values: of rows that all have the norm that is their geometric mean. There is no mean.
+fn directions(kernels: &Kernels, rows: &[f32], d: usize) -> Moments {
+    let norm = |row: &[f32]| row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+    let norms: Vec<f64> = rows.chunks_exact(d).map(norm).collect();
+    let some = norms.iter().filter(|n| **n > 0.0);
+    let n = some.clone().count().max(1) as f64;
+    let typical = (some.map(|n| n.ln()).sum::<f64>() / n).exp();
+    let mut gram = Gram::new(kernels, d);
+    for (row, norm) in rows.chunks_exact(d).zip(&norms).filter(|(_, norm)| **norm > 0.0) {
+        let scale = ((d as f64).sqrt() / norm) as f32;
+        gram.next().iter_mut().zip(row).for_each(|(out, x)| *out = x * scale);
+    }
+    Moments { covariance: gram.finish(typical * typical / (n * d as f64)), mean: Vec::new() }
+}
+
 fn eigen(m: &Mat<f64>) -> Result<(Vec<f64>, Mat<f64>)> {
     let e = m.self_adjoint_eigen(Side::Lower).map_err(|e| Error::Numeric(format!("eigenvalues did not converge: {e:?}")))?;
     let values = e.S().column_vector().iter().copied().collect();
@@ -182,7 +193,7 @@ fn eigen(m: &Mat<f64>) -> Result<(Vec<f64>, Mat<f64>)> {
 /// Mean, and eigenvectors of `W^(1/2) C W^(1/2)` for second moments `C` and weights `W`: all of them, by decreasing eigenvalue.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Transform {
-    /// Mean of the rows.
+    /// Mean of the rows; empty for values.
     pub mean: Vec<f32>,
     /// The eigenvalues.
     pub variance: Vec<f64>,
@@ -217,109 +228,9 @@ fn transform(moments: Moments, weight: &Mat<f64>) -> Result<Transform> {
     Ok(Transform { mean: moments.mean, variance, encode, decode })
 }
 
-/// The basis with what each band codes; `widths` holds a width per coefficient, which falls with the coefficient's variance.
-fn build_basis(t: &Transform, widths: [&[u32]; BANDS]) -> Basis {
-    let d = t.mean.len();
-    let widths = widths.map(|band| Widths { counts: Widths::BITS.map(|bits| band.iter().filter(|w| **w == bits).count()) });
-    let mut basis = Basis { d, widths, mean: t.mean.clone(), ..Basis::default() };
-    let rank = basis.rank();
-    (basis.encode, basis.decode) = (t.encode[..rank * d].to_vec(), t.decode[..rank * d].to_vec());
-    basis.weight = t.variance[..rank].iter().map(|v| (v / t.variance[0]) as f32).collect();
-    basis
-}
-
-/// Sum of squares, in lanes.
-fn squares(x: &[f32]) -> f64 {
-    let (chunks, rest) = x.as_chunks::<16>();
-    let mut sums = [0.0f32; 16];
-    for chunk in chunks {
-        sums.iter_mut().zip(chunk).for_each(|(sum, x)| *sum += x * x);
-    }
-    sums.into_iter().chain(rest.iter().map(|x| x * x)).map(f64::from).sum()
-}
-
-/// The largest, in lanes.
-fn largest(x: &[f32]) -> f32 {
-    let (chunks, rest) = x.as_chunks::<16>();
-    let mut most = [f32::NEG_INFINITY; 16];
-    for chunk in chunks {
-        most.iter_mut().zip(chunk).for_each(|(most, x)| *most = if *x > *most { *x } else { *most });
-    }
-    most.iter().chain(rest).fold(f32::NEG_INFINITY, |a, x| a.max(*x))
-}
-
-/// Attention energy of each query head of a group on rows that will be coded: `E[sum of p^2 over rows outside the window]`, up to
-/// each edge.
-fn energies(kernels: &Kernels, s: &Sample, g: &LayerGeometry, own: &HeadRows) -> Vec<Vec<f64>> {
-    /// Queries of one product.
-    const QUERIES: usize = 16;
-    let (group, d, n) = (g.group(), g.d_k, s.rows.len());
-    let mut energy = vec![vec![0.0; s.edges.len()]; group];
-    // Keys in panels of 64, transposed, so that a panel stays near while all queries of a product meet it.
-    let panels: Vec<Vec<f32>> = own
-        .k
-        .chunks(TILE * d)
-        .map(|rows| {
-            let mut columns = Vec::new();
-            transpose(rows, d, &mut columns);
-            columns
-        })
-        .collect();
-    let mut scores = vec![0.0f32; QUERIES * group * n];
-    let mut hidden = vec![0.0f32; n];
-    // Runs of rows between the same edges, and which: those of the window have none.
-    let mut runs: Vec<(std::ops::Range<usize>, usize)> = Vec::new();
-    for (block, places) in s.queries.chunks(QUERIES).enumerate() {
-        let sees = |place: &Place, row: &Place| row.seq == place.seq && row.pos <= place.pos;
-        let q = &own.q[block * QUERIES * group * d..];
-        let seen = |rows: &[Place]| places.iter().any(|place| rows.iter().any(|row| sees(place, row)));
-        for (i, (panel, rows)) in panels.iter().zip(s.rows.chunks(TILE)).enumerate() {
-            if !seen(rows) {
-                continue;
-            }
-            let (m, nq) = (rows.len(), places.len() * group);
-            (0..nq).for_each(|q| scores[q * n + i * TILE..][..m].fill(0.0));
-            let out = MatMut::new(&mut scores[i * TILE..], n);
-            (kernels.multiply)(MatRef::new(q, d), MatRef::new(panel, m), out, nq, d, m);
-        }
-        for (i, place) in places.iter().enumerate() {
-            hidden.iter_mut().zip(s.rows).for_each(|(h, row)| *h = if sees(place, row) { 0.0 } else { f32::NEG_INFINITY });
-            let Some(first) = hidden.iter().position(|h| *h == 0.0) else { continue };
-            let end = n - hidden.iter().rev().take_while(|h| **h != 0.0).count();
-            runs.clear();
-            for (at, row) in s.rows.iter().enumerate().take(end).skip(first) {
-                let behind = i64::from(place.pos) - i64::from(row.pos) - i64::from(s.window);
-                let edge = if behind < 0 { s.edges.len() } else { s.edges.partition_point(|end| *end <= behind) };
-                match runs.last_mut() {
-                    Some((run, e)) if *e == edge => run.end = at + 1,
-                    _ => runs.push((at..at + 1, edge)),
-                }
-            }
-            for (a, energy) in energy.iter_mut().enumerate() {
-                let scores = &mut scores[(i * group + a) * n..][..end];
-                let seen = &mut scores[first..];
-                for (score, hidden) in seen.iter_mut().zip(&hidden[first..end]) {
-                    // What is hidden may not have been computed.
-                    *score = if *hidden == 0.0 { *score * s.scale } else { f32::NEG_INFINITY };
-                }
-                if s.softcap > 0.0 {
-                    seen.iter_mut().filter(|x| x.is_finite()).for_each(|x| *x = s.softcap * (*x / s.softcap).tanh());
-                }
-                let largest = largest(seen);
-                let sum = f64::from((kernels.exp_sum)(seen, largest));
-                for (run, edge) in &runs {
-                    let share = squares(&scores[run.clone()]) / (sum * sum) / s.queries.len() as f64;
-                    energy.iter_mut().skip(*edge).for_each(|e| *e += share);
-                }
-            }
-        }
-    }
-    energy
-}
-
 /// Second moment of the group's queries in the frames of tiles at all distances, in units of squared score. A query is seen from a
 /// quarter of the distances only, its neighbours from the others: that is enough to tell the moment.
-fn query_moment(kernels: &Kernels, s: &Sample, g: &LayerGeometry, rope: &Rope, head: usize, own: &HeadRows) -> Mat<f64> {
+fn query_moment(kernels: &Kernels, s: &Sample, g: &Heads, rope: &Rope, head: usize, own: &HeadRows) -> Mat<f64> {
     const SHARE: usize = 4;
     let (group, d) = (g.group(), g.d_k);
     let mut distances: Vec<i64> = DISTANCES.to_vec();
@@ -348,104 +259,126 @@ fn query_moment(kernels: &Kernels, s: &Sample, g: &LayerGeometry, rope: &Rope, h
     gram.finish(f64::from(s.scale) * f64::from(s.scale) / n as f64)
 }
 
-/// `sum_a weight_a * W_a^T W_a` over the heads of a group, `W_a` the columns of the output projection that read head `a`.
-fn projection_gram(kernels: &Kernels, s: &Sample, g: &LayerGeometry, head: usize, weights: &[f64]) -> Mat<f64> {
-    let d = g.d_v;
-    if s.projection.is_empty() {
-        let total: f64 = weights.iter().sum();
-        return Mat::from_fn(d, d, |i, j| if i == j { total } else { 0.0 });
-    }
-    // Weights are put in relative to their sum, which keeps the f32 sum in range.
-    let total = weights.iter().sum::<f64>().max(1e-300);
-    let mut gram = Gram::new(kernels, d);
-    for row in s.projection.chunks_exact(g.n_head * d) {
-        for (a, weight) in weights.iter().enumerate() {
-            let (at, root) = ((head * g.group() + a) * d, (weight / total).sqrt() as f32);
-            gram.next().iter_mut().zip(&row[at..at + d]).for_each(|(out, x)| *out = root * x);
-        }
-    }
-    gram.finish(total)
-}
-
-/// Raise the energies of a layer's heads `[head][query head of its group]` by the floor.
-fn with_floor(energy: &mut [Vec<f64>], floor: f64) {
-    let mean = energy.iter().flatten().sum::<f64>() / energy.len() as f64;
-    for e in energy {
-        let own: f64 = e.iter().sum();
-        let n = e.len() as f64;
-        for x in e.iter_mut() {
-            // The floor is spread like the energy itself. Without any energy (no query reaches behind the window) all heads are alike.
-            *x = if mean > 0.0 { *x * (1.0 + floor * mean / (own + DORMANT * mean)) } else { 1.0 / n };
+/// Multiply rows `a`, `b`, .. of a matrix by the orthonormal cosine transform of their number.
+fn mix(rows: &mut [f32], d: usize) {
+    let n = rows.len() / d;
+    let old = rows.to_vec();
+    for (k, out) in rows.chunks_exact_mut(d).enumerate() {
+        let norm = (if k == 0 { 1.0 } else { 2.0 } / n as f64).sqrt();
+        out.fill(0.0);
+        for (i, row) in old.chunks_exact(d).enumerate() {
+            let c = (norm * (std::f64::consts::PI * (i as f64 + 0.5) * k as f64 / n as f64).cos()) as f32;
+            out.iter_mut().zip(row).for_each(|(out, x)| *out += c * x);
         }
     }
 }
 
-/// Energies up to a number of rows behind the window, between edges by the logarithm of the distance. `edges` as in [`Sample`].
-fn energy_at(edges: &[i64], energy: &[f64], rows: i64) -> f64 {
-    let i = edges.partition_point(|e| *e < rows);
-    // Nothing lies behind the last finite edge that was seen.
-    if i + 1 >= edges.len() || edges[i] == rows {
-        return energy[i.min(edges.len() - 1)];
+/// The basis that spends `bits` per element of each band on the coefficients of a transform. Coefficients that have equal widths in all bands are
+/// mixed, so that each looks Gaussian, whatever the single ones do, and count alike.
+pub fn basis(t: &Transform, bits: [f64; BANDS]) -> Basis {
+    let d = t.variance.len();
+    // Rates come from sums: what is a whole number but for rounding is one.
+    let widths = bits.map(|bits| allocate(&t.variance, (bits * d as f64 + 1e-6) as usize));
+    let counts = |band: &Vec<u32>| Widths { counts: Widths::BITS.map(|bits| band.iter().filter(|w| **w == bits).count()) };
+    let (mut encode, mut decode) = (t.encode.clone(), t.decode.clone());
+    let mut weight: Vec<f32> = t.variance.iter().map(|v| (v / t.variance[0]) as f32).collect();
+    let mut first = 0;
+    while first < d {
+        let alike = |j: &usize| widths.iter().all(|band| band[*j] == band[first]);
+        let end = first + (first..d).take_while(alike).count();
+        // What no band codes is only ever part of residuals.
+        if widths.iter().any(|band| band[first] > 0) {
+            mix(&mut encode[first * d..end * d], d);
+            mix(&mut decode[first * d..end * d], d);
+            let mean = weight[first..end].iter().sum::<f32>() / (end - first) as f32;
+            weight[first..end].fill(mean);
+        }
+        first = end;
     }
-    let (low, high) = if i == 0 { ((1, 0.0), (edges[0], energy[0])) } else { ((edges[i - 1], energy[i - 1]), (edges[i], energy[i])) };
-    let at = |x: i64| (x.max(1) as f64).ln();
-    let share = (at(rows) - at(low.0)) / (at(high.0) - at(low.0)).max(1e-9);
-    low.1 + share.clamp(0.0, 1.0) * (high.1 - low.1)
+    Basis { d, widths: widths.each_ref().map(counts), mean: t.mean.clone(), encode, decode, weight }
 }
 
-/// What the sample says about a KV head by itself: values count by its own energies, whose sum is taken for 1 until [`Spectrum::new`].
-pub fn analyse(kernels: &Kernels, g: &LayerGeometry, rope: &Rope, s: &Sample, head: usize, own: &HeadRows) -> Result<HeadSpectrum> {
-    let energy = energies(kernels, s, g, own);
-    // One basis serves all bands; how much each query head counts in it is taken from the last, which has most rows.
-    let weights: Vec<f64> = energy.iter().map(|e| e[e.len() - 1]).collect();
-    let total: f64 = weights.iter().sum();
-    let weights: Vec<f64> = weights.iter().map(|w| if total > 0.0 { w / total } else { 1.0 / weights.len() as f64 }).collect();
-    let (k, v) = (moments(kernels, &own.k_framed, g.d_k), moments(kernels, &own.v, g.d_v));
-    let k = transform(k, &query_moment(kernels, s, g, rope, head, own))?;
-    let gram = projection_gram(kernels, s, g, head, &weights);
-    let spread: f64 = (0..g.d_v).map(|i| (0..g.d_v).map(|j| gram[(i, j)] * v.covariance[(j, i)]).sum::<f64>()).sum();
-    Ok(HeadSpectrum { k, v: transform(v, &gram)?, spread, energy })
+/// What coding changes in the rows of a head: in its keys, where they are, and in its values.
+fn changes(kernels: &Kernels, s: &Sample, rope: &Rope, bases: (&Basis, &Basis), framed: &[f32], own: &HeadRows) -> (Vec<f32>, Vec<f32>) {
+    let (d_k, d_v) = (bases.0.d, bases.1.d);
+    let form = TileForm::new(bases.0.widths[0], bases.1.widths[0], d_k, d_v, Fine::Marks);
+    let (mut tile, mut work, mut turn) = (vec![0; form.bytes()], TileWork::default(), Turn::default());
+    let (mut k, mut v) = (framed.to_vec(), own.v.clone());
+    // Whole tiles: what is behind the last row is not looked at.
+    let rows = s.rows.len().next_multiple_of(TILE);
+    k.resize(rows * d_k, 0.0);
+    v.resize(rows * d_v, 0.0);
+    for (k, v) in k.chunks_exact_mut(TILE * d_k).zip(v.chunks_exact_mut(TILE * d_v)) {
+        encode_tile(kernels, bases, &form, k, v, &[], &mut tile, &mut work);
+        super::decode_rows(kernels, bases, &form, &tile, u64::MAX, k, v, &mut work);
+    }
+    k.iter_mut().zip(framed).for_each(|(k, exact)| *k -= exact);
+    v.iter_mut().zip(&own.v).for_each(|(v, exact)| *v -= exact);
+    for row in own.fine.iter().filter(|row| **row < s.rows.len()) {
+        k[row * d_k..(row + 1) * d_k].iter_mut().for_each(|x| *x *= FINE_ERROR);
+        v[row * d_v..(row + 1) * d_v].iter_mut().for_each(|x| *x *= FINE_ERROR);
+    }
+    rotate(rope, s.turns.iter().map(|turn| -turn), &mut k, d_k, &mut turn);
+    (k, v)
 }
 
-impl Spectrum {
-    /// A layer of heads that [`analyse`] looked at one by one.
-    pub fn new(edges: Vec<i64>, mut heads: Vec<HeadSpectrum>) -> Self {
-        let mut weights: Vec<Vec<f64>> = heads.iter().map(|h| h.energy.iter().map(|e| e[e.len() - 1]).collect()).collect();
-        with_floor(&mut weights, ENERGY_FLOOR[BANDS - 1]);
-        for (head, weights) in heads.iter_mut().zip(weights) {
-            let total: f64 = weights.iter().sum();
-            head.spread *= total;
-            head.v.variance.iter_mut().for_each(|x| *x = (*x * total).max(1e-30));
+/// Turn each key by its own angle.
+fn rotate(rope: &Rope, turns: impl Iterator<Item = i32>, keys: &mut [f32], d: usize, angles: &mut Turn) {
+    let mut last = None;
+    for (key, turn) in keys.chunks_exact_mut(d).zip(turns) {
+        if last.replace(turn) != Some(turn) {
+            rope.turn(i64::from(turn), angles);
         }
-        Spectrum { edges, heads }
+        rope.rotate(angles, key);
     }
+}
 
-    /// `(K, V)` bases of all heads within `g.code_bytes` per tile; `band_ends` are the rows behind the window at which each band ends.
-    /// A sample sees few rows as old as those of the last bands, so these count all the younger ones, too.
-    pub fn bases(&self, g: &LayerGeometry, band_ends: [i64; BANDS]) -> Vec<(Basis, Basis)> {
-        let energy: [Vec<Vec<f64>>; BANDS] = std::array::from_fn(|band| {
-            let at = |head: &HeadSpectrum| head.energy.iter().map(|e| energy_at(&self.edges, e, band_ends[band])).collect();
-            let mut e: Vec<Vec<f64>> = self.heads.iter().map(at).collect();
-            with_floor(&mut e, ENERGY_FLOOR[band]);
-            e
-        });
-        let mut variances: [Vec<f64>; BANDS] = Default::default();
-        for (h, head) in self.heads.iter().enumerate() {
-            let whole: f64 = energy[BANDS - 1][h].iter().sum();
-            for (variances, energy) in variances.iter_mut().zip(&energy) {
-                let share = energy[h].iter().sum::<f64>() / whole.max(1e-300);
-                variances.extend(head.k.variance.iter().map(|x| x * head.spread * share));
-                variances.extend(head.v.variance.iter().map(|x| x * share));
-            }
-        }
-        let widths: [Vec<u32>; BANDS] = std::array::from_fn(|band| allocate(&variances[band], g.row_bits(band)));
-        let basis = |(h, head): (usize, &HeadSpectrum)| {
-            let at = h * g.head_elements();
-            let part = |from: usize, n: usize| std::array::from_fn(|band| &widths[band][at + from..at + from + n]);
-            (build_basis(&head.k, part(0, g.d_k)), build_basis(&head.v, part(g.d_k, g.d_v)))
-        };
-        self.heads.iter().enumerate().map(basis).collect()
+/// What the sample says about a KV head by itself.
+pub fn analyse(kernels: &Kernels, g: &Heads, rope: &Rope, s: &Sample, head: usize, own: &HeadRows) -> Result<HeadSpectrum> {
+    let mut framed = own.k.clone();
+    rotate(rope, s.turns.iter().copied(), &mut framed, g.d_k, &mut Turn::default());
+    let fitted = |rows: &[f32], d: usize| -> Vec<f32> {
+        rows.chunks_exact(d).zip(s.rows).filter(|(_, place)| place.pos >= s.sinks).flat_map(|(row, _)| row).copied().collect()
+    };
+    let k = transform(moments(kernels, &fitted(&framed, g.d_k), g.d_k), &query_moment(kernels, s, g, rope, head, own))?;
+    let identity = Mat::from_fn(g.d_v, g.d_v, |i, j| if i == j { 1.0 } else { 0.0 });
+    let v = transform(directions(kernels, &fitted(&own.v, g.d_v), g.d_v), &identity)?;
+    let bases = [&k, &v].map(|t| basis(t, [s.bits; BANDS]));
+    let (dk, dv) = changes(kernels, s, rope, (&bases[0], &bases[1]), &framed, own);
+    let errors = measure::errors(kernels, g, s, head, own, &dk, &dv);
+    Ok(HeadSpectrum { k, v, errors })
+}
+
+impl HeadSpectrum {
+    /// The bases of K and of V that spend so many code bits of a row on each, by band.
+    pub fn bases(&self, bits: [[usize; 2]; BANDS]) -> (Basis, Basis) {
+        let rates = |of: usize, t: &Transform| basis(t, bits.map(|b| b[of] as f64 / t.variance.len() as f64));
+        (rates(0, &self.k), rates(1, &self.v))
     }
+}
+
+/// Bits per element of halves of heads, given for each its relative error at an equal rate and its elements: `bits` in the mean over all elements, at
+/// least `least` (if that is less), more by [`POWER`] where the error is larger.
+pub fn share(errors: &[(f64, usize)], bits: f64, least: f64) -> Vec<f64> {
+    let size = |error: f64| if error.is_nan() { 0.0 } else { error.clamp(0.0, 1e30) };
+    if errors.iter().all(|(e, _)| size(*e) == 0.0) {
+        return vec![bits; errors.len()];
+    }
+    let wanted: Vec<f64> = errors.iter().map(|(e, _)| POWER * 0.5 * (size(*e) + 1e-30).log2()).collect();
+    let at = |level: f64| wanted.iter().map(move |w| (w + level).clamp(least.min(bits), MOST));
+    let elements: f64 = errors.iter().map(|(_, n)| *n as f64).sum();
+    let total = |level: f64| at(level).zip(errors).map(|(bits, (_, n))| bits * *n as f64).sum::<f64>();
+    let (least_wanted, most_wanted) = wanted.iter().fold((f64::MAX, f64::MIN), |(a, b), w| (a.min(*w), b.max(*w)));
+    let (mut low, mut high) = (-most_wanted, MOST - least_wanted);
+    for _ in 0..60 {
+        let middle = 0.5 * (low + high);
+        if total(middle) < bits * elements {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    at(low).collect()
 }
 
 #[cfg(test)]
@@ -453,49 +386,217 @@ mod tests {
     use super::*;
     use crate::config::LayerShape;
     use crate::rope::{Pairing, RopeParams};
+    use crate::simd::kernels;
 
-    #[test]
-    fn edges_that_no_band_ends_at_change_nothing() {
-        let g = LayerGeometry { code_bytes: [4096, 2048, 1024], ..LayerGeometry::heads(&LayerShape { n_head: 4, n_head_kv: 2, d_k: 16, d_v: 8 }) };
-        let rope = Rope::new(&RopeParams::plain(Pairing::Halves, 16, 10000.0), 16).unwrap();
-        let noise = |seed: usize, n: usize| -> Vec<f32> { (0..n).map(|i| ((i * 7919 + seed * 104_729 + 13) as f32).sin() * 2.0).collect() };
-        let places: Vec<Place> = (0..600).map(|pos| Place { pos, seq: 0 }).collect();
-        let ends = [128, 384, i64::MAX];
-        let stored = |edges: &[i64]| -> Vec<Vec<u8>> {
-            let sample = Sample {
-                rows: &places,
-                queries: &places,
-                projection: &[],
-                scale: 0.25,
-                softcap: 0.0,
-                window: 32,
-                n_cells: 1000,
-                edges: edges.to_vec(),
-            };
-            let analysed = |h: usize| {
-                let own =
-                    HeadRows { k: noise(1 + h, 600 * 16), k_framed: noise(3 + h, 600 * 16), v: noise(5 + h, 600 * 8), q: noise(7 + h, 600 * 2 * 16) };
-                analyse(crate::simd::kernels(), &g, &rope, &sample, h, &own).unwrap()
-            };
-            let bases = Spectrum::new(sample.edges.clone(), (0..2).map(analysed).collect()).bases(&g, ends);
-            let bytes = |b: &Basis| {
-                let mut bytes = vec![0; LayerGeometry::basis_bytes_of(b.d)];
-                b.store(&mut bytes);
-                bytes
-            };
-            bases.iter().flat_map(|(k, v)| [bytes(k), bytes(v)]).collect()
-        };
-        assert!(stored(&ends) == stored(&[64, 128, 256, 384, 512, i64::MAX]));
+    fn noise(n: usize, seed: usize) -> Vec<f32> {
+        let one = |i: usize, k: usize| ((i * 7919 + seed * 104_729 + k * 31_337) as f64 * 0.618_034).fract() as f32 - 0.5;
+        (0..n).map(|i| (0..4).map(|k| one(i, k)).sum::<f32>() * 1.7).collect()
     }
 
     #[test]
-    fn energies_between_edges_lie_between_and_edges_are_met() {
-        let (edges, energy) = ([64, 128, 256, i64::MAX], [1.0, 3.0, 4.0, 4.0]);
-        let at = |rows| energy_at(&edges, &energy, rows);
-        assert_eq!([0, 64, 128, 256, 300, i64::MAX].map(at), [0.0, 1.0, 3.0, 4.0, 4.0, 4.0]);
-        assert!(at(90) > 1.9 && at(90) < 2.1, "{}", at(90));
-        assert_eq!([1, i64::MAX].map(|rows| energy_at(&[i64::MAX], &[5.0], rows)), [5.0, 5.0]);
-        // Bands without tiles end where they begin; a fit knows their ends exactly.
-        assert_eq!([0, i64::MAX].map(|rows| energy_at(&[0, 0, i64::MAX], &[0.0, 0.0, 7.0], rows)), [0.0, 7.0]);
+    fn shares_have_the_mean_and_the_bounds_that_were_asked_for() {
+        let errors: Vec<(f64, usize)> = (0..40).map(|i| (10f64.powf(-8.0 * f64::from(i * 17 % 40) / 40.0), 64 + 64 * (i % 2) as usize)).collect();
+        let elements: f64 = errors.iter().map(|(_, n)| *n as f64).sum();
+        for bits in [0.25, 0.75, 1.5, 2.3, 5.0, 8.0] {
+            let shares = share(&errors, bits, LEAST);
+            let total: f64 = shares.iter().zip(&errors).map(|(s, (_, n))| s * *n as f64).sum();
+            assert!((total / elements - bits).abs() < 1e-9, "{bits}: {}", total / elements);
+            assert!(shares.iter().all(|s| (LEAST.min(bits)..=8.0).contains(s)));
+            for (a, b) in (0..40).flat_map(|a| (0..40).map(move |b| (a, b))) {
+                assert!(errors[a].0 <= errors[b].0 || shares[a] >= shares[b]);
+                // Between the bounds, four times the error is worth `POWER` bits.
+                let inside = |s: f64| s > LEAST + 1e-9 && s < 8.0 - 1e-9;
+                if inside(shares[a]) && inside(shares[b]) {
+                    assert!((shares[a] - shares[b] - POWER * 0.5 * (errors[a].0 / errors[b].0).log2()).abs() < 1e-6);
+                }
+            }
+        }
+        assert_eq!(share(&[(0.0, 64), (0.0, 128)], 2.0, LEAST), [2.0, 2.0]);
+        assert_eq!(share(&[], 2.0, LEAST), [0.0; 0]);
+        let odd = share(&[(f64::NAN, 64), (f64::INFINITY, 64), (0.0, 64), (1e-3, 64)], 2.0, LEAST);
+        assert!((odd.iter().sum::<f64>() - 8.0).abs() < 1e-9 && odd[0] == odd[2] && odd[1] > odd[3], "{odd:?}");
+    }
+
+    /// A transform of unit vectors with these variances.
+    fn unit(variance: Vec<f64>) -> Transform {
+        let d = variance.len();
+        let rows = |scale: &dyn Fn(f64) -> f64| (0..d * d).map(|i| if i / d == i % d { scale(variance[i / d]) as f32 } else { 0.0 }).collect();
+        Transform { mean: vec![0.5; d], encode: rows(&|v| v.sqrt().recip()), decode: rows(&f64::sqrt), variance }
+    }
+
+    #[test]
+    fn mixed_bases_undo_what_they_do_and_mix_what_is_coded_alike() {
+        let d = 48;
+        let t = unit((0..d).map(|j| 3.0 * 0.87f64.powi(j)).collect());
+        let d = d as usize;
+        let b = basis(&t, [4.0, 2.5, 1.2]);
+        for (band, bits) in b.widths.iter().zip([4.0, 2.5, 1.2]) {
+            let used: usize = band.counts.iter().zip(Widths::BITS).map(|(n, bits)| n * bits as usize).sum();
+            assert!(used <= (bits * d as f64) as usize && used + 2 > (bits * d as f64) as usize, "{used}");
+        }
+        let product = |x: &[f32], y: &[f32], i: usize, j: usize| -> f64 { (0..d).map(|k| f64::from(x[k * d + i]) * f64::from(y[k * d + j])).sum() };
+        let row = |x: &[f32], y: &[f32], i: usize, j: usize| -> f64 { (0..d).map(|k| f64::from(x[i * d + k]) * f64::from(y[j * d + k])).sum() };
+        let width = |j: usize| b.widths.map(|w| w.place(j).0);
+        for (i, j) in (0..d).flat_map(|i| (0..d).map(move |j| (i, j))) {
+            let one = f64::from(u8::from(i == j));
+            // What decoding makes of encoded rows, and coefficients of decoded ones.
+            assert!((product(&b.decode, &b.encode, i, j) - one).abs() < 1e-5 && (row(&b.encode, &b.decode, i, j) - one).abs() < 1e-5);
+            // Coefficients stay what they were where no other is coded alike.
+            assert!(width(i) == width(j) || b.encode[i * d + j] == 0.0, "{i} {j}");
+        }
+        // Coefficients keep unit variance and stay uncorrelated: `encode C encode^T` is the identity.
+        for (i, j) in (0..d).flat_map(|i| (0..d).map(move |j| (i, j))) {
+            let c: f64 = (0..d).map(|k| f64::from(b.encode[i * d + k]) * t.variance[k] * f64::from(b.encode[j * d + k])).sum();
+            assert!((c - f64::from(u8::from(i == j))).abs() < 1e-5, "{i} {j}: {c}");
+        }
+        let runs: Vec<usize> = (0..d).filter(|j| *j == 0 || width(*j) != width(j - 1)).chain([d]).collect();
+        for run in runs.windows(2).filter(|r| width(r[0]) != [0; BANDS]) {
+            let mean = t.variance[run[0]..run[1]].iter().sum::<f64>() / (run[1] - run[0]) as f64 / t.variance[0];
+            assert!((run[0]..run[1]).all(|j| (f64::from(b.weight[j]) / mean - 1.0).abs() < 1e-5));
+            assert!(run[1] - run[0] == 1 || (run[0]..run[1]).all(|j| b.encode[run[0] * d + j] != 0.0));
+        }
+    }
+
+    const SHAPE: LayerShape = LayerShape { n_head: 4, n_head_kv: 2, d_k: 16, d_v: 8 };
+
+    struct Case {
+        g: Heads,
+        rope: Rope,
+        rows: Vec<Place>,
+        turns: Vec<i32>,
+        queries: Vec<Place>,
+        residual: Vec<f32>,
+        projection: Vec<f32>,
+        own: HeadRows,
+    }
+
+    fn case(sequences: i32) -> Case {
+        let (g, n) = (Heads::of(&SHAPE), 300usize);
+        let rope = Rope::new(&RopeParams::plain(Pairing::Halves, 16, 10000.0), 16).unwrap();
+        let rows: Vec<Place> = (0..n as i32).map(|i| Place { pos: i / sequences, seq: i % sequences }).collect();
+        let turns = rows.iter().map(|r| -super::super::anchor(r.pos)).collect();
+        let queries: Vec<Place> = rows.iter().step_by(7).copied().collect();
+        let residual = (0..queries.len()).map(|i| 2.0 + (i % 5) as f32).collect();
+        let tilt = |x: Vec<f32>, d: usize| x.iter().enumerate().map(|(i, x)| x * 2.0 * 0.8f32.powi((i % d) as i32)).collect::<Vec<f32>>();
+        let mut own =
+            HeadRows { k: tilt(noise(n * 16, 1), 16), v: tilt(noise(n * 8, 2), 8), q: noise(queries.len() * 2 * 16, 3), fine: vec![40, 41] };
+        // Keys have a mean; values differ in size, and one is nothing.
+        own.k.iter_mut().enumerate().for_each(|(i, x)| *x += (i % 16) as f32 * 0.2);
+        own.v.iter_mut().enumerate().for_each(|(i, x)| *x *= if i / 8 == 20 { 0.0 } else { (0.02 * (i / 8 % 64) as f32).exp() });
+        let projection = noise(12 * 4 * 8, 4);
+        Case { g, rope, rows, turns, queries, residual, projection, own }
+    }
+
+    impl Case {
+        fn sample(&self, softcap: f32) -> Sample<'_> {
+            Sample {
+                rows: &self.rows,
+                turns: &self.turns,
+                queries: &self.queries,
+                residual: &self.residual,
+                projection: &self.projection,
+                scale: 0.4,
+                softcap,
+                window: 32,
+                sinks: 3,
+                n_cells: 1000,
+                bits: 2.0,
+            }
+        }
+    }
+
+    /// What [`measure::errors`] says, in f64 and one row at a time. `head` 1 of the layer.
+    fn brute(c: &Case, s: &Sample, change_k: &[f32], change_v: &[f32]) -> [f64; 2] {
+        let (dk, dv, n) = (16, 8, c.rows.len());
+        let mut positions: Vec<i32> = c.rows.iter().map(|r| r.pos).collect();
+        positions.sort_unstable();
+        let later: Vec<usize> = (0..c.queries.len()).filter(|q| c.queries[*q].pos >= positions[n / 2]).collect();
+        let mut sums = [0.0; 2];
+        for q in &later {
+            let place = c.queries[*q];
+            let sees = |r: usize| c.rows[r].seq == place.seq && c.rows[r].pos <= place.pos;
+            let coded = |r: usize| c.rows[r].pos >= s.sinks && place.pos - c.rows[r].pos >= s.window;
+            let output = |a: usize, keys: bool, values: bool| -> Vec<f64> {
+                let query = &c.own.q[(q * 2 + a) * dk..][..dk];
+                let score = |r: usize| {
+                    let change = |j: usize| if keys && coded(r) { change_k[r * dk + j] } else { 0.0 };
+                    let x: f64 = (0..dk).map(|j| f64::from(query[j]) * (f64::from(c.own.k[r * dk + j]) + f64::from(change(j)))).sum();
+                    let (x, cap) = (x * f64::from(s.scale), f64::from(s.softcap));
+                    (if cap > 0.0 { cap * (x / cap).tanh() } else { x }).exp()
+                };
+                let p: Vec<f64> = (0..n).map(|r| if sees(r) { score(r) } else { 0.0 }).collect();
+                let total: f64 = p.iter().sum();
+                let value =
+                    |r: usize, j: usize| f64::from(c.own.v[r * dv + j]) + if values && coded(r) { f64::from(change_v[r * dv + j]) } else { 0.0 };
+                (0..dv).map(|j| (0..n).map(|r| p[r] * value(r, j)).sum::<f64>() / total).collect()
+            };
+            for (i, sum) in sums.iter_mut().enumerate() {
+                let error: Vec<f64> = (0..2)
+                    .flat_map(|a| output(a, i == 0, i == 1).into_iter().zip(output(a, false, false)).map(|(x, y)| x - y).collect::<Vec<_>>())
+                    .collect();
+                let e: f64 = c.projection.chunks_exact(32).map(|w| (0..16).map(|j| f64::from(w[16 + j]) * error[j]).sum::<f64>().powi(2)).sum();
+                *sum += e / f64::from(c.residual[*q]);
+            }
+        }
+        sums.map(|s| s / later.len() as f64)
+    }
+
+    #[test]
+    fn measured_errors_are_those_of_attention_over_coded_rows() {
+        for (sequences, softcap) in [(1, 0.0), (3, 2.0)] {
+            let c = case(sequences);
+            let s = c.sample(softcap);
+            let found = analyse(kernels(), &c.g, &c.rope, &s, 1, &c.own).unwrap();
+            let mut framed = c.own.k.clone();
+            rotate(&c.rope, c.turns.iter().copied(), &mut framed, 16, &mut Turn::default());
+            let bases = [&found.k, &found.v].map(|t| basis(t, [2.0; BANDS]));
+            let (dk, dv) = changes(kernels(), &s, &c.rope, (&bases[0], &bases[1]), &framed, &c.own);
+            let want = brute(&c, &s, &dk, &dv);
+            for (got, want) in found.errors.iter().zip(want) {
+                assert!(want > 1e-6 && (got / want - 1.0).abs() < 1e-3, "{sequences}: {:?} {want:?}", found.errors);
+            }
+            // Finer rows have smaller errors; more bits make all smaller.
+            let rms = |x: &[f32], row: usize, d: usize| x[row * d..(row + 1) * d].iter().map(|x| x * x).sum::<f32>().sqrt();
+            assert!(rms(&dk, 40, 16) < 0.3 * rms(&dk, 42, 16) && rms(&dv, 41, 8) < 0.3 * rms(&dv, 42, 8));
+            let finer = analyse(kernels(), &c.g, &c.rope, &Sample { bits: 4.0, ..c.sample(softcap) }, 1, &c.own).unwrap();
+            assert!(finer.errors.iter().zip(found.errors).all(|(a, b)| *a < 0.3 * b), "{:?} {:?}", finer.errors, found.errors);
+        }
+    }
+
+    #[test]
+    fn a_sample_that_sees_nothing_coded_has_no_errors() {
+        let c = case(1);
+        let s = Sample { window: 1000, ..c.sample(0.0) };
+        assert_eq!(analyse(kernels(), &c.g, &c.rope, &s, 0, &c.own).unwrap().errors, [0.0; 2]);
+        let s = Sample { queries: &[], residual: &[], ..c.sample(0.0) };
+        let own = HeadRows { q: vec![], ..case(1).own };
+        assert_eq!(analyse(kernels(), &c.g, &c.rope, &s, 0, &own).unwrap().errors, [0.0; 2]);
+    }
+
+    #[test]
+    fn values_count_alike_whatever_their_size() {
+        let (d, n) = (8, 400);
+        let mut rows: Vec<f32> = noise(n * d, 5).iter().enumerate().map(|(i, x)| x * 0.7f32.powi((i % d) as i32)).collect();
+        let identity = Mat::from_fn(d, d, |i, j| if i == j { 1.0 } else { 0.0 });
+        let fit = |rows: &[f32]| transform(directions(kernels(), rows, d), &identity).unwrap();
+        let even = fit(&rows);
+        // A hundredth of the rows become a thousand times as large: nothing but the size of all changes.
+        rows.chunks_exact_mut(d).step_by(100).for_each(|row| row.iter_mut().for_each(|x| *x *= 1000.0));
+        let uneven = fit(&rows);
+        let ratio = 1000f64.powf(0.02);
+        for (a, b) in even.variance.iter().zip(&uneven.variance) {
+            assert!((b / a / ratio - 1.0).abs() < 1e-4, "{a} {b} {ratio}");
+        }
+        // Coefficients of typical rows are of size 1.
+        let z: f64 = rows
+            .chunks_exact(d)
+            .skip(1)
+            .take(90)
+            .map(|row| {
+                let z = |j: usize| (0..d).map(|i| f64::from(uneven.encode[j * d + i] * row[i])).sum::<f64>();
+                (0..d).map(|j| z(j).powi(2)).sum::<f64>() / d as f64 / 90.0
+            })
+            .sum();
+        assert!((0.3..3.0).contains(&z), "{z}");
     }
 }

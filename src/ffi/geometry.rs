@@ -1,15 +1,15 @@
 //! `skv_geometry`: sizes of everything.
 
 use super::{borrow, borrow_mut, copy_text, guard, report, silent, skv_config, skv_layer_shape, skv_size_report, skv_status, slice, versioned};
-use crate::cache::plan;
-use crate::config::Geometry;
+use crate::cache::{plan, Findings, Geometry};
 use crate::error::Error;
 use std::ffi::c_char;
 use std::sync::Arc;
 
-/// Sizes of a cache, computed from a configuration. Immutable; may be used by several threads.
+/// Sizes of a cache, computed from a configuration. May be used by several threads. Tables and layers of one cache are made from one geometry:
+/// bits are shared out over all of its layers.
 #[allow(non_camel_case_types, reason = "the name is C's")]
-pub struct skv_geometry(pub(crate) Arc<Geometry>);
+pub struct skv_geometry(pub(crate) Arc<Geometry>, pub(crate) Arc<Findings>);
 
 /// Check a configuration and compute all sizes. `*out` is owned by the caller; free it with `skv_geometry_free`.
 /// `err` (may be NULL) receives the reason of a failure.
@@ -36,7 +36,8 @@ pub unsafe extern "C" fn skv_geometry_create(
             return Err(Error::Argument("layers[i].struct_size must be sizeof(skv_layer_shape)".into()).into());
         }
         let shapes: Vec<_> = layers.iter().map(|l| l.to_shape()).collect();
-        *out = Box::into_raw(Box::new(skv_geometry(Arc::new(Geometry::new(&config.to_config(), &shapes)?))));
+        let geometry = Arc::new(Geometry::new(&config.to_config(), &shapes)?);
+        *out = Box::into_raw(Box::new(skv_geometry(geometry, Arc::default())));
         Ok(())
     })
 }
@@ -53,17 +54,16 @@ pub unsafe extern "C" fn skv_geometry_free(geometry: *mut skv_geometry) {
     }
 }
 
-/// Bytes of one layer's arena for one stream; a multiple of 256. An arena must start at a multiple of 32 and be zeroed before use.
+/// Bytes of the arena of one stream, which all layers share; a multiple of 256. An arena must start at a multiple of 32 and be zeroed before use.
 ///
 /// # Safety
 /// Pointers are valid or NULL.
 #[no_mangle]
-pub unsafe extern "C" fn skv_geometry_arena_bytes(geometry: *const skv_geometry, layer: usize, bytes: *mut usize) -> skv_status {
+pub unsafe extern "C" fn skv_geometry_arena_bytes(geometry: *const skv_geometry, bytes: *mut usize) -> skv_status {
     guard(silent, || {
         // SAFETY: the caller's contract.
         let (g, bytes) = unsafe { (borrow(geometry, "geometry")?, borrow_mut(bytes, "bytes")?) };
-        let layer = g.0.layers.get(layer).ok_or_else(|| Error::Argument(format!("layer {layer} of {}", g.0.layers.len())))?;
-        *bytes = layer.arena_bytes;
+        *bytes = g.0.arena_bytes;
         Ok(())
     })
 }

@@ -4,7 +4,8 @@
 
 use super::*;
 use crate::attention::Scoring;
-use crate::cache::{arena as layout, Call, HeadMut, Layer, Mask, Plan, Rows};
+use crate::cache::arena::Bytes;
+use crate::cache::{Call, Layer, Mask, Plan, Rows, Step};
 use half::f16;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -91,7 +92,7 @@ pub unsafe extern "C" fn skv_layer_create(geometry: *const skv_geometry, layer: 
     guard(silent, || {
         // SAFETY: the caller's contract.
         let (g, out) = unsafe { (borrow(geometry, "geometry")?, borrow_mut(out, "out")?) };
-        let layer = Layer::new(g.0.clone(), layer)?;
+        let layer = Layer::new(g.0.clone(), g.1.clone(), layer)?;
         *out = Box::into_raw(Box::new(skv_layer { layer, error: Mutex::default() }));
         Ok(())
     })
@@ -183,9 +184,52 @@ pub unsafe extern "C" fn skv_layer_wants_projection(
     }
 }
 
-/// Store the step: seal tiles, move rows, write exact rows, fit the bases when the plan says so. Runs after the attention of
-/// the same step. `projection` may be NULL; only threads that `skv_layer_wants_projection` look at it. A fit is done by thread 0
-/// alone and allocates temporary memory; steps of few tokens before it do part of its work.
+/// An arena of which several threads change what belongs to their own heads.
+struct Shared {
+    at: *mut u8,
+    len: usize,
+}
+
+impl Bytes for Shared {
+    fn get(&self, r: Range<usize>) -> &[u8] {
+        assert!(r.start <= r.end && r.end <= self.len);
+        // SAFETY: inside of the arena; the cache asks for bytes of the thread's own head, which no other thread touches.
+        unsafe { std::slice::from_raw_parts(self.at.add(r.start), r.len()) }
+    }
+    fn get_mut(&mut self, r: Range<usize>) -> &mut [u8] {
+        assert!(r.start <= r.end && r.end <= self.len);
+        // SAFETY: as above, and `self` is borrowed for as long.
+        unsafe { std::slice::from_raw_parts_mut(self.at.add(r.start), r.len()) }
+    }
+}
+
+/// Borrow what a step brings to a layer.
+///
+/// # Safety
+/// `step` is NULL or points to a struct that begins with its size; what it points to is valid for what it describes.
+unsafe fn step<'a>(l: &Layer, step: *const skv_step) -> std::result::Result<Step<'a>, Failure> {
+    let g = l.shape();
+    // SAFETY: the caller's contract.
+    unsafe {
+        let s = versioned(step, skv_step::defaults(), "step")?;
+        let [q, k, v] = [rows(s.q, g.n_head, g.d_k, "step.q")?, rows(s.k, g.n_head_kv, g.d_k, "step.k")?, rows(s.v, g.n_head_kv, g.d_v, "step.v")?];
+        let residual = match s.residual.is_null() {
+            true => None,
+            false => Some((rows(s.residual, 1, s.n_residual, "step.residual")?, s.n_residual)),
+        };
+        let projection = match s.projection.as_ref() {
+            Some(p) => {
+                let n = p.n_rows.checked_mul(g.n_head * g.d_v).ok_or_else(|| Error::Argument("projection.n_rows".into()))?;
+                slice(p.data, n, "projection.data")?
+            }
+            None => &[],
+        };
+        Ok(Step { q, k, v, residual, projection })
+    }
+}
+
+/// Store the step: seal tiles, move rows, write exact rows, look at heads for a fit and write bases when the plan says so. Runs after the
+/// attention of the same step. Only threads that `skv_layer_wants_projection` look at `step->projection`.
 ///
 /// # Safety
 /// Pointers are valid for what they describe or NULL; nothing else uses the arena but the other threads of this call.
@@ -196,10 +240,7 @@ pub unsafe extern "C" fn skv_layer_append(
     arena_bytes: usize,
     plan: *const i32,
     plan_ints: usize,
-    q: *const skv_rows,
-    k: *const skv_rows,
-    v: *const skv_rows,
-    projection: *const skv_projection,
+    step: *const skv_step,
     ith: u32,
     nth: u32,
 ) -> skv_status {
@@ -207,40 +248,22 @@ pub unsafe extern "C" fn skv_layer_append(
     unsafe {
         on_layer(layer, |l| {
             check_threads(ith, nth)?;
-            let g = l.shape();
             if arena.is_null() {
                 return Err(Failure::Null("arena"));
             }
-            check_arena(arena, arena_bytes, g.arena_bytes)?;
+            check_arena(arena, arena_bytes, l.geometry().arena_bytes)?;
             let plan = checked_plan(l, plan, plan_ints)?;
-            let q = rows(q, g.n_head, g.d_k, "q")?;
-            let k = rows(k, g.n_head_kv, g.d_k, "k")?;
-            let v = rows(v, g.n_head_kv, g.d_v, "v")?;
+            let step = self::step(l, step)?;
             timed(ith == 0, &l.counters.ns_encode, || {
-                let wo = match projection.as_ref() {
-                    Some(p) => {
-                        let n = p.n_rows.checked_mul(g.n_head * g.d_v).ok_or_else(|| Error::Argument("projection.n_rows".into()))?;
-                        slice(p.data, n, "projection.data")?
-                    }
-                    None => &[],
-                };
-                if plan.fit {
+                if plan.fit && !plan.shared {
                     if ith > 0 {
                         return Ok(());
                     }
-                    return Ok(l.append_fit(slice_mut(arena, arena_bytes, "arena")?, &plan, &q, &k, &v, wo)?);
+                    return Ok(l.append_fit(slice_mut(arena, arena_bytes, "arena")?, &plan, &step)?);
                 }
-                // SAFETY: header and widths, which no storing thread writes outside of a fit.
-                let read = |r: Range<usize>| std::slice::from_raw_parts(arena.add(r.start), r.len());
-                let heads = layout::read_ranges(read, arena_bytes, g, &l.geometry().band_tiles, plan.fitted)?;
-                // SAFETY: the ranges of different heads are disjoint, bases are only read, and a head has one thread.
-                let part = |r: Range<usize>| std::slice::from_raw_parts_mut(arena.add(r.start), r.len());
-                for (head, r) in heads.into_iter().enumerate().filter(|(h, _)| h % nth as usize == ith as usize) {
-                    let (raw, tiles) = if plan.fitted { (0..0, r.tiles) } else { (r.raw, 0..0) };
-                    let m = HeadMut { exact: part(r.exact), raw: part(raw), bases: read(r.bases), tiles: part(tiles) };
-                    l.append_head(head, m, &plan, &q, &k, &v, wo)?;
-                }
-                Ok(())
+                let mut bytes = Shared { at: arena, len: arena_bytes };
+                let mut own = (0..l.shape().n_head_kv).filter(|h| h % nth as usize == ith as usize);
+                Ok(own.try_for_each(|head| l.append_head(head, &mut bytes, &plan, &step))?)
             })
         })
     }
@@ -262,7 +285,7 @@ pub unsafe extern "C" fn skv_layer_replay(
     // SAFETY: the caller's contract.
     unsafe {
         on_layer(layer, |l| {
-            check_arena(arena, arena_bytes, l.shape().arena_bytes)?;
+            check_arena(arena, arena_bytes, l.geometry().arena_bytes)?;
             let plan = checked_plan(l, plan, plan_ints)?;
             Ok(l.replay(slice_mut(arena, arena_bytes, "arena")?, &plan)?)
         })
@@ -294,7 +317,7 @@ pub unsafe extern "C" fn skv_layer_reconstruct(
         on_layer(layer, |l| {
             check_threads(ith, nth)?;
             let g = l.shape();
-            let arena = super::arena(arena, arena_bytes, g.arena_bytes)?;
+            let arena = super::arena(arena, arena_bytes, l.geometry().arena_bytes)?;
             let plan = checked_plan(l, plan, plan_ints)?;
             let k = rows(k, g.n_head_kv, g.d_k, "k")?;
             let v = rows(v, g.n_head_kv, g.d_v, "v")?;
@@ -380,7 +403,7 @@ pub unsafe extern "C" fn skv_layer_attend(
         on_layer(layer, |l| {
             check_threads(ith, nth)?;
             let g = l.shape();
-            let arena = super::arena(arena, arena_bytes, g.arena_bytes)?;
+            let arena = super::arena(arena, arena_bytes, l.geometry().arena_bytes)?;
             let plan = checked_plan(l, plan, plan_ints)?;
             let q = rows(q, g.n_head, g.d_k, "q")?;
             let k = rows(k, g.n_head_kv, g.d_k, "k")?;
@@ -474,7 +497,7 @@ pub unsafe extern "C" fn skv_layer_prefill(
         on_layer(layer, |l| {
             check_threads(ith, nth)?;
             let g = l.shape();
-            let arena = super::arena(arena, arena_bytes, g.arena_bytes)?;
+            let arena = super::arena(arena, arena_bytes, l.geometry().arena_bytes)?;
             let plan = checked_plan(l, plan, plan_ints)?;
             let q = rows(q, g.n_head, g.d_k, "q")?;
             let k = rows(k, g.n_head_kv, g.d_k, "k")?;

@@ -166,9 +166,12 @@ pub(crate) unsafe fn arena<'a>(p: *const u8, n: usize, need: usize) -> std::resu
     unsafe { slice(p, n, "arena") }
 }
 
+/// ggml aligns tensors to as much on most platforms.
+const ARENA_ALIGN: usize = 32;
+
 fn check_arena(p: *const u8, n: usize, need: usize) -> Result<()> {
-    if !p.addr().is_multiple_of(32) {
-        return Err(Error::Argument("the arena is not aligned to 32 bytes".into()));
+    if !p.addr().is_multiple_of(ARENA_ALIGN) {
+        return Err(Error::Argument(format!("the arena is not aligned to {ARENA_ALIGN} bytes")));
     }
     if n < need {
         return Err(Error::Buffer { need, have: n });

@@ -4,26 +4,28 @@ use super::*;
 use crate::cache::{Cells, Layer};
 use crate::state;
 
-/// Borrow arrays of layers and arenas.
+/// Borrow an array of layers.
 ///
 /// # Safety
-/// The arrays hold `n` valid pointers.
+/// The array holds `n` valid pointers.
 unsafe fn layers<'a>(layers: *const *const skv_layer, n: usize) -> std::result::Result<Vec<&'a Layer>, Failure> {
     // SAFETY: the caller's contract.
     unsafe { slice(layers, n, "layers")?.iter().map(|l| Ok(&borrow(*l, "layers[i]")?.layer)).collect() }
 }
 
 /// Write the rows of `cells` (ascending, all holding rows) into `buffer`. With `buffer` NULL and `capacity` 0 only `*size` is set;
-/// it is the same for the same contents. A plan that was carried out, wholly or in part, must be committed first. `arenas` has the arena of each layer for this stream.
+/// it is the same for the same contents. A plan that was carried out, wholly or in part, must be committed first. `layers` are all of the geometry's,
+/// in their order, `arena` is the stream's.
 ///
 /// # Safety
-/// Pointers are valid for what they describe or NULL; nothing changes the arenas during the call.
+/// Pointers are valid for what they describe or NULL; nothing changes the arena during the call.
 #[no_mangle]
 pub unsafe extern "C" fn skv_state_write(
     table: *mut skv_table,
     layers: *const *const skv_layer,
-    arenas: *const *const u8,
     n_layers: usize,
+    arena: *const u8,
+    arena_bytes: usize,
     cells: *const u32,
     n_cells: usize,
     buffer: *mut u8,
@@ -35,12 +37,8 @@ pub unsafe extern "C" fn skv_state_write(
         on_table(table, |t| {
             let size = borrow_mut(size, "size")?;
             let layers = self::layers(layers, n_layers)?;
-            let arenas: Vec<&[u8]> = slice(arenas, n_layers, "arenas")?
-                .iter()
-                .zip(&layers)
-                .map(|(a, l)| arena(*a, l.shape().arena_bytes, l.shape().arena_bytes))
-                .collect::<std::result::Result<_, _>>()?;
-            let bytes = state::write(t, &layers, &arenas, slice(cells, n_cells, "cells")?)?;
+            let arena = super::arena(arena, arena_bytes, t.geometry().arena_bytes)?;
+            let bytes = state::write(t, &layers, arena, slice(cells, n_cells, "cells")?)?;
             if buffer.is_null() && capacity == 0 {
                 *size = bytes.len();
                 return Ok(());
@@ -60,13 +58,14 @@ pub unsafe extern "C" fn skv_state_write(
 /// `cell_seq` describe all `n_all` cells of the stream as in `skv_table_plan`. Everything is verified first; on error these cells hold no rows and no other row has changed.
 ///
 /// # Safety
-/// Pointers are valid for what they describe or NULL; nothing else uses the arenas.
+/// Pointers are valid for what they describe or NULL; nothing else uses the arena.
 #[no_mangle]
 pub unsafe extern "C" fn skv_state_read(
     table: *mut skv_table,
     layers: *const *const skv_layer,
-    arenas: *const *mut u8,
     n_layers: usize,
+    arena: *mut u8,
+    arena_bytes: usize,
     cell_pos: *const i32,
     cell_seq: *const i32,
     n_all: usize,
@@ -79,17 +78,11 @@ pub unsafe extern "C" fn skv_state_read(
     unsafe {
         on_table(table, |t| {
             let layers = self::layers(layers, n_layers)?;
-            let mut arenas: Vec<&mut [u8]> = slice(arenas, n_layers, "arenas")?
-                .iter()
-                .zip(&layers)
-                .map(|(a, l)| {
-                    check_arena(*a, l.shape().arena_bytes, l.shape().arena_bytes)?;
-                    slice_mut(*a, l.shape().arena_bytes, "arenas[i]")
-                })
-                .collect::<std::result::Result<_, _>>()?;
+            check_arena(arena, arena_bytes, t.geometry().arena_bytes)?;
+            let arena = slice_mut(arena, arena_bytes, "arena")?;
             let all = Cells { pos: slice(cell_pos, n_all, "cell_pos")?, seq: slice(cell_seq, n_all, "cell_seq")? };
             let bytes = slice(buffer, size, "buffer")?;
-            Ok(state::read(t, &layers, &mut arenas, all, slice(cells, n_cells, "cells")?, bytes)?)
+            Ok(state::read(t, &layers, arena, all, slice(cells, n_cells, "cells")?, bytes)?)
         })
     }
 }

@@ -33,7 +33,7 @@ pub unsafe extern "C" fn skv_table_create(geometry: *const skv_geometry, out: *m
     guard(silent, || {
         // SAFETY: the caller's contract.
         let (g, out) = unsafe { (borrow(geometry, "geometry")?, borrow_mut(out, "out")?) };
-        *out = Box::into_raw(Box::new(skv_table { table: Table::new(g.0.clone()), error: LastError::default() }));
+        *out = Box::into_raw(Box::new(skv_table { table: Table::new(g.0.clone(), g.1.clone()), error: LastError::default() }));
         Ok(())
     })
 }

@@ -1,7 +1,7 @@
 //! Plain C types: status, configuration and report structs, and functions on none of them.
 
-use crate::cache::Stats;
-use crate::config::{Config, LayerShape, SizeReport};
+use crate::cache::{Geometry, SizeReport, Stats};
+use crate::config::{Config, LayerShape};
 use crate::rope::{Pairing, RopeParams};
 use std::ffi::{c_char, CStr};
 
@@ -53,7 +53,7 @@ impl skv_status {
 }
 
 /// Changes whenever a caller compiled against an older header could misbehave.
-pub const SKV_ABI_VERSION: u32 = 2;
+pub const SKV_ABI_VERSION: u32 = 3;
 /// Most query tokens of one attention call.
 pub const SKV_MAX_QUERIES: usize = 64;
 /// Rows of a tile.
@@ -115,13 +115,15 @@ pub struct skv_config {
     pub n_streams: u32,
     /// Sequences that may share a stream; each gets an exact window. Default 1.
     pub n_seqs: u32,
+    /// Most tokens of one step of a stream. Default 512.
+    pub n_tokens: u32,
     /// Most recent rows of a sequence that stay exact. Default 128.
     pub window: u32,
     /// First rows of a sequence that stay exact. Default 4.
     pub sinks: u32,
     /// f16 bytes / bytes held that is asked for, 1 to 64. Default 8. Ignored when `bits` is positive.
     pub ratio: f32,
-    /// Code bits per element, mean over all tiles, up to 8, or 0 to derive them from `ratio`. Default 0.
+    /// Bits per element of a coded row, everything in a tile counted, mean over all tiles, up to 8; or 0 to derive them from `ratio`. Default 0.
     pub bits: f32,
     /// Rows behind the window that are coded most finely; twice as many behind them are coded more finely than the rest. 0 codes
     /// all rows at one rate. Default `SKV_FINE_ROWS_AUTO`: a 64th of the cells, at least two tiles for each sequence.
@@ -139,6 +141,7 @@ impl skv_config {
             n_cells: d.n_cells,
             n_streams: d.n_streams,
             n_seqs: d.n_seqs,
+            n_tokens: d.n_tokens,
             window: d.window,
             sinks: d.sinks,
             ratio: d.ratio,
@@ -152,6 +155,7 @@ impl skv_config {
             n_cells: self.n_cells,
             n_streams: self.n_streams,
             n_seqs: self.n_seqs,
+            n_tokens: self.n_tokens,
             window: self.window,
             sinks: self.sinks,
             ratio: self.ratio,
@@ -218,7 +222,7 @@ pub struct skv_size_report {
 }
 
 impl skv_size_report {
-    pub(crate) fn new(r: &SizeReport, g: &crate::config::Geometry) -> Self {
+    pub(crate) fn new(r: &SizeReport, g: &Geometry) -> Self {
         skv_size_report {
             struct_size: size_of::<Self>(),
             bytes_arenas: r.bytes_arenas,
@@ -320,7 +324,7 @@ pub struct skv_rows {
     pub head_stride: usize,
 }
 
-/// Rows of a layer's output projection, which weigh errors in values.
+/// Rows of a layer's output projection, which weigh errors.
 #[allow(non_camel_case_types, reason = "the name is C's")]
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -329,6 +333,35 @@ pub struct skv_projection {
     pub data: *const f32,
     /// Rows.
     pub n_rows: usize,
+}
+
+/// What a step brings to the layer that stores it. Rows of all its tokens, in the plan's order.
+#[allow(non_camel_case_types, reason = "the name is C's")]
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct skv_step {
+    /// Set to `sizeof(skv_step)`.
+    pub struct_size: usize,
+    /// Queries, roped, `n_head` heads of `d_k`.
+    pub q: *const skv_rows,
+    /// Keys, roped, `n_head_kv` heads of `d_k`.
+    pub k: *const skv_rows,
+    /// Values, `n_head_kv` heads of `d_v`.
+    pub v: *const skv_rows,
+    /// The residual stream that the attention's output is added to, one head of `n_residual` floats: errors count in proportion to it. NULL when
+    /// it is not known: then all layers count alike.
+    pub residual: *const skv_rows,
+    /// Floats of a row of `residual`.
+    pub n_residual: usize,
+    /// May be NULL: then heads count by their own outputs.
+    pub projection: *const skv_projection,
+}
+
+impl skv_step {
+    pub(crate) fn defaults() -> Self {
+        let none = std::ptr::null();
+        skv_step { struct_size: 0, q: none, k: none, v: none, residual: none, n_residual: 0, projection: std::ptr::null() }
+    }
 }
 
 /// Parameters of an attention call; semantics of `ggml_flash_attn_ext`.

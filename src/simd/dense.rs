@@ -3,6 +3,7 @@
 #![expect(clippy::needless_range_loop, reason = "indices into arrays of registers are unrolled, iterators over them not always")]
 
 use super::lanes::{Lanes, LANES};
+use super::quant::LEVELS_4;
 use crate::config::TILE;
 use half::f16;
 
@@ -323,32 +324,56 @@ pub unsafe fn lane_sums<V: Lanes>(x: &[f32], out: &mut [f32]) {
     }
 }
 
-/// `x[i] = scale * (x[i] * gains[i] + offset)`; returns the largest.
+/// `x[i] = scale * (x[i] + offset)`; returns the largest.
 #[inline(always)]
-pub fn scale_scores(x: &mut [f32; TILE], gains: &[f32; TILE], offset: f32, scale: f32) -> f32 {
+pub fn scale_scores(x: &mut [f32; TILE], offset: f32, scale: f32) -> f32 {
     let mut largest = [f32::NEG_INFINITY; LANES];
-    let (x, _) = x.as_chunks_mut::<LANES>();
-    for (x, gains) in x.iter_mut().zip(gains.as_chunks::<LANES>().0) {
-        for ((x, gain), largest) in x.iter_mut().zip(gains).zip(&mut largest) {
-            *x = (*x * gain + offset) * scale;
+    for x in x.as_chunks_mut::<LANES>().0 {
+        for (x, largest) in x.iter_mut().zip(&mut largest) {
+            *x = (*x + offset) * scale;
             *largest = if *x > *largest { *x } else { *largest };
         }
     }
     largest.into_iter().fold(f32::NEG_INFINITY, f32::max)
 }
 
-/// `x[i] *= gains[i]`; returns the sum before.
+/// `out[i] = x[i] * gains[i]`; returns the sum of `x`.
 #[inline(always)]
-pub fn weigh(x: &mut [f32; TILE], gains: &[f32; TILE]) -> f32 {
+pub fn weigh(x: &[f32; TILE], gains: &[f32; TILE], out: &mut [f32; TILE]) -> f32 {
     let mut sum = [0.0; LANES];
-    let (x, _) = x.as_chunks_mut::<LANES>();
-    for (x, gains) in x.iter_mut().zip(gains.as_chunks::<LANES>().0) {
-        for ((x, gain), sum) in x.iter_mut().zip(gains).zip(&mut sum) {
+    for ((x, gains), out) in x.as_chunks::<LANES>().0.iter().zip(gains.as_chunks::<LANES>().0).zip(out.as_chunks_mut::<LANES>().0) {
+        for (((x, gain), out), sum) in x.iter().zip(gains).zip(out).zip(&mut sum) {
             *sum += *x;
-            *x *= gain;
+            *out = x * gain;
         }
     }
     sum.into_iter().sum()
+}
+
+/// `out[i] = scale * level` of 4-bit codes: byte `k` has those of elements `k` and, in its high nibble, `n/2 + k`.
+///
+/// # Safety
+/// The features of `V` are there.
+#[inline(always)]
+pub unsafe fn unpack_fine<V: Lanes>(nibbles: &[u8], scale: f32, out: &mut [f32]) {
+    let half = out.len().div_ceil(2);
+    let (low, high) = out.split_at_mut(half);
+    let nibbles = &nibbles[..half];
+    let whole = high.len() / V::N * V::N;
+    for i in (0..whole).step_by(V::N) {
+        // SAFETY: all have `whole` elements; features are the caller's.
+        unsafe {
+            let [a, b] = V::nibbles(&LEVELS_4, nibbles.as_ptr().add(i));
+            a.times(V::splat(scale)).store(low.as_mut_ptr().add(i));
+            b.times(V::splat(scale)).store(high.as_mut_ptr().add(i));
+        }
+    }
+    for (x, byte) in low[whole..].iter_mut().zip(&nibbles[whole..]) {
+        *x = scale * LEVELS_4[usize::from(byte & 15)];
+    }
+    for (x, byte) in high[whole..].iter_mut().zip(&nibbles[whole..]) {
+        *x = scale * LEVELS_4[usize::from(byte >> 4)];
+    }
 }
 
 /// Rotate the pairs `(x[2i], x[2i+1])`.

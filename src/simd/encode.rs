@@ -3,6 +3,7 @@
 //! Levels are symmetric, so a magnitude is compared with the boundaries between the positive ones. Chooses the codes that
 //! [`quant::code`] would, up to rounding. Must not know about bases.
 
+use super::lanes::LANES;
 use super::quant::{self, cubic, A_8, B_8, LEVELS_1, LEVELS_2, LEVELS_3, LEVELS_4, LEVELS_5, LEVELS_6};
 use super::Widths;
 use crate::config::TILE;
@@ -89,14 +90,14 @@ fn code<const WIDTH: u32>(x: f32) -> u8 {
     (if x >= 0.0 { half + above } else { half - 1 - above }) as u8
 }
 
-/// Sums for a least-squares gain of the rows: `zo += weight * z * o`, `oo += weight * o * o`, `o` the level of `z * inverse`.
+/// Sums for an unbiased gain of the rows: `zz += weight * z * z`, `zo += weight * z * o`, `o` the level of `z * inverse`.
 #[inline(always)]
-fn add_run<const WIDTH: u32>(z: &[[f32; TILE]], weights: &[f32], inverse: &[f32; TILE], zo: &mut [f32; TILE], oo: &mut [f32; TILE]) {
+fn add_run<const WIDTH: u32>(z: &[[f32; TILE]], weights: &[f32], inverse: &[f32; TILE], zz: &mut [f32; TILE], zo: &mut [f32; TILE]) {
     for (z, weight) in z.iter().zip(weights) {
         for row in 0..TILE {
             let o = level::<WIDTH>(z[row] * inverse[row]);
+            zz[row] += weight * z[row] * z[row];
             zo[row] += weight * z[row] * o;
-            oo[row] += weight * o * o;
         }
     }
 }
@@ -150,9 +151,9 @@ fn code_run<const WIDTH: u32>(z: &[[f32; TILE]], inverse: &[f32; TILE], packed: 
 
 /// Gains and codes of the rows of a tile with coefficients `z`, whose errors count by `weights`.
 ///
-/// Coefficients are divided by their common magnitude and quantised, the gain is chosen by weighted least squares, and the
-/// coefficients are quantised again for the gain as it is stored: what a byte cannot say of the gain would move all scores of the
-/// row together, and at fine rates be the larger part of the error.
+/// Coefficients are divided by their common magnitude and quantised, and the gain makes the product of the row with its coded form that with
+/// itself: errors of many rows then average out under broad attention, where a least-squares gain, which shrinks every row, leaves a bias. Then they
+/// are quantised for good, see [`quant::FINE_WIDTH`].
 #[inline(always)]
 pub fn quantise(widths: Widths, weights: &[f32], z: &[[f32; TILE]], gains: &mut [u8], codes: &mut [u8]) {
     let mut power = [0.0f32; TILE];
@@ -161,35 +162,34 @@ pub fn quantise(widths: Widths, weights: &[f32], z: &[[f32; TILE]], gains: &mut 
             *power += z * z;
         }
     }
-    let scales = power.map(|power| (power / z.len().max(1) as f32).sqrt().max(1e-6));
+    let scales = power.map(|power| (power / z.len().max(1) as f32).sqrt().max(quant::LEAST_SCALE));
     let mut inverse = scales.map(f32::recip);
-    let (mut zo, mut oo) = ([0.0f32; TILE], [0.0f32; TILE]);
+    let mut exact = inverse;
+    let (mut zz, mut zo) = ([0.0f32; TILE], [0.0f32; TILE]);
     let mut from = 0;
     for (n, bits) in widths.counts.into_iter().zip(Widths::BITS) {
         let (z, weights) = (&z[from..from + n], &weights[from..from + n]);
         match bits {
-            8 => add_run::<8>(z, weights, &inverse, &mut zo, &mut oo),
-            6 => add_run::<6>(z, weights, &inverse, &mut zo, &mut oo),
-            5 => add_run::<5>(z, weights, &inverse, &mut zo, &mut oo),
-            4 => add_run::<4>(z, weights, &inverse, &mut zo, &mut oo),
-            3 => add_run::<3>(z, weights, &inverse, &mut zo, &mut oo),
-            2 => add_run::<2>(z, weights, &inverse, &mut zo, &mut oo),
-            _ => add_run::<1>(z, weights, &inverse, &mut zo, &mut oo),
+            8 => add_run::<8>(z, weights, &inverse, &mut zz, &mut zo),
+            6 => add_run::<6>(z, weights, &inverse, &mut zz, &mut zo),
+            5 => add_run::<5>(z, weights, &inverse, &mut zz, &mut zo),
+            4 => add_run::<4>(z, weights, &inverse, &mut zz, &mut zo),
+            3 => add_run::<3>(z, weights, &inverse, &mut zz, &mut zo),
+            2 => add_run::<2>(z, weights, &inverse, &mut zz, &mut zo),
+            _ => add_run::<1>(z, weights, &inverse, &mut zz, &mut zo),
         }
         from += n;
     }
     for row in 0..TILE {
-        gains[row] = quant::gain_code(if oo[row] > 0.0 { zo[row] / oo[row] } else { 0.0 });
-        let gain = quant::gains()[usize::from(gains[row])];
-        inverse[row] = if gain > 0.0 { gain.recip() } else { inverse[row] };
+        (gains[row], inverse[row], exact[row]) = quant::gain_and_inverses(scales[row], zz[row], zo[row]);
     }
     let (mut from, mut codes) = (0, codes);
     for (n, bits) in widths.counts.into_iter().zip(Widths::BITS) {
         let (run, later) = codes.split_at_mut(n * quant::coefficient_bytes(bits));
         let z = &z[from..from + n];
         match bits {
-            8 => code_run::<8>(z, &inverse, run),
-            6 => code_run::<6>(z, &inverse, run),
+            8 => code_run::<8>(z, &exact, run),
+            6 => code_run::<6>(z, &exact, run),
             5 => code_run::<5>(z, &inverse, run),
             4 => code_run::<4>(z, &inverse, run),
             3 => code_run::<3>(z, &inverse, run),
@@ -198,6 +198,63 @@ pub fn quantise(widths: Widths, weights: &[f32], z: &[[f32; TILE]], gains: &mut 
         }
         (from, codes) = (from + n, later);
     }
+}
+
+/// Steps tried for a residual, in its root mean squares: what it consists of is not always Gaussian.
+const FINE_STEPS: [f32; 6] = [0.7, 0.85, 1.0, 1.2, 1.5, 2.0];
+
+/// See [`super::Kernels::quantise_fine`]. The step is the best of some by least squares: beside the row itself its bias is nothing.
+#[inline(always)]
+pub fn quantise_fine(x: &[f32], nibbles: &mut [u8]) -> f32 {
+    let (half, scale) = (x.len().div_ceil(2), (squares(x) / x.len().max(1) as f32).sqrt());
+    let (mut best, mut inverse, mut step) = (0.0, 0.0, 0.0);
+    for factor in FINE_STEPS {
+        let up = (scale * factor).recip();
+        let (xo, oo) = fine_sums(x, up);
+        // What this step leaves is less by that.
+        let gain = xo * xo / oo;
+        if gain > best {
+            (best, inverse, step) = (gain, up, xo / oo);
+        }
+    }
+    for (byte, x) in nibbles.iter_mut().zip(&x[..half]) {
+        *byte = code::<4>(x * inverse);
+    }
+    for (byte, x) in nibbles.iter_mut().zip(&x[half..]) {
+        *byte |= code::<4>(x * inverse) << 4;
+    }
+    step
+}
+
+/// The sum of squares.
+#[inline(always)]
+fn squares(x: &[f32]) -> f32 {
+    let (lanes, rest) = x.as_chunks::<LANES>();
+    let mut sums = [0.0; LANES];
+    for x in lanes {
+        sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += x * x);
+    }
+    sums.iter().sum::<f32>() + rest.iter().map(|x| x * x).sum::<f32>()
+}
+
+/// Sums of `x * o` and `o * o`, `o` the level of 4 bits of `x * up`.
+#[inline(always)]
+fn fine_sums(x: &[f32], up: f32) -> (f32, f32) {
+    let (lanes, rest) = x.as_chunks::<LANES>();
+    let (mut xo, mut oo) = ([0.0; LANES], [0.0; LANES]);
+    for x in lanes {
+        for i in 0..LANES {
+            let o = level::<4>(x[i] * up);
+            xo[i] += x[i] * o;
+            oo[i] += o * o;
+        }
+    }
+    for x in rest {
+        let o = level::<4>(x * up);
+        xo[0] += x * o;
+        oo[0] += o * o;
+    }
+    (xo.iter().sum(), oo.iter().sum())
 }
 
 #[cfg(test)]
@@ -218,21 +275,77 @@ mod tests {
             let (mut gains, mut codes) = ([0xa5; TILE], vec![0xa5; widths.bytes()]);
             (kernels.quantise)(widths, &weights, &z, &mut gains, &mut codes);
             for row in 0..TILE {
-                let nearest = |j: usize, inverse: f32| quant::code(widths.place(j).0, z[j][row] * inverse);
-                let scale = (z.iter().map(|z| z[row] * z[row]).sum::<f32>() / n as f32).sqrt().max(1e-6);
-                let (mut zo, mut oo) = (0.0f32, 0.0f32);
-                for j in 0..n {
-                    let o = quant::level(widths.place(j).0, nearest(j, scale.recip()));
-                    zo += weights[j] * z[j][row] * o;
-                    oo += weights[j] * o * o;
-                }
-                assert_eq!(gains[row], quant::gain_code(zo / oo), "{:?} row {row}", kernels.level);
-                let gain = quant::gain(gains[row]);
-                let inverse = if gain > 0.0 { gain.recip() } else { scale.recip() };
-                for (j, z) in z.iter().enumerate().take(n) {
+                let own: Vec<f32> = z.iter().map(|z| z[row]).collect();
+                let gain = quant::code_row(widths, &weights, &own, |j, want| {
                     let (width, at) = widths.place(j);
-                    assert_eq!(quant::get(width, &codes[at..], row), nearest(j, inverse), "{:?} row {row}, {width} bits, {}", kernels.level, z[row]);
+                    assert_eq!(quant::get(width, &codes[at..], row), want, "{:?} row {row}, {width} bits, {}", kernels.level, own[j]);
+                });
+                assert_eq!(gains[row], gain, "{:?} row {row}", kernels.level);
+            }
+        }
+    }
+
+    /// Gaussian enough: sums of four.
+    fn noise(n: usize, seed: u32) -> Vec<f32> {
+        let mut s = seed.wrapping_mul(2_654_435_761).wrapping_add(1);
+        let mut next = || {
+            s = s.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (s >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..n).map(|_| (next() + next() + next() + next()) * 0.866).collect()
+    }
+
+    #[test]
+    fn products_of_rows_with_their_coded_forms_are_right_in_the_mean() {
+        for (counts, rows) in
+            [([0, 0, 0, 0, 12, 30, 20], 40), ([0, 0, 4, 30, 0, 0, 0], 10), ([0, 0, 0, 0, 0, 0, 8], 200), ([6, 5, 4, 0, 0, 0, 0], 10)]
+        {
+            let widths = Widths { counts };
+            let n = widths.rank();
+            let weights: Vec<f32> = (0..n).map(|j| 0.9f32.powi(j as i32)).collect();
+            let (mut sum, mut count) = (0.0f64, 0.0f64);
+            for seed in 0..rows {
+                // Rows differ in size, up to a hundred times.
+                let sizes: [f32; TILE] = std::array::from_fn(|row| (0.07 * (row as f32 - 32.0)).exp());
+                let z: Vec<[f32; TILE]> =
+                    noise(n * TILE, seed).as_chunks::<TILE>().0.iter().map(|z| std::array::from_fn(|i| z[i] * sizes[i])).collect();
+                let (mut gains, mut codes) = ([0; TILE], vec![0; widths.bytes()]);
+                (crate::simd::kernels().quantise)(widths, &weights, &z, &mut gains, &mut codes);
+                for row in 0..TILE {
+                    let (mut zz, mut zo) = (0.0, 0.0);
+                    for j in 0..n {
+                        let (width, at) = widths.place(j);
+                        let o = quant::gain(gains[row]) * quant::level(width, quant::get(width, &codes[at..], row));
+                        zz += f64::from(weights[j] * z[j][row] * z[j][row]);
+                        zo += f64::from(weights[j] * z[j][row] * o);
+                    }
+                    (sum, count) = (sum + zo / zz, count + 1.0);
                 }
+            }
+            assert!((sum / count - 1.0).abs() < 0.002, "{counts:?}: {}", sum / count);
+        }
+    }
+
+    #[test]
+    fn residuals_come_back_with_the_error_of_four_bits() {
+        for kernels in Level::ALL.into_iter().filter_map(at) {
+            for n in [2, 32, 80, 250, 256] {
+                for size in [1e-4f32, 1.0, 300.0] {
+                    let x: Vec<f32> = noise(n, n as u32).iter().map(|x| x * size).collect();
+                    let (mut nibbles, mut out) = (vec![0xa5; n / 2], vec![f32::NAN; n]);
+                    let step = (kernels.quantise_fine)(&x, &mut nibbles);
+                    (kernels.unpack_fine)(&nibbles, step, &mut out);
+                    let error: f32 = x.iter().zip(&out).map(|(x, o)| (x - o).powi(2)).sum();
+                    assert!(error < 0.015 * squares(&x), "{:?} {n} {size}: {}", kernels.level, error / squares(&x));
+                    for (i, out) in out.iter().enumerate() {
+                        let nibble = if i < n / 2 { nibbles[i] & 15 } else { nibbles[i - n / 2] >> 4 };
+                        assert!((out - step * quant::level(4, nibble)).abs() <= 1e-6 * out.abs());
+                    }
+                }
+                let (mut nibbles, mut out) = (vec![0xa5; n / 2], vec![f32::NAN; n]);
+                let step = (kernels.quantise_fine)(&vec![0.0; n], &mut nibbles);
+                (kernels.unpack_fine)(&nibbles, step, &mut out);
+                assert!(out.iter().all(|x| *x == 0.0));
             }
         }
     }

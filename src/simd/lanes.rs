@@ -36,6 +36,11 @@ pub trait Lanes: Copy {
     /// # Safety
     /// As [`Lanes::splat`]; `N` bytes are readable.
     unsafe fn lookup(table: &[f32; 256], index: *const u8) -> Self;
+    /// `table[nibble]` for the low and the high nibbles of `N` bytes.
+    ///
+    /// # Safety
+    /// As [`Lanes::splat`]; `N` bytes are readable.
+    unsafe fn nibbles(table: &[f32; 16], p: *const u8) -> [Self; 2];
     /// # Safety
     /// As [`Lanes::splat`]; `N` floats are writable.
     unsafe fn store(self, p: *mut f32);
@@ -108,6 +113,12 @@ impl Lanes for Plain {
     unsafe fn lookup(table: &[f32; 256], index: *const u8) -> Self {
         // SAFETY: the caller's contract.
         Plain(unsafe { index.cast::<[u8; 8]>().read_unaligned() }.map(|i| table[usize::from(i)]))
+    }
+    #[inline(always)]
+    unsafe fn nibbles(table: &[f32; 16], p: *const u8) -> [Self; 2] {
+        // SAFETY: the caller's contract.
+        let bytes = unsafe { p.cast::<[u8; 8]>().read_unaligned() };
+        [Plain(bytes.map(|x| table[usize::from(x & 15)])), Plain(bytes.map(|x| table[usize::from(x >> 4)]))]
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
@@ -209,6 +220,21 @@ mod x86 {
             Ymm(unsafe { _mm256_i32gather_ps::<4>(table.as_ptr(), _mm256_cvtepu8_epi32(_mm_loadl_epi64(index.cast()))) })
         }
         #[inline(always)]
+        unsafe fn nibbles(table: &[f32; 16], p: *const u8) -> [Self; 2] {
+            // SAFETY: see above.
+            unsafe {
+                let low = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()));
+                let (first, second) = (_mm256_loadu_ps(table.as_ptr()), _mm256_loadu_ps(table.as_ptr().add(8)));
+                let mut out = [Ymm(_mm256_setzero_ps()); 2];
+                for (out, code) in out.iter_mut().zip([low, _mm256_srli_epi32::<4>(low)]) {
+                    // Permutations look at the low three bits, a blend at the sign: the fourth bit.
+                    let halves = [_mm256_permutevar8x32_ps(first, code), _mm256_permutevar8x32_ps(second, code)];
+                    *out = Ymm(_mm256_blendv_ps(halves[0], halves[1], _mm256_castsi256_ps(_mm256_slli_epi32::<28>(code))));
+                }
+                out
+            }
+        }
+        #[inline(always)]
         unsafe fn store(self, p: *mut f32) {
             // SAFETY: see above.
             unsafe { _mm256_storeu_ps(p, self.0) }
@@ -296,6 +322,14 @@ mod x86 {
         unsafe fn lookup(table: &[f32; 256], index: *const u8) -> Self {
             // SAFETY: see above; the table has an entry for every byte.
             Zmm(unsafe { _mm512_i32gather_ps::<4>(_mm512_cvtepu8_epi32(_mm_loadu_si128(index.cast())), table.as_ptr()) })
+        }
+        #[inline(always)]
+        unsafe fn nibbles(table: &[f32; 16], p: *const u8) -> [Self; 2] {
+            // SAFETY: see above; permutations look at the low four bits.
+            unsafe {
+                let (low, table) = (_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())), _mm512_loadu_ps(table.as_ptr()));
+                [Zmm(_mm512_permutexvar_ps(low, table)), Zmm(_mm512_permutexvar_ps(_mm512_srli_epi32::<4>(low), table))]
+            }
         }
         #[inline(always)]
         unsafe fn store(self, p: *mut f32) {

@@ -9,7 +9,7 @@
 use super::lanes::{Ymm, LANES};
 use super::quant::{self, STEP};
 use super::vnni::{table, OFFSET};
-use super::{tile, whole, Ahead, Products, Widths, BATCH};
+use super::{tile, whole, Ahead, Pass, Products, Widths, BATCH};
 use crate::config::TILE;
 use std::arch::x86_64::*;
 
@@ -103,12 +103,13 @@ unsafe fn sum(x: __m256i) -> i32 {
 /// # Safety
 /// AVX2 and FMA are there.
 #[inline(always)]
-pub unsafe fn prepare(s: &mut Products) {
-    whole::prepare(s);
-    let padded = (s.widths.rank() - tile::narrow_from(s.widths)).next_multiple_of(TILE);
-    s.offsets.clear();
+pub unsafe fn prepare(s: &mut Products, part: usize) {
+    whole::prepare(s, part);
+    let p = &mut s.parts[part];
+    let padded = (p.widths.rank() - tile::narrow_from(p.widths)).next_multiple_of(TILE);
+    p.offsets.clear();
     for q in 0..s.frames * s.n {
-        let digits = &s.digits.bytes()[q * padded * 2..][..padded * 2];
+        let digits = &p.digits.bytes()[q * padded * 2..][..padded * 2];
         // SAFETY: pieces have 32 bytes; features are the caller's.
         unsafe {
             let mut total = _mm256_setzero_si256();
@@ -116,7 +117,7 @@ pub unsafe fn prepare(s: &mut Products) {
                 let x = _mm256_loadu_si256(x.as_ptr().cast());
                 total = _mm256_add_epi32(total, _mm256_madd_epi16(x, _mm256_set1_epi16(OFFSET as i16)));
             }
-            s.offsets.push(sum(total));
+            p.offsets.push(sum(total));
         }
     }
 }
@@ -167,8 +168,9 @@ unsafe fn interleave(four: *mut u8) {
 struct Scores<'a> {
     out: *mut f32,
     stride: usize,
-    /// What `out` holds is to be added first.
-    add: bool,
+    /// Sums in f32, 64 for each query, that belong to those made here.
+    wide: Option<*const f32>,
+    pass: Pass,
     gains: &'a [f32; TILE],
     means: &'a [f32],
     scale: f32,
@@ -209,11 +211,14 @@ unsafe fn scores<const Q: usize>(rows: &[u8], digits: *const i16, padded: usize,
                 for l in 0..2 {
                     let row = part / 2 * 32 + part % 2 * 8 + l * 16;
                     let out = s.out.add(q * s.stride + row);
-                    let before = if s.add { _mm256_loadu_ps(out) } else { _mm256_setzero_ps() };
-                    let x = _mm256_fmadd_ps(_mm256_cvtepi32_ps(in_order[l]), _mm256_set1_ps(scales[q]), before);
-                    let gains = _mm256_loadu_ps(s.gains.as_ptr().add(row));
-                    let x = _mm256_mul_ps(_mm256_fmadd_ps(x, gains, _mm256_set1_ps(s.means[q])), _mm256_set1_ps(s.scale));
-                    largest[q] = _mm256_max_ps(largest[q], x);
+                    let wide = s.wide.map_or(_mm256_setzero_ps(), |wide| _mm256_loadu_ps(wide.add(q * TILE + row)));
+                    let x = _mm256_fmadd_ps(_mm256_cvtepi32_ps(in_order[l]), _mm256_set1_ps(scales[q]), wide);
+                    let before = if s.pass.add { _mm256_loadu_ps(out) } else { _mm256_setzero_ps() };
+                    let mut x = _mm256_fmadd_ps(x, _mm256_loadu_ps(s.gains.as_ptr().add(row)), before);
+                    if s.pass.finish {
+                        x = _mm256_mul_ps(_mm256_add_ps(x, _mm256_set1_ps(s.means[q])), _mm256_set1_ps(s.scale));
+                        largest[q] = _mm256_max_ps(largest[q], x);
+                    }
                     _mm256_storeu_ps(out, x);
                 }
             }
@@ -231,26 +236,28 @@ unsafe fn scores<const Q: usize>(rows: &[u8], digits: *const i16, padded: usize,
 /// # Safety
 /// As [`prepare`], which was called.
 #[inline(always)]
-pub unsafe fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
-    let (first, rank) = (tile::narrow_from(s.widths), s.widths.rank());
+pub unsafe fn tile_scores(s: &mut Products, pass: Pass, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
+    let widths = s.parts[pass.part].widths;
+    let (first, rank) = (tile::narrow_from(widths), widths.rank());
     let (length, padded) = ((rank - first).next_multiple_of(4) * TILE, (rank - first).next_multiple_of(TILE));
-    assert!(codes.len() >= s.widths.bytes() && s.n > 0 && out.len() >= (s.n - 1) * stride + TILE);
+    assert!(codes.len() >= widths.bytes() && s.n > 0 && out.len() >= (s.n - 1) * stride + TILE);
     // The first of the frame's queries.
     let base = s.frame * s.n;
-    assert!(s.digits.bytes().len() >= (base + s.n) * padded * 2);
+    assert!(s.parts[pass.part].digits.bytes().len() >= (base + s.n) * padded * 2);
     // SAFETY: features are the caller's, sizes were checked.
     unsafe {
         if rank == first || rank - first > MOST {
-            tile::tile_scores::<Ymm, 2>(s, codes, gains, out, stride);
+            tile::tile_scores::<Ymm, 2>(s, pass, codes, gains, out, stride);
             return;
         }
         if first > 0 {
-            tile::wide_sums::<Ymm, 2>(s, codes, first, out, stride);
+            tile::wide_sums::<Ymm, 2>(s, pass.part, codes, first);
         }
+        let p = &s.parts[pass.part];
         s.unpacked.resize(length);
         let rows = &mut s.unpacked.bytes_mut()[..length];
         let mut at = 0;
-        for (bits, n, from) in tile::narrow_runs(s.widths) {
+        for (bits, n, from) in tile::narrow_runs(widths) {
             let (codes, out) = (&codes[from..from + n * quant::coefficient_bytes(bits)], &mut rows[at * TILE..(at + n) * TILE]);
             match bits {
                 5 => unpack_run::<5>(codes, out),
@@ -265,11 +272,12 @@ pub unsafe fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], o
             interleave(four.as_mut_ptr());
         }
         for q in (0..s.n).step_by(QUERIES) {
-            let digits = s.digits.bytes().as_ptr().cast::<i16>().add((base + q) * padded);
-            let (offsets, scales) = (&s.offsets[base + q..], &s.scales[base + q..]);
+            let digits = p.digits.bytes().as_ptr().cast::<i16>().add((base + q) * padded);
+            let (offsets, scales) = (&p.offsets[base + q..], &p.scales[base + q..]);
+            let wide = (first > 0).then(|| s.sums.floats().as_ptr().add(q * TILE));
             let out = out.as_mut_ptr().add(q * stride);
             let (means, largest, ahead) = (&s.means[base + q..], &mut s.largest[q..], &mut s.ahead);
-            let to = Scores { out, stride, add: first > 0, gains, means, scale: s.scale, largest, ahead };
+            let to = Scores { out, stride, wide, pass, gains, means, scale: s.scale, largest, ahead };
             match s.n - q {
                 1 => scores::<1>(rows, digits, padded, offsets, scales, to),
                 2 => scores::<2>(rows, digits, padded, offsets, scales, to),

@@ -67,6 +67,11 @@ impl Widths {
     /// The widths that are stored, in their order.
     pub const BITS: [u32; 7] = [8, 6, 5, 4, 3, 2, 1];
 
+    /// Those of `cut` bits and more, and the others: what is wide comes first.
+    pub fn parts(&self, cut: u32) -> [Widths; 2] {
+        let part = |wide: bool| Widths { counts: std::array::from_fn(|i| if (Self::BITS[i] >= cut) == wide { self.counts[i] } else { 0 }) };
+        [part(true), part(false)]
+    }
     /// Coefficients in all.
     pub fn rank(&self) -> usize {
         self.counts.iter().sum()
@@ -130,46 +135,71 @@ impl Lines {
 /// Memory that will be read soon, asked for a few cache lines at a time between other work: tiles are read in pieces too short for the hardware to
 /// guess the next, and many requests at once wait for each other. Keeps addresses only, and never reads.
 #[derive(Debug, Default)]
-pub struct Ahead(std::ops::Range<usize>);
+pub struct Ahead {
+    at: usize,
+    /// Where the present piece ends, and how many there are behind it.
+    end: usize,
+    pieces: usize,
+    piece: usize,
+    stride: usize,
+}
 
 impl Ahead {
-    /// Nothing asked for yet.
-    pub fn of(bytes: &[u8]) -> Self {
-        let range = bytes.as_ptr_range();
-        Ahead(range.start as usize..range.end as usize)
+    /// `n` pieces of `piece` bytes in some memory, `stride` apart, as far as they lie in it.
+    pub fn pieces(memory: &[u8], first: usize, piece: usize, stride: usize, n: usize) -> Self {
+        let room = memory.len().saturating_sub(first + piece);
+        let n = if first + piece > memory.len() { 0 } else { n.min(1 + room.checked_div(stride).unwrap_or(0)) };
+        let at = memory.as_ptr().addr() + first;
+        Ahead { at, end: if n > 0 { at + piece } else { at }, pieces: n.saturating_sub(1), piece, stride }
     }
     /// Ask for the next lines, as far as there are any, to come to the second cache.
     #[inline(always)]
     pub fn fetch(&mut self, lines: usize) {
         for _ in 0..lines {
-            if self.0.is_empty() {
-                return;
+            if self.at >= self.end {
+                if self.pieces == 0 {
+                    return;
+                }
+                let first = self.end - self.piece + self.stride;
+                (self.at, self.end, self.pieces) = (first, first + self.piece, self.pieces - 1);
             }
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a prefetch reads nothing, whatever the address.
             unsafe {
-                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(std::ptr::without_provenance(self.0.start));
+                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(std::ptr::without_provenance(self.at));
             }
-            self.0.start += 64;
+            self.at += 64;
         }
     }
 }
 
-/// Queries projected for one or more frames, made ready for the tiles of one band, and memory to work in.
+/// Queries projected to the coefficients of a part of the tiles of one band, for one or more frames.
+#[derive(Debug, Default)]
+pub struct Projected {
+    /// Widths of the part.
+    pub widths: Widths,
+    /// Projected queries, [`Products::n`] for each frame, a coefficient per float, `stride` apart.
+    pub z: Lines,
+    /// See `z`. There is room for 64 floats behind the last query.
+    pub stride: usize,
+    /// Step of each coefficient's levels, and of which widths.
+    steps: (Widths, Lines),
+    digits: Lines,
+    offsets: Vec<i32>,
+    scales: Vec<f32>,
+}
+
+/// Projected queries made ready for the tiles of one band, and memory to work in.
 #[derive(Debug, Default)]
 pub struct Products {
-    /// Widths of the tiles.
-    pub widths: Widths,
+    /// By part of the coefficients: each has a gain per row of its own.
+    pub parts: [Projected; 2],
     /// Queries.
     pub n: usize,
     /// Frames that they are projected for.
     pub frames: usize,
     /// The frame of the next tile.
     pub frame: usize,
-    /// Projected queries, `n` for each frame, a coefficient per float, `stride` apart.
-    pub z: Lines,
-    /// See `z`. There is room for 64 floats behind the last query.
-    pub stride: usize,
     /// Per frame and query: its product with the mean key.
     pub means: Vec<f32>,
     /// Factor on all scores.
@@ -178,13 +208,21 @@ pub struct Products {
     pub largest: Vec<f32>,
     /// What will be read after these tiles.
     pub ahead: Ahead,
-    /// Step of each coefficient's levels, and of which widths.
-    steps: (Widths, Lines),
-    digits: Lines,
-    offsets: Vec<i32>,
-    scales: Vec<f32>,
+    /// Sums of wide coefficients, 64 for each query.
+    sums: Lines,
     unpacked: Lines,
     values: Lines,
+}
+
+/// What one call of [`Kernels::tile_scores`] does: scores of a tile are made part by part.
+#[derive(Debug, Clone, Copy)]
+pub struct Pass {
+    /// The part whose sums are made.
+    pub part: usize,
+    /// Add to what was left, instead of beginning anew.
+    pub add: bool,
+    /// Make scores of the sums: nothing will be added any more.
+    pub finish: bool,
 }
 
 /// One level's kernels. Matrices are row-major.
@@ -210,8 +248,8 @@ pub struct Kernels {
     pub lookup: fn(table: &[f32; 256], index: &[u8], out: &mut [f32; TILE]),
     /// Sums of every 16 floats.
     pub lane_sums: fn(x: &[f32], out: &mut [f32]),
-    /// `x[i] *= gains[i]` for the rows of a tile; returns the sum before.
-    pub weigh: fn(x: &mut [f32; TILE], gains: &[f32; TILE]) -> f32,
+    /// `out[i] = x[i] * gains[i]` for the rows of a tile; returns the sum of `x`.
+    pub weigh: fn(x: &[f32; TILE], gains: &[f32; TILE], out: &mut [f32; TILE]) -> f32,
     /// Cosines and sines of `delta * omega[i]`, to f32.
     pub turn: fn(omega: &[f64], delta: f64, cos: &mut [f32], sin: &mut [f32]),
     /// Rotate the pairs `(x[2i], x[2i+1])` by angles with these cosines and sines. Arguments `x, cos, sin`.
@@ -220,15 +258,20 @@ pub struct Kernels {
     pub rotate_halves: fn(&mut [f32], &mut [f32], &[f32], &[f32]),
     /// The values of a tile's first coefficients, as many as there are in `out`.
     pub unpack: fn(widths: Widths, codes: &[u8], out: &mut [[f32; TILE]]),
-    /// Gains and codes of a tile's rows. Arguments `widths, weights, z, gains, codes`: a weight and 64 values for each coefficient.
+    /// Gains and codes of a part of the coefficients of a tile's rows. Arguments `widths, weights, z, gains, codes`: a weight and 64 values for each
+    /// coefficient.
     pub quantise: fn(Widths, &[f32], &[[f32; TILE]], &mut [u8], &mut [u8]),
-    /// Make queries ready for [`Kernels::tile_scores`], once their `widths`, `n`, `frames`, `z` and `stride` are set.
-    pub prepare: fn(&mut Products),
-    /// `out[q][row] = scale * (means[q] + gains[row] * sum_j z[q][j] * value(code[j][row]))` for the 64 rows of a tile of frame `frame`; rows of
-    /// `out` are `stride` apart. The largest of each query is noted.
-    pub tile_scores: fn(&mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize),
-    /// `sums[j][q] += sum_row p[q][row] * value(code[j][row])` over up to [`BATCH`] tiles of the same widths, each sum left in 16 lanes. Rows of `p` are
-    /// `stride` apart, and have the tiles' rows one after another. Arguments `widths, tiles, p, stride, n, sums`, memory to work in.
+    /// Codes of 4 bits, for [`Kernels::unpack_fine`]; returns the scale.
+    pub quantise_fine: fn(x: &[f32], nibbles: &mut [u8]) -> f32,
+    /// `out[i] = scale * level` of codes of 4 bits: byte `k` has those of elements `k` and, in its high half, `n / 2 + k`.
+    pub unpack_fine: fn(nibbles: &[u8], scale: f32, out: &mut [f32]),
+    /// Make queries ready for [`Kernels::tile_scores`] of a part, once `n`, `frames`, and its `widths`, `z` and `stride` are set.
+    pub prepare: fn(&mut Products, part: usize),
+    /// `x[q][row] = gains[row] * sum_j z[q][j] * value(code[j][row])` over a part of the coefficients of the 64 rows of a tile of frame `frame`; to
+    /// `out`, whose rows are `stride` apart, goes `x`, or is added; in the end `scale * (means[q] + out)`, of which each query's largest is noted.
+    pub tile_scores: fn(&mut Products, pass: Pass, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize),
+    /// `sums[j][q] += sum_row p[q][row] * value(code[j][row])` over up to [`BATCH`] tiles of the same widths, each sum left in 16 lanes. Rows of `p`
+    /// are `stride` apart, and have the tiles' rows one after another. Arguments `widths, tiles, p, stride, n, sums`, memory to work in.
     pub tile_values: fn(Widths, &[&[u8]], &[f32], usize, usize, &mut [f32], &mut Products),
 }
 
@@ -283,8 +326,8 @@ macro_rules! level {
                 unsafe { dense::lane_sums::<$lanes>(x, out) }
             }
             $(#[$feature])?
-            fn weigh(x: &mut [f32; TILE], gains: &[f32; TILE]) -> f32 {
-                dense::weigh(x, gains)
+            fn weigh(x: &[f32; TILE], gains: &[f32; TILE], out: &mut [f32; TILE]) -> f32 {
+                dense::weigh(x, gains, out)
             }
             $(#[$feature])?
             fn turn(omega: &[f64], delta: f64, cos: &mut [f32], sin: &mut [f32]) {
@@ -308,9 +351,18 @@ macro_rules! level {
                 encode::quantise(widths, weights, z, gains, codes)
             }
             $(#[$feature])?
-            fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
+            fn quantise_fine(x: &[f32], nibbles: &mut [u8]) -> f32 {
+                encode::quantise_fine(x, nibbles)
+            }
+            $(#[$feature])?
+            fn unpack_fine(nibbles: &[u8], scale: f32, out: &mut [f32]) {
                 // SAFETY: this function is compiled for the features.
-                unsafe { tile::tile_scores::<$lanes, $columns>(s, codes, gains, out, stride) }
+                unsafe { dense::unpack_fine::<$lanes>(nibbles, scale, out) }
+            }
+            $(#[$feature])?
+            fn tile_scores(s: &mut Products, pass: Pass, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
+                // SAFETY: this function is compiled for the features.
+                unsafe { tile::tile_scores::<$lanes, $columns>(s, pass, codes, gains, out, stride) }
             }
             $(#[$feature])?
             fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: usize, n: usize, sums: &mut [f32], work: &mut Products) {
@@ -341,7 +393,7 @@ macro_rules! level {
                 // SAFETY: see above.
                 lane_sums: |x, o| unsafe { lane_sums(x, o) },
                 // SAFETY: see above.
-                weigh: |x, g| unsafe { weigh(x, g) },
+                weigh: |x, g, o| unsafe { weigh(x, g, o) },
                 // SAFETY: see above.
                 turn: |o, d, c, s| unsafe { turn(o, d, c, s) },
                 // SAFETY: see above.
@@ -352,9 +404,13 @@ macro_rules! level {
                 unpack: |w, c, o| unsafe { unpack(w, c, o) },
                 // SAFETY: see above.
                 quantise: |w, e, z, g, c| unsafe { quantise(w, e, z, g, c) },
-                prepare: |_| {},
                 // SAFETY: see above.
-                tile_scores: |s, c, g, o, n| unsafe { tile_scores(s, c, g, o, n) },
+                quantise_fine: |x, n| unsafe { quantise_fine(x, n) },
+                // SAFETY: see above.
+                unpack_fine: |n, s, o| unsafe { unpack_fine(n, s, o) },
+                prepare: |_, _| {},
+                // SAFETY: see above.
+                tile_scores: |s, p, c, g, o, n| unsafe { tile_scores(s, p, c, g, o, n) },
                 // SAFETY: see above.
                 tile_values: |w, t, p, s, n, o, m| unsafe { tile_values(w, t, p, s, n, o, m) },
             };
@@ -380,14 +436,14 @@ mod avx2 {
     use super::*;
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn prepare(s: &mut Products) {
+    fn prepare(s: &mut Products, part: usize) {
         // SAFETY: this function is compiled for the features.
-        unsafe { madd::prepare(s) }
+        unsafe { madd::prepare(s, part) }
     }
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
+    fn tile_scores(s: &mut Products, pass: Pass, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
         // SAFETY: this function is compiled for the features.
-        unsafe { madd::tile_scores(s, codes, gains, out, stride) }
+        unsafe { madd::tile_scores(s, pass, codes, gains, out, stride) }
     }
     #[target_feature(enable = "avx2,fma,f16c")]
     fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: usize, n: usize, sums: &mut [f32], work: &mut Products) {
@@ -398,9 +454,9 @@ mod avx2 {
     // SAFETY, for all: only `at` hands out this table, after asking the CPU for these features.
     pub(super) static KERNELS: Kernels = Kernels {
         // SAFETY: see above.
-        prepare: |s| unsafe { prepare(s) },
+        prepare: |s, p| unsafe { prepare(s, p) },
         // SAFETY: see above.
-        tile_scores: |s, c, g, o, n| unsafe { tile_scores(s, c, g, o, n) },
+        tile_scores: |s, p, c, g, o, n| unsafe { tile_scores(s, p, c, g, o, n) },
         // SAFETY: see above.
         tile_values: |w, t, p, s, n, o, m| unsafe { tile_values(w, t, p, s, n, o, m) },
         ..avx2_f32::KERNELS
@@ -412,14 +468,14 @@ mod avx512vnni {
     use super::*;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c")]
-    fn prepare(s: &mut Products) {
+    fn prepare(s: &mut Products, part: usize) {
         // SAFETY: this function is compiled for the features.
-        unsafe { vnni::prepare(s) }
+        unsafe { vnni::prepare(s, part) }
     }
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c")]
-    fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
+    fn tile_scores(s: &mut Products, pass: Pass, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
         // SAFETY: this function is compiled for the features.
-        unsafe { vnni::tile_scores(s, codes, gains, out, stride) }
+        unsafe { vnni::tile_scores(s, pass, codes, gains, out, stride) }
     }
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c")]
     fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: usize, n: usize, sums: &mut [f32], work: &mut Products) {
@@ -431,9 +487,9 @@ mod avx512vnni {
     pub(super) static KERNELS: Kernels = Kernels {
         level: Level::Avx512Vnni,
         // SAFETY: see above.
-        prepare: |s| unsafe { prepare(s) },
+        prepare: |s, p| unsafe { prepare(s, p) },
         // SAFETY: see above.
-        tile_scores: |s, c, g, o, n| unsafe { tile_scores(s, c, g, o, n) },
+        tile_scores: |s, p, c, g, o, n| unsafe { tile_scores(s, p, c, g, o, n) },
         // SAFETY: see above.
         tile_values: |w, t, p, s, n, o, m| unsafe { tile_values(w, t, p, s, n, o, m) },
         ..avx512::KERNELS
@@ -564,56 +620,89 @@ mod tests {
         f64::from(quant::level(width, quant::get(width, &codes[at..], row)))
     }
 
+    /// Products with `n` queries in the second of two frames, for parts of these widths, and the queries of that frame.
+    fn products(k: &Kernels, parts: [Widths; 2], n: usize) -> (Products, [Vec<f32>; 2]) {
+        let mut s = Products { n, frames: 2, frame: 1, means: noise(2 * n, 9), scale: 1.7, largest: vec![-3.0; n], ..Products::default() };
+        let mut queries = [vec![], vec![]];
+        for (part, widths) in parts.into_iter().enumerate() {
+            let stride = widths.rank().next_multiple_of(16);
+            let own = &mut s.parts[part];
+            (own.widths, own.stride) = (widths, stride);
+            own.z.resize((2 * n * stride + 64) * 4);
+            // Queries differ in magnitude, as their coefficients do.
+            let z = noise(2 * n * stride, 4 + part as u32);
+            let z: Vec<f32> = z.iter().enumerate().map(|(i, z)| z * 0.97f32.powi((i % stride.max(1)) as i32) * 30.0).collect();
+            own.z.floats_mut()[..2 * n * stride].copy_from_slice(&z);
+            queries[part] = z[n * stride..].to_vec();
+            (k.prepare)(&mut s, part);
+        }
+        (s, queries)
+    }
+
+    /// The worst error in the scores of a tile, made of both parts and of what was there before.
+    fn score_error(k: &Kernels, parts: [Widths; 2], n: usize) -> f64 {
+        let (mut s, queries) = products(k, parts, n);
+        let codes = parts.map(|widths| codes(widths, 3));
+        let gains: [[f32; TILE]; 2] = std::array::from_fn(|p| std::array::from_fn(|row| 0.5 + row as f32 / 64.0 * (1.0 + p as f32)));
+        let stride = TILE + 16;
+        let before = noise(n * stride, 17);
+        let mut out = before.clone();
+        for part in 0..2 {
+            (k.tile_scores)(&mut s, Pass { part, add: part == 1, finish: part == 1 }, &codes[part], &gains[part], &mut out, stride);
+            if part == 0 {
+                // What is left between the passes belongs to the scores.
+                out.iter_mut().zip(&before).enumerate().filter(|(i, _)| i % stride < TILE).for_each(|(_, (out, x))| *out += x);
+            }
+        }
+        let mut error = 0.0f64;
+        for q in 0..n {
+            let (mean, scale) = (f64::from(s.means[n + q]), f64::from(s.scale));
+            let want = (0..stride).map(|row| {
+                if row >= TILE {
+                    return (f64::from(before[q * stride + row]), 1e-9);
+                }
+                let (mut sum, mut power) = (mean + f64::from(before[q * stride + row]), mean.abs() + 1.0);
+                for (part, widths) in parts.into_iter().enumerate() {
+                    let z = &queries[part][q * s.parts[part].stride..];
+                    let terms = (0..widths.rank()).map(|j| f64::from(z[j]) * value(widths, &codes[part], j, row));
+                    sum += f64::from(gains[part][row]) * terms.clone().sum::<f64>();
+                    power += f64::from(gains[part][row]) * terms.map(|x| x * x).sum::<f64>().sqrt();
+                }
+                (scale * sum, scale * power)
+            });
+            let scores = &out[q * stride..][..stride];
+            error = error.max(worst(scores, want));
+            assert_eq!(s.largest[q], scores[..TILE].iter().copied().fold(-3.0, f32::max));
+        }
+        error
+    }
+
+    /// The worst error in sums of values over five tiles.
+    fn value_error(k: &Kernels, widths: Widths, n: usize, seed: u32) -> f64 {
+        let (rank, mut work) = (widths.rank(), Products::default());
+        let codes: Vec<Vec<u8>> = (0..5).map(|t| codes(widths, 3 + t)).collect();
+        let p: Vec<f32> = noise(n * 5 * TILE, seed).iter().map(|x| (x * 6.0 - 6.0).exp()).collect();
+        let mut sums = vec![0.125f32; rank * n * lanes::LANES];
+        let tiles: Vec<&[u8]> = codes.iter().map(Vec::as_slice).collect();
+        (k.tile_values)(widths, &tiles, &p, 5 * TILE, n, &mut sums, &mut work);
+        let got: Vec<f32> = sums.chunks_exact(lanes::LANES).map(|l| l.iter().map(|x| f64::from(*x) - 0.125).sum::<f64>() as f32).collect();
+        let want = (0..rank * n).map(|i| {
+            let terms = (0..5 * TILE).map(|r| f64::from(p[i % n * 5 * TILE + r]) * value(widths, &codes[r / TILE], i / n, r % TILE));
+            (terms.clone().sum(), terms.map(|x| x * x).sum::<f64>().sqrt() + 2.0)
+        });
+        worst(&got, want)
+    }
+
     /// The worst errors of a level in scores and values over all cases, against f64.
     fn tile_errors(k: &Kernels) -> [f64; 2] {
         let mut errors = [0.0f64; 2];
         for (case, counts) in CASES.into_iter().enumerate() {
-            let widths = Widths { counts };
-            let rank = widths.rank();
             for n in [1, 2, 3, 4, 7, 9] {
-                let codes: Vec<Vec<u8>> = (0..5).map(|t| codes(widths, 3 + t)).collect();
-                let stride = rank.next_multiple_of(16);
-                // The second of two frames.
-                let mut s = Products { widths, n, stride, frames: 2, frame: 1, ..Products::default() };
-                s.z.resize((2 * n * stride + 64) * 4);
-                // Queries differ in magnitude, as their coefficients do.
-                let z: Vec<f32> =
-                    noise(2 * n * stride, 4).iter().enumerate().map(|(i, z)| z * 0.97f32.powi((i % stride.max(1)) as i32) * 30.0).collect();
-                s.z.floats_mut()[..2 * n * stride].copy_from_slice(&z);
-                let z = &z[n * stride..];
-                let gains: [f32; TILE] = std::array::from_fn(|row| 0.5 + row as f32 / 64.0);
-                (s.means, s.scale, s.largest) = (noise(2 * n, 9), 1.7, vec![-3.0; n]);
-                (k.prepare)(&mut s);
-                let out_stride = TILE + 16;
-                let mut out = vec![7.0f32; n * out_stride];
-                (k.tile_scores)(&mut s, &codes[0], &gains, &mut out, out_stride);
-                for q in 0..n {
-                    let mean = f64::from(s.means[n + q]);
-                    let want = (0..out_stride).map(|row| match row < TILE {
-                        true => {
-                            let terms = (0..rank).map(|j| f64::from(z[q * stride + j]) * value(widths, &codes[0], j, row));
-                            let (gain, scale) = (f64::from(gains[row]), f64::from(s.scale));
-                            (
-                                scale * (gain * terms.clone().sum::<f64>() + mean),
-                                scale * (gain * terms.map(|x| x * x).sum::<f64>().sqrt() + mean.abs()),
-                            )
-                        }
-                        false => (7.0, 1e-9),
-                    });
-                    let scores = &out[q * out_stride..][..out_stride];
-                    errors[0] = errors[0].max(worst(scores, want));
-                    assert_eq!(s.largest[q], scores[..TILE].iter().copied().fold(-3.0, f32::max));
+                let widths = Widths { counts };
+                for cut in [9, 4, 3] {
+                    errors[0] = errors[0].max(score_error(k, widths.parts(cut), n));
                 }
-                let p: Vec<f32> = noise(n * 5 * TILE, 8 + case as u32).iter().map(|x| (x * 6.0 - 6.0).exp()).collect();
-                let mut sums = vec![0.125f32; rank * n * lanes::LANES];
-                let tiles: Vec<&[u8]> = codes.iter().map(Vec::as_slice).collect();
-                (k.tile_values)(widths, &tiles, &p, 5 * TILE, n, &mut sums, &mut s);
-                let got: Vec<f32> = sums.chunks_exact(lanes::LANES).map(|l| l.iter().map(|x| f64::from(*x) - 0.125).sum::<f64>() as f32).collect();
-                let want = (0..rank * n).map(|i| {
-                    let terms = (0..5 * TILE).map(|r| f64::from(p[i % n * 5 * TILE + r]) * value(widths, &codes[r / TILE], i / n, r % TILE));
-                    (terms.clone().sum(), terms.map(|x| x * x).sum::<f64>().sqrt() + 2.0)
-                });
-                errors[1] = errors[1].max(worst(&got, want));
+                errors[1] = errors[1].max(value_error(k, widths, n, 8 + case as u32));
             }
         }
         errors
@@ -637,12 +726,13 @@ mod tests {
         for (k, rank) in levels().flat_map(|k| [(k, 512), (k, 513), (k, 1024)]) {
             let widths = Widths { counts: [0, 0, 0, rank, 0, 0, 0] };
             let codes = vec![255; widths.bytes()];
-            let mut s = Products { widths, n: 1, stride: rank, frames: 1, means: vec![0.0], scale: 1.0, largest: vec![0.0], ..Products::default() };
-            s.z.resize((rank + 64) * 4);
-            s.z.floats_mut()[..rank].fill(2.0);
-            (k.prepare)(&mut s);
+            let mut s = Products { n: 1, frames: 1, means: vec![0.0], scale: 1.0, largest: vec![0.0], ..Products::default() };
+            (s.parts[0].widths, s.parts[0].stride) = (widths, rank);
+            s.parts[0].z.resize((rank + 64) * 4);
+            s.parts[0].z.floats_mut()[..rank].fill(2.0);
+            (k.prepare)(&mut s, 0);
             let mut out = vec![0.0; TILE];
-            (k.tile_scores)(&mut s, &codes, &[1.0; TILE], &mut out, TILE);
+            (k.tile_scores)(&mut s, Pass { part: 0, add: false, finish: true }, &codes, &[1.0; TILE], &mut out, TILE);
             let want = 2.0 * value(widths, &codes, 0, 0);
             assert!(worst(&out, (0..TILE).map(|_| (want * rank as f64, want * rank as f64))) < 1e-5, "{:?} {rank}: {out:?}", k.level);
             let mut sums = vec![0.0; rank * lanes::LANES];
@@ -716,8 +806,8 @@ mod tests {
                 (k.lane_sums)(&lanes, &mut sums);
                 assert!(worst(&sums, lanes.chunks(16).map(|l| (l.iter().map(|x| f64::from(*x)).sum(), 16.0))) < 1e-7);
             }
-            let mut weighed = x;
-            let before = (k.weigh)(&mut weighed, &gains);
+            let mut weighed = [f32::NAN; TILE];
+            let before = (k.weigh)(&x, &gains, &mut weighed);
             assert!(weighed.iter().zip(x.iter().zip(gains)).all(|(w, (x, g))| *w == x * g));
             assert!((f64::from(before) - x.iter().map(|x| f64::from(*x)).sum::<f64>()).abs() < 1e-5);
 

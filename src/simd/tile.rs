@@ -3,7 +3,7 @@
 use super::dense::{MatMut, MatRef};
 use super::lanes::{Lanes, Plain, LANES};
 use super::quant::{self, STEP};
-use super::{dense, Products, Widths};
+use super::{dense, Pass, Products, Projected, Widths};
 use crate::config::TILE;
 
 /// A level's way from codes to floats.
@@ -43,15 +43,15 @@ pub fn narrow_runs(widths: Widths) -> impl Iterator<Item = (u32, usize, usize)> 
 }
 
 /// Step of each narrow coefficient's levels, zeros behind the last up to `padded`.
-pub fn fill_steps(s: &mut Products, padded: usize) {
-    if s.steps.0 == s.widths && s.steps.1.floats().len() >= padded {
+pub fn fill_steps(p: &mut Projected, padded: usize) {
+    if p.steps.0 == p.widths && p.steps.1.floats().len() >= padded {
         return;
     }
-    s.steps.0 = s.widths;
-    s.steps.1.resize(padded * 4);
-    let steps = s.steps.1.floats_mut();
+    p.steps.0 = p.widths;
+    p.steps.1.resize(padded * 4);
+    let steps = p.steps.1.floats_mut();
     let mut j = 0;
-    for (bits, n, _) in narrow_runs(s.widths) {
+    for (bits, n, _) in narrow_runs(p.widths) {
         steps[j..j + n].fill(STEP[bits as usize]);
         j += n;
     }
@@ -139,20 +139,22 @@ pub unsafe fn add_values<V: Lanes>(values: &[[f32; TILE]], p: &[f32], stride: us
     }
 }
 
-/// `out[q] = sum_j z[q][j] * value[j]` over the first `first` coefficients, zeros when there is none.
+/// `sums[q] = sum_j z[q][j] * value[j]` over the first `first` coefficients of a part, zeros when there is none.
 ///
 /// # Safety
 /// The features of `V` are there.
 #[inline(always)]
-pub unsafe fn wide_sums<V: Unpack, const C: usize>(s: &mut Products, codes: &[u8], first: usize, out: &mut [f32], stride: usize) {
-    out.chunks_mut(stride).take(s.n).for_each(|out| out[..TILE].fill(0.0));
+pub unsafe fn wide_sums<V: Unpack, const C: usize>(s: &mut Products, part: usize, codes: &[u8], first: usize) {
+    s.sums.resize(s.n * TILE * 4);
+    let sums = &mut s.sums.floats_mut()[..s.n * TILE];
+    sums.fill(0.0);
     s.values.resize(first * TILE * 4);
-    let values = &mut s.values.floats_mut()[..first * TILE];
+    let (p, values) = (&s.parts[part], &mut s.values.floats_mut()[..first * TILE]);
     // SAFETY: features are the caller's.
     unsafe {
-        unpack_tile::<V>(s.widths, codes, 0, values.as_chunks_mut().0);
-        let z = &s.z.floats()[s.frame * s.n * s.stride..];
-        dense::multiply::<V, C>(MatRef::new(z, s.stride), MatRef::new(values, TILE), MatMut::new(out, stride), s.n, first, TILE);
+        unpack_tile::<V>(p.widths, codes, 0, values.as_chunks_mut().0);
+        let z = &p.z.floats()[s.frame * s.n * p.stride..];
+        dense::multiply::<V, C>(MatRef::new(z, p.stride), MatRef::new(values, TILE), MatMut::new(sums, TILE), s.n, first, TILE);
     }
 }
 
@@ -165,19 +167,34 @@ const LINES_A_BLOCK: usize = 4;
 /// # Safety
 /// The features of `V` are there.
 #[inline(always)]
-pub unsafe fn tile_scores<V: Unpack, const C: usize>(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
+pub unsafe fn tile_scores<V: Unpack, const C: usize>(
+    s: &mut Products,
+    pass: Pass,
+    codes: &[u8],
+    gains: &[f32; TILE],
+    out: &mut [f32],
+    stride: usize,
+) {
     s.ahead.fetch(LINES_A_TILE);
     // SAFETY: features are the caller's.
-    unsafe { wide_sums::<V, C>(s, codes, s.widths.rank(), out, stride) }
-    scale_sums(s, gains, out, stride);
+    unsafe { wide_sums::<V, C>(s, pass.part, codes, s.parts[pass.part].widths.rank()) }
+    scale_sums(s, pass, gains, out, stride);
 }
 
-/// Sums of products to scores.
+/// Sums of products of a part to scores.
 #[inline(always)]
-pub fn scale_sums(s: &mut Products, gains: &[f32; TILE], out: &mut [f32], stride: usize) {
-    for (q, out) in out.chunks_mut(stride).enumerate().take(s.n) {
-        let out = (&mut out[..TILE]).try_into().expect("invariant: the rows of a tile");
-        s.largest[q] = s.largest[q].max(dense::scale_scores(out, gains, s.means[s.frame * s.n + q], s.scale));
+pub fn scale_sums(s: &mut Products, pass: Pass, gains: &[f32; TILE], out: &mut [f32], stride: usize) {
+    for ((q, out), sums) in out.chunks_mut(stride).enumerate().take(s.n).zip(s.sums.floats().as_chunks::<TILE>().0) {
+        let out: &mut [f32; TILE] = (&mut out[..TILE]).try_into().expect("invariant: the rows of a tile");
+        if !pass.add {
+            *out = [0.0; TILE];
+        }
+        for ((out, sum), gain) in out.iter_mut().zip(sums).zip(gains) {
+            *out += sum * gain;
+        }
+        if pass.finish {
+            s.largest[q] = s.largest[q].max(dense::scale_scores(out, s.means[s.frame * s.n + q], s.scale));
+        }
     }
 }
 

@@ -11,7 +11,7 @@
 use super::lanes::{Zmm, LANES};
 use super::quant::{self, STEP};
 use super::tile::{self, FULL};
-use super::{Ahead, Products, Widths};
+use super::{Ahead, Pass, Products, Widths};
 use crate::config::TILE;
 use std::arch::x86_64::*;
 
@@ -109,11 +109,11 @@ unsafe fn magnitude(x: &[f32]) -> f32 {
 /// # Safety
 /// AVX-512 F, BW, VL, DQ, VNNI and VBMI are there.
 #[inline(always)]
-pub unsafe fn prepare(s: &mut Products) {
+pub unsafe fn prepare(s: &mut Products, part: usize) {
+    let (queries, s) = (s.frames * s.n, &mut s.parts[part]);
     let (first, rank) = (tile::narrow_from(s.widths), s.widths.rank());
     let padded = (rank - first).next_multiple_of(64);
     tile::fill_steps(s, padded);
-    let queries = s.frames * s.n;
     s.digits.resize(queries * DIGITS * padded);
     s.offsets.clear();
     s.scales.clear();
@@ -179,8 +179,9 @@ unsafe fn interleave(c: [__m512i; 4]) -> [__m512i; 4] {
 struct Scores<'a> {
     out: *mut f32,
     stride: usize,
-    /// What `out` holds is to be added first.
-    add: bool,
+    /// Sums in f32, 64 for each query, that belong to those made here.
+    wide: Option<*const f32>,
+    pass: Pass,
     gains: &'a [f32; TILE],
     means: &'a [f32],
     scale: f32,
@@ -222,10 +223,13 @@ unsafe fn scores<const Q: usize>(rows: &[u8], digits: *const u8, padded: usize, 
             let mut largest = _mm512_set1_ps(s.largest[q]);
             for (l, x) in in_order.into_iter().enumerate() {
                 let out = s.out.add(q * s.stride + l * LANES);
-                let x = if s.add { _mm512_add_ps(_mm512_loadu_ps(out), x) } else { x };
-                let gains = _mm512_loadu_ps(s.gains.as_ptr().add(l * LANES));
-                let x = _mm512_mul_ps(_mm512_fmadd_ps(x, gains, _mm512_set1_ps(s.means[q])), _mm512_set1_ps(s.scale));
-                largest = _mm512_max_ps(largest, x);
+                let x = s.wide.map_or(x, |wide| _mm512_add_ps(_mm512_loadu_ps(wide.add(q * TILE + l * LANES)), x));
+                let before = if s.pass.add { _mm512_loadu_ps(out) } else { _mm512_setzero_ps() };
+                let mut x = _mm512_fmadd_ps(x, _mm512_loadu_ps(s.gains.as_ptr().add(l * LANES)), before);
+                if s.pass.finish {
+                    x = _mm512_mul_ps(_mm512_add_ps(x, _mm512_set1_ps(s.means[q])), _mm512_set1_ps(s.scale));
+                    largest = _mm512_max_ps(largest, x);
+                }
                 _mm512_storeu_ps(out, x);
             }
             s.largest[q] = _mm512_reduce_max_ps(largest);
@@ -238,27 +242,30 @@ unsafe fn scores<const Q: usize>(rows: &[u8], digits: *const u8, padded: usize, 
 /// # Safety
 /// As [`prepare`], which was called.
 #[inline(always)]
-pub unsafe fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
-    let (first, rank) = (tile::narrow_from(s.widths), s.widths.rank());
+pub unsafe fn tile_scores(s: &mut Products, pass: Pass, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
+    let widths = s.parts[pass.part].widths;
+    let (first, rank) = (tile::narrow_from(widths), widths.rank());
     let (narrow, padded) = (rank - first, (rank - first).next_multiple_of(64));
-    assert!(codes.len() >= s.widths.bytes() && s.n > 0 && out.len() >= (s.n - 1) * stride + TILE);
+    assert!(codes.len() >= widths.bytes() && s.n > 0 && out.len() >= (s.n - 1) * stride + TILE);
     // The first of the frame's queries.
     let base = s.frame * s.n;
-    assert!(s.digits.bytes().len() >= (base + s.n) * DIGITS * padded && s.offsets.len() >= (base + s.n) * DIGITS);
+    let p = &s.parts[pass.part];
+    assert!(p.digits.bytes().len() >= (base + s.n) * DIGITS * padded && p.offsets.len() >= (base + s.n) * DIGITS);
     assert!(s.means.len() >= base + s.n && s.largest.len() >= s.n);
     // SAFETY: features are the caller's, sizes were checked.
     unsafe {
         if first > 0 || narrow == 0 {
-            tile::wide_sums::<Zmm, 4>(s, codes, first, out, stride);
+            tile::wide_sums::<Zmm, 4>(s, pass.part, codes, first);
         }
         if narrow == 0 {
-            tile::scale_sums(s, gains, out, stride);
+            tile::scale_sums(s, pass, gains, out, stride);
             return;
         }
+        let p = &s.parts[pass.part];
         s.unpacked.resize(narrow.next_multiple_of(4) * TILE);
         let rows = &mut s.unpacked.bytes_mut()[..narrow.next_multiple_of(4) * TILE];
         let mut at = 0;
-        for (bits, n, from) in tile::narrow_runs(s.widths) {
+        for (bits, n, from) in tile::narrow_runs(widths) {
             let (codes, out) = (&codes[from..from + n * quant::coefficient_bytes(bits)], &mut rows[at * TILE..(at + n) * TILE]);
             match bits {
                 5 => unpack_run::<5>(codes, out),
@@ -275,11 +282,12 @@ pub unsafe fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], o
             v.into_iter().enumerate().for_each(|(r, v)| _mm512_storeu_si512(p.add(r * TILE).cast(), v));
         }
         for q in (0..s.n).step_by(2) {
-            let digits = s.digits.bytes().as_ptr().add((base + q) * DIGITS * padded);
-            let (offsets, scales) = (&s.offsets[(base + q) * DIGITS..], &s.scales[base + q..]);
+            let digits = p.digits.bytes().as_ptr().add((base + q) * DIGITS * padded);
+            let (offsets, scales) = (&p.offsets[(base + q) * DIGITS..], &p.scales[base + q..]);
+            let wide = (first > 0).then(|| s.sums.floats().as_ptr().add(q * TILE));
             let out = out.as_mut_ptr().add(q * stride);
             let (means, largest, ahead) = (&s.means[base + q..], &mut s.largest[q..], &mut s.ahead);
-            let to = Scores { out, stride, add: first > 0, gains, means, scale: s.scale, largest, ahead };
+            let to = Scores { out, stride, wide, pass, gains, means, scale: s.scale, largest, ahead };
             match s.n - q {
                 1 => scores::<1>(rows, digits, padded, offsets, scales, to),
                 _ => scores::<2>(rows, digits, padded, offsets, scales, to),

@@ -8,7 +8,7 @@
 use super::lanes::{Plain, LANES, ROUND};
 use super::quant::{self, STEP};
 use super::tile::{self, FULL};
-use super::{Products, Widths};
+use super::{Pass, Products, Widths};
 use crate::config::TILE;
 
 /// Coefficients of a row that are summed at once; as many as a tile has rows, so that both sums are one function.
@@ -50,23 +50,23 @@ pub fn round(x: &[f32], out: &mut [Digits]) -> f32 {
 
 /// See [`super::Kernels::prepare`].
 #[inline(always)]
-pub fn prepare(s: &mut Products) {
-    let (first, rank) = (tile::narrow_from(s.widths), s.widths.rank());
+pub fn prepare(s: &mut Products, part: usize) {
+    let (queries, p) = (s.frames * s.n, &mut s.parts[part]);
+    let (first, rank) = (tile::narrow_from(p.widths), p.widths.rank());
     let padded = (rank - first).next_multiple_of(BLOCK);
-    tile::fill_steps(s, padded);
-    let queries = s.frames * s.n;
-    s.digits.resize(queries * padded * 2);
+    tile::fill_steps(p, padded);
+    p.digits.resize(queries * padded * 2);
     s.values.resize(padded * 4);
-    s.scales.clear();
+    p.scales.clear();
     let scaled = &mut s.values.floats_mut()[..padded];
-    let (digits, _) = bytemuck::cast_slice_mut::<u8, i16>(s.digits.bytes_mut()).as_chunks_mut();
+    let (digits, _) = bytemuck::cast_slice_mut::<u8, i16>(p.digits.bytes_mut()).as_chunks_mut();
     for q in 0..queries {
         // What is read behind a query's last coefficient has a step of zero.
-        let z = &s.z.floats()[q * s.stride + first..][..padded];
-        for ((scaled, z), step) in scaled.iter_mut().zip(z).zip(s.steps.1.floats()) {
+        let z = &p.z.floats()[q * p.stride + first..][..padded];
+        for ((scaled, z), step) in scaled.iter_mut().zip(z).zip(p.steps.1.floats()) {
             *scaled = z * step;
         }
-        s.scales.push(round(scaled, &mut digits[q * padded / BLOCK..][..padded / BLOCK]));
+        p.scales.push(round(scaled, &mut digits[q * padded / BLOCK..][..padded / BLOCK]));
     }
 }
 
@@ -106,15 +106,16 @@ fn transpose(units: &[[i8; TILE]], rows: &mut [Digits]) {
 }
 
 /// See [`super::Kernels::tile_scores`].
-pub fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
-    let (first, rank) = (tile::narrow_from(s.widths), s.widths.rank());
+pub fn tile_scores(s: &mut Products, pass: Pass, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
+    let widths = s.parts[pass.part].widths;
+    let (first, rank) = (tile::narrow_from(widths), widths.rank());
     let blocks = (rank - first).div_ceil(BLOCK);
     // SAFETY: plain Rust needs no features.
-    unsafe { tile::wide_sums::<Plain, 1>(s, codes, first, out, stride) }
+    unsafe { tile::wide_sums::<Plain, 1>(s, pass.part, codes, first) }
     s.unpacked.resize(blocks * BLOCK * TILE);
     let (units, _) = bytemuck::cast_slice_mut::<u8, i8>(s.unpacked.bytes_mut()).as_chunks_mut();
     let mut at = 0;
-    for (bits, n, from) in tile::narrow_runs(s.widths) {
+    for (bits, n, from) in tile::narrow_runs(widths) {
         let (codes, units) = (&codes[from..from + n * quant::coefficient_bytes(bits)], &mut units[at..at + n]);
         match bits {
             5 => unpack_run(5, codes, units),
@@ -127,12 +128,13 @@ pub fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mu
     }
     s.values.resize(TILE * BLOCK * 2);
     let (rows, _) = bytemuck::cast_slice_mut::<f32, i16>(s.values.floats_mut()).as_chunks_mut();
-    let (digits, _) = bytemuck::cast_slice::<u8, i16>(s.digits.bytes()).as_chunks();
+    let p = &s.parts[pass.part];
+    let (digits, _) = bytemuck::cast_slice::<u8, i16>(p.digits.bytes()).as_chunks();
     // The frame's queries.
-    let (digits, scales) = (&digits[s.frame * s.n * blocks..], &s.scales[s.frame * s.n..]);
+    let (digits, scales) = (&digits[s.frame * s.n * blocks..], &p.scales[s.frame * s.n..]);
     for (block, units) in units.chunks_exact(BLOCK).enumerate().take(blocks) {
         transpose(units, rows);
-        for (q, out) in out.chunks_mut(stride).enumerate().take(s.n) {
+        for (q, out) in s.sums.floats_mut().as_chunks_mut::<TILE>().0.iter_mut().enumerate().take(s.n) {
             let mut sums = [0; TILE];
             for (sum, row) in sums.iter_mut().zip(&*rows) {
                 *sum = dot(row, &digits[q * blocks + block]);
@@ -142,7 +144,7 @@ pub fn tile_scores(s: &mut Products, codes: &[u8], gains: &[f32; TILE], out: &mu
             }
         }
     }
-    tile::scale_sums(s, gains, out, stride);
+    tile::scale_sums(s, pass, gains, out, stride);
 }
 
 /// Probabilities of some queries, `tiles` times 64 for each, and what one of theirs stands for; `rows` is memory for the levels of a coefficient.

@@ -5,22 +5,23 @@
 //! prepared begins anew. Read beside other rows, codes are
 //! copied bit for bit when the bases agree and re-coded in the stream's own bases when they do not.
 //!
-//! Layout: magic, version, shape hash, flags, counts; per cell its kind and its turn less its position; per layer its bases, exact rows, codes
-//! (a byte per coefficient, before general compression by the caller if wanted); queries; CRC-32 of all that. Must not know C.
+//! Layout: magic, version, shape hash, flags, counts; per cell its kind and its turn less its position; per KV head its bases, what its waiting
+//! rows are coded relative to, and its rows: exact ones in f16, packed codes of others; queries; CRC-32 of all that. Must not know C.
 
-use crate::cache::arena::{self, ExactRows};
-use crate::cache::{Cells, Layer, Location, Restore, Table};
-use crate::codec::{self, Basis, TileMap};
-use crate::config::{LayerGeometry, BANDS, TILE};
+use crate::cache::arena::{self, ExactRows, Pieces};
+use crate::cache::geometry::HeadRanges;
+use crate::cache::{Cells, Geometry, Layer, Location, Restore, Table};
+use crate::codec::{self, Basis, Fine, TileForm};
+use crate::config::{Heads, BANDS, TILE};
 use crate::error::{argument, Error, Result};
 use crate::rope::Turn;
 use crate::simd;
 use half::f16;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"SKVSTATE");
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 const EXACT: u8 = 1;
-/// Plus the band.
+/// Plus the band; [`BANDS`] for rows that wait.
 const CODED: u8 = 2;
 
 fn shape_hash(layers: &[&Layer]) -> u32 {
@@ -36,12 +37,12 @@ fn shape_hash(layers: &[&Layer]) -> u32 {
 }
 
 /// Bytes of the state of `cells`, which ascend and hold rows.
-pub fn write(table: &Table, layers: &[&Layer], arenas: &[&[u8]], cells: &[u32]) -> Result<Vec<u8>> {
-    check_layers(table, layers, arenas.len())?;
+pub fn write(table: &Table, layers: &[&Layer], arena: &[u8], cells: &[u32]) -> Result<Vec<u8>> {
+    check_layers(table, layers, arena)?;
     if cells.windows(2).any(|w| w[0] >= w[1]) {
         return argument("the cells to save do not ascend");
     }
-    let fitted = table.is_fitted();
+    let (fitted, g) = (table.is_fitted(), table.geometry());
     let mut out = Vec::new();
     out.extend(MAGIC.to_le_bytes());
     for x in [VERSION, shape_hash(layers), u32::from(fitted), cells.len() as u32] {
@@ -54,30 +55,19 @@ pub fn write(table: &Table, layers: &[&Layer], arenas: &[&[u8]], cells: &[u32]) 
         };
         out.push(match at {
             Location::Slot(_) => EXACT,
-            Location::Coded(tile, _) => CODED + table.geometry().band_of(tile) as u8,
+            Location::Coded(tile, _) => CODED + g.band_of(tile) as u8,
         });
         out.extend(turn.to_le_bytes());
         located.push(at);
     }
-    let with_queries = !fitted && table.geometry().keeps_queries();
+    let with_queries = !fitted && g.keeps_queries();
     out.extend(u32::from(with_queries).to_le_bytes());
-    for (l, a) in layers.iter().zip(arenas) {
-        let g = l.shape();
-        for r in arena::ranges(a, g, &table.geometry().band_tiles, fitted)? {
-            let (exact, bases, tiles) = (&a[r.exact], &a[r.bases], &a[r.tiles]);
-            out.extend(bases);
-            let rows = ExactRows::new(g, table.geometry().exact, exact, if fitted { &[] } else { &a[r.raw.clone()] })?;
-            for at in &located {
-                match at {
-                    Location::Slot(slot) => out.extend(rows.row(*slot).iter().flat_map(|x| x.to_le_bytes())),
-                    Location::Coded(tile, row) => {
-                        let map = TileMap::of(table.geometry().band_tiles, g, bases);
-                        out.extend(codec::take_row(&map, tiles, tile * TILE + row));
-                    }
-                }
-            }
+    for l in layers {
+        for (head, r) in arena::heads(g, l.index()).into_iter().enumerate() {
+            write_head(g, l, head, &r, arena, fitted, &located, &mut out)?;
             if with_queries {
-                out.extend(arena::queries(g, &a[r.raw])?.iter().flat_map(|x| x.to_le_bytes()));
+                let (queries, norms) = arena::queries(&arena[r.queries])?;
+                out.extend(queries.iter().flat_map(|x| x.to_le_bytes()).chain(norms.iter().flat_map(|x| x.to_le_bytes())));
             }
         }
     }
@@ -86,11 +76,43 @@ pub fn write(table: &Table, layers: &[&Layer], arenas: &[&[u8]], cells: &[u32]) 
     Ok(out)
 }
 
-fn check_layers(table: &Table, layers: &[&Layer], arenas: usize) -> Result<()> {
-    if layers.len() != table.geometry().layers.len() || arenas != layers.len() {
-        return argument(format!("{} layers and {arenas} arenas; the table has {}", layers.len(), table.geometry().layers.len()));
+#[expect(clippy::too_many_arguments, reason = "a head, its rows and where they go")]
+fn write_head(
+    g: &Geometry,
+    l: &Layer,
+    head: usize,
+    r: &HeadRanges,
+    arena: &[u8],
+    fitted: bool,
+    located: &[Location],
+    out: &mut Vec<u8>,
+) -> Result<()> {
+    let bases = if fitted { &arena[r.bases.clone()] } else { &[] };
+    out.extend(bases);
+    out.extend(&arena[r.plain.clone()]);
+    let rows = ExactRows::new(l.shape(), &arena[r.exact.clone()])?;
+    let pieces = Pieces::new(g, l.index(), head, &arena[r.record.clone()], bases)?;
+    for at in located {
+        match at {
+            Location::Slot(slot) => out.extend(rows.row(*slot).iter().flat_map(|x| x.to_le_bytes())),
+            Location::Coded(tile, row) => {
+                let (band, place) = pieces.place(*tile);
+                out.extend(codec::take_row(pieces.form(band), &arena[place], *row));
+            }
+        }
     }
-    match layers.iter().find(|l| l.geometry() != table.geometry()) {
+    Ok(())
+}
+
+fn check_layers(table: &Table, layers: &[&Layer], arena: &[u8]) -> Result<()> {
+    let g = table.geometry();
+    if layers.len() != g.layers.len() || layers.iter().enumerate().any(|(i, l)| l.index() != i) {
+        return argument(format!("{} layers, or not in their order; the table has {}", layers.len(), g.layers.len()));
+    }
+    if arena.len() < g.arena_bytes {
+        return Err(Error::Buffer { need: g.arena_bytes, have: arena.len() });
+    }
+    match layers.iter().find(|l| l.geometry() != g) {
         Some(_) => argument("a layer of another geometry"),
         None => Ok(()),
     }
@@ -115,6 +137,9 @@ impl<'a> Reader<'a> {
 /// What a state holds of one head of one layer, borrowed from its bytes.
 struct SavedHead<'a> {
     bases: &'a [u8],
+    plain: &'a [u8],
+    /// How rows of each band are coded, and last those that waited.
+    forms: [TileForm; BANDS + 1],
     rows: Vec<&'a [u8]>,
     queries: &'a [u8],
 }
@@ -157,63 +182,81 @@ fn parse<'a>(table: &Table, layers: &[&Layer], n: usize, bytes: &'a [u8]) -> Res
     for _ in 0..n {
         coded.push(match r.take(1)?[0] {
             EXACT => None,
-            kind if (CODED..CODED + BANDS as u8).contains(&kind) => Some(usize::from(kind - CODED)),
+            kind if (CODED..=CODED + BANDS as u8).contains(&kind) => Some(usize::from(kind - CODED)),
             _ => return bad("a row of an unknown kind"),
         });
         bases.push(r.u32()? as i32);
     }
-    if !fitted && coded.iter().any(Option::is_some) {
+    if !fitted && coded.iter().flatten().any(|band| *band < BANDS) {
         return bad("coded rows without bases");
     }
     let mut heads = Vec::with_capacity(layers.len());
     let with_queries = r.u32()? != 0;
     for l in layers {
-        let g = l.shape();
-        let mut layer = Vec::with_capacity(g.n_head_kv);
-        for _ in 0..g.n_head_kv {
-            let bases = r.take(if fitted { g.basis_bytes() } else { 0 })?;
-            let map = fitted.then(|| TileMap::of(table.geometry().band_tiles, g, bases));
-            if map.as_ref().is_some_and(|m| !m.is_possible(g)) {
-                return bad("more coefficients than elements");
-            }
-            let bytes_of = |band: &Option<usize>| match (band, &map) {
-                (Some(band), Some(map)) => map.taken_bytes(*band),
-                _ => g.row_bytes(),
-            };
-            let rows = coded.iter().map(|c| r.take(bytes_of(c))).collect::<Result<_>>()?;
-            layer.push(SavedHead { bases, rows, queries: r.take(if with_queries { g.query_bytes() } else { 0 })? });
-        }
-        heads.push(layer);
+        let ranges = arena::heads(table.geometry(), l.index());
+        let head = |(head, ranges): (usize, &HeadRanges)| parse_head(&mut r, table.geometry(), l, head, ranges, fitted, &coded, with_queries);
+        heads.push(ranges.iter().enumerate().map(head).collect::<Result<Vec<_>>>()?);
     }
     Ok(Saved { fitted, coded, bases, layers: heads, queries: r.bytes })
 }
 
+#[expect(clippy::too_many_arguments, reason = "a head, and what is known of all heads")]
+fn parse_head<'a>(
+    r: &mut Reader<'a>,
+    g: &Geometry,
+    l: &Layer,
+    head: usize,
+    ranges: &HeadRanges,
+    fitted: bool,
+    coded: &[Option<usize>],
+    with_queries: bool,
+) -> Result<SavedHead<'a>> {
+    let h = l.shape();
+    let bases = r.take(if fitted { ranges.bases.len() } else { 0 })?;
+    let plain = r.take(ranges.plain.len())?;
+    let waiting = g.waiting_piece(l.index(), head).1;
+    let forms = if fitted { saved_forms(h, bases, waiting)? } else { std::array::from_fn(|_| waiting.clone()) };
+    let mut row = |c: &Option<usize>| match c {
+        Some(band) => {
+            let n = r.bytes.first().and_then(|flag| forms[*band].taken_bytes(*flag));
+            r.take(n.ok_or_else(|| Error::Data("state: a row that is no row".into()))?)
+        }
+        None => r.take(h.row_bytes()),
+    };
+    let rows = coded.iter().map(&mut row).collect::<Result<_>>()?;
+    let queries = r.take(if with_queries { ranges.queries.len() } else { 0 })?;
+    Ok(SavedHead { bases, plain, forms, rows, queries })
+}
+
+/// How rows of a state are coded that has these bases.
+fn saved_forms(h: &Heads, bases: &[u8], waiting: TileForm) -> Result<[TileForm; BANDS + 1]> {
+    let (k, v) = (Basis::widths_of(bases), Basis::widths_of(&bases[Basis::bytes_of(h.d_k)..]));
+    if k.iter().any(|w| w.rank() > h.d_k) || v.iter().any(|w| w.rank() > h.d_v) {
+        return Err(Error::Data("state: more coefficients than elements".into()));
+    }
+    let form = |band: usize| TileForm::new(k[band], v[band], h.d_k, h.d_v, Fine::Residuals);
+    Ok(std::array::from_fn(|band| if band == BANDS { waiting.clone() } else { form(band) }))
+}
+
 /// Read a state into `cells`, given in the order they were written; rows they held are dropped. `all` describes every
 /// cell of the stream. On error these cells hold no rows and no other row has changed.
-pub fn read(table: &mut Table, layers: &[&Layer], arenas: &mut [&mut [u8]], all: Cells, cells: &[u32], bytes: &[u8]) -> Result<()> {
-    check_layers(table, layers, arenas.len())?;
+pub fn read(table: &mut Table, layers: &[&Layer], arena: &mut [u8], all: Cells, cells: &[u32], bytes: &[u8]) -> Result<()> {
+    check_layers(table, layers, arena)?;
     let saved = parse(table, layers, cells.len(), bytes)?;
-    for (l, a) in layers.iter().zip(arenas.iter()) {
-        if a.len() < l.shape().arena_bytes {
-            return Err(Error::Buffer { need: l.shape().arena_bytes, have: a.len() });
-        }
-    }
     if saved.queries.len() != table.queries_to_bytes().len() {
         return Err(Error::Data("state: the list of queries has another length".into()));
     }
     let place = table.plan_restore(all, cells, &saved.coded, &saved.bases, saved.fitted)?;
-    // Codes in bases that take more room than this cache's tiles have cannot be adopted as they are.
-    if place.adopt {
-        for (l, heads) in layers.iter().zip(&saved.layers) {
-            let g = l.shape();
-            let tiles: usize = heads.iter().map(|h| TileMap::of(table.geometry().band_tiles, g, h.bases).bytes()).sum();
-            if tiles + g.n_head_kv * g.basis_bytes() > g.body_bytes {
-                return Err(Error::Data("state: saved at a higher code rate than this cache has".into()));
-            }
+    let offsets = if place.adopt { adopted_offsets(table.geometry(), &saved)? } else { Vec::new() };
+    let mut first_head = 0;
+    for (l, heads) in layers.iter().zip(&saved.layers) {
+        l.mark_used();
+        for (head, own) in heads.iter().enumerate() {
+            let r = table.geometry().head(l.index(), head);
+            adopt_head(arena, &r, own, &place, offsets.get(first_head + head));
+            restore_head(l, head, &r, arena, table, &saved, own, &place)?;
         }
-    }
-    for ((l, arena), heads) in layers.iter().zip(arenas.iter_mut()).zip(&saved.layers) {
-        restore_layer(l, arena, table, &saved, heads, &place)?;
+        first_head += heads.len();
     }
     table.commit_restore(&place, cells);
     if place.was_empty && !place.fitted {
@@ -225,75 +268,91 @@ pub fn read(table: &mut Table, layers: &[&Layer], arenas: &mut [&mut [u8]], all:
     Ok(())
 }
 
-fn restore_layer(l: &Layer, arena: &mut [u8], table: &Table, saved: &Saved, heads: &[SavedHead], place: &Restore) -> Result<()> {
-    l.mark_used();
-    let (g, slots, band_tiles) = (l.shape(), table.geometry().exact, table.geometry().band_tiles);
-    let was_fitted = place.fitted && !place.adopt;
-    let before = arena::ranges(arena, g, &band_tiles, was_fitted)?;
-    if place.adopt {
-        let waiting = arena.to_vec();
-        for (head, (saved, r)) in heads.iter().zip(&before).enumerate() {
-            let at = g.body_offset() + head * g.basis_bytes();
-            arena[at..at + g.basis_bytes()].copy_from_slice(saved.bases);
-            let rows = ExactRows::new(g, slots, &waiting[r.exact.clone()], &waiting[r.raw.clone()])?;
-            for (from, to) in &place.relocations {
-                arena::exact_row_mut(g, slots, &mut arena[r.exact.clone()], &mut [], *to as usize)?.copy_from_slice(rows.row(*from as usize));
-            }
-        }
-        arena::write_header(arena);
+/// Where the pieces of each head begin when the stream takes over the state's bases. Codes in bases that take more room than this cache's tiles
+/// have cannot be adopted as they are.
+fn adopted_offsets(g: &Geometry, saved: &Saved) -> Result<Vec<[usize; BANDS]>> {
+    let (mut at, mut out) = ([0; BANDS], Vec::new());
+    for head in saved.layers.iter().flatten() {
+        out.push(at);
+        at.iter_mut().zip(&head.forms).for_each(|(at, form)| *at += form.bytes());
     }
-    let now = arena::ranges(arena, g, &band_tiles, place.fitted)?;
-    let kernels = simd::kernels();
-    let (mut turn, mut row, mut work) = (Turn::default(), vec![0.0f32; g.head_elements()], Vec::new());
-    for (head, r) in heads.iter().zip(now) {
-        let mut own = (Basis::default(), Basis::default());
-        let mut theirs = (Basis::default(), Basis::default());
-        let own_bytes = arena[r.bases.clone()].to_vec();
-        let split = LayerGeometry::basis_bytes_of(g.d_k);
-        let same = own_bytes == head.bases;
-        for (basis, bytes, needed) in [(&mut own, &own_bytes[..], place.fitted), (&mut theirs, head.bases, saved.fitted && !same)] {
-            if needed {
-                basis.0.load(&bytes[..split], g.d_k, true)?;
-                basis.1.load(&bytes[split..], g.d_v, true)?;
-            }
+    if at.iter().zip(g.block_bytes).any(|(at, block)| *at > block) {
+        return Err(Error::Data("state: saved at a higher code rate than this cache has".into()));
+    }
+    Ok(out)
+}
+
+/// Take over what a head's rows are coded with, as far as the stream has nothing of its own.
+fn adopt_head(arena: &mut [u8], r: &HeadRanges, saved: &SavedHead, place: &Restore, offsets: Option<&[usize; BANDS]>) {
+    if let Some(offsets) = offsets {
+        arena[r.bases.clone()].copy_from_slice(saved.bases);
+        arena::set_pieces(&mut arena[r.record.clone()], *offsets);
+    }
+    if place.adopt_plain {
+        arena[r.plain.clone()].copy_from_slice(saved.plain);
+    }
+    if place.was_empty && !place.fitted && !saved.queries.is_empty() {
+        arena[r.queries.clone()].copy_from_slice(saved.queries);
+    }
+}
+
+/// The bases of rows of a band: fitted ones or those of rows that wait.
+fn of(both: &[(Basis, Basis); 2], band: usize) -> (&Basis, &Basis) {
+    let (k, v) = &both[usize::from(band == BANDS)];
+    (k, v)
+}
+
+fn load(h: &Heads, bases: &[u8], plain: &[u8]) -> Result<[(Basis, Basis); 2]> {
+    let mut fitted = (Basis::default(), Basis::default());
+    if !bases.is_empty() {
+        // In a state nothing is aligned.
+        let bases = bases.to_vec();
+        let (k, v) = bases.split_at(Basis::bytes_of(h.d_k));
+        fitted.0.load(k, h.d_k, true)?;
+        fitted.1.load(v, h.d_v, true)?;
+    }
+    Ok([fitted, arena::plain(h, plain)])
+}
+
+#[expect(clippy::too_many_arguments, reason = "a head, what is saved of it and where it goes")]
+fn restore_head(
+    l: &Layer,
+    head: usize,
+    r: &HeadRanges,
+    arena: &mut [u8],
+    table: &Table,
+    saved: &Saved,
+    own: &SavedHead,
+    place: &Restore,
+) -> Result<()> {
+    let (h, kernels) = (l.shape(), simd::kernels());
+    let (bases, plain) = (arena[r.bases.clone()].to_vec(), arena[r.plain.clone()].to_vec());
+    let bases = if place.fitted { &bases[..] } else { &[] };
+    let pieces = Pieces::new(table.geometry(), l.index(), head, &arena[r.record.clone()], bases)?;
+    let (here, there) = (load(h, bases, &plain)?, load(h, own.bases, own.plain)?);
+    let same = |band: usize| if band == BANDS { plain == own.plain } else { bases == own.bases };
+    let (mut turn, mut row, mut work) = (Turn::default(), vec![0.0f32; h.elements()], codec::TileWork::default());
+    for (i, bytes) in own.rows.iter().enumerate() {
+        if let Some(slot) = place.slots[i] {
+            let out = arena::exact_row_mut(h, &mut arena[r.exact.clone()], slot as usize)?;
+            out.iter_mut().zip(bytes.chunks_exact(2)).for_each(|(out, x)| *out = f16::from_le_bytes([x[0], x[1]]));
+            continue;
         }
-        let map = place.fitted.then(|| TileMap::of(band_tiles, g, &own_bytes));
-        for (i, bytes) in head.rows.iter().enumerate() {
-            if let Some(slot) = place.slots[i] {
-                let (exact, rest) = arena.split_at_mut(r.exact.end);
-                let raw = if place.fitted { &mut [][..] } else { &mut rest[r.raw.start - r.exact.end..r.raw.end - r.exact.end] };
-                let out = arena::exact_row_mut(g, slots, &mut exact[r.exact.clone()], raw, slot as usize)?;
-                for (out, x) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                    *out = f16::from_le_bytes([x[0], x[1]]);
-                }
-                continue;
-            }
-            let (target, map) = (place.rows[i] as usize, map.as_ref().expect("invariant: coded rows need bases"));
-            let tiles = &mut arena[r.tiles.clone()];
-            let to = map.place(target / TILE);
-            if same && saved.coded[i] == Some(to.band) {
-                codec::put_row(map, tiles, target, bytes);
-                continue;
-            }
-            if let Some(band) = saved.coded[i] {
-                let (k, v) = if same { (&own.0, &own.1) } else { (&theirs.0, &theirs.1) };
-                codec::decode_taken(kernels, k, v, band, bytes, &mut row);
-            } else {
-                for (out, x) in row.iter_mut().zip(bytes.chunks_exact(2)) {
-                    *out = f16::from_le_bytes([x[0], x[1]]).to_f32();
-                }
-                l.rope().turn(i64::from(place.turns[i]), &mut turn);
-                l.rope().rotate(&turn, &mut row[..g.d_k]);
-            }
-            let [(gk, ck), (gv, cv)] = codec::split_tile_mut(&mut tiles[to.bytes], to.k);
-            codec::encode_row(kernels, &own.0, to.band, &row[..g.d_k], target % TILE, gk, ck, &mut work);
-            codec::encode_row(kernels, &own.1, to.band, &row[g.d_k..], target % TILE, gv, cv, &mut work);
+        let target = place.rows[i] as usize;
+        let (to, at) = pieces.place(target / TILE);
+        if saved.coded[i] == Some(to) && same(to) {
+            codec::put_row(pieces.form(to), &mut arena[at], target % TILE, bytes);
+            continue;
         }
-        if place.was_empty && !place.fitted && table.geometry().keeps_queries() && !head.queries.is_empty() {
-            for (out, x) in arena::queries_mut(g, &mut arena[r.raw])?.iter_mut().zip(head.queries.chunks_exact(2)) {
-                *out = f16::from_le_bytes([x[0], x[1]]);
-            }
+        if let Some(band) = saved.coded[i] {
+            codec::decode_taken(kernels, of(&there, band), &own.forms[band], bytes, &mut row);
+        } else {
+            row.iter_mut().zip(bytes.chunks_exact(2)).for_each(|(out, x)| *out = f16::from_le_bytes([x[0], x[1]]).to_f32());
+            l.rope().turn(i64::from(place.turns[i]), &mut turn);
+            l.rope().rotate(&turn, &mut row[..h.d_k]);
         }
+        let (k, v) = row.split_at(h.d_k);
+        codec::encode_row(kernels, of(&here, to), pieces.form(to), k, v, target % TILE, &mut arena[at], &mut work);
     }
     Ok(())
 }

@@ -119,7 +119,7 @@ fn choose(probe: &mut Probe, files: &[String], c: &Calibrate) -> Result<Vec<Vec<
 
 /// Runs one text; returns its rows in each layer, empty ones for layers without attention.
 fn collect(probe: &mut Probe, context: &Context, layers: &[LayerInfo], tokens: &[i32]) -> Result<Vec<Text>> {
-    let mut texts: Vec<Text> = layers.iter().map(|_| Text { k: vec![], v: vec![], q_positions: vec![], q: vec![] }).collect();
+    let mut texts: Vec<Text> = layers.iter().map(|_| Text { k: vec![], v: vec![], q_positions: vec![], q: vec![], residual: vec![] }).collect();
     let stride = tokens.len().div_ceil(QUERY_SLOTS);
     for (step, piece) in tokens.chunks(STEP).enumerate() {
         probe.decode(context, piece, Want::None)?;

@@ -120,8 +120,7 @@ static void storing_is_the_same_for_any_number_of_threads(void) {
         store(&s[i], 0, 500, 0, 0, counts[i]);
         for (uint32_t at = 500; at < 700; at += 40)
             store(&s[i], at, 40, (int32_t)at, 0, counts[i]);
-        for (int layer = 0; layer < N_LAYERS; layer++)
-            CHECK(memcmp(s[i].arenas[layer], s[0].arenas[layer], s[0].arena_bytes) == 0);
+        CHECK(memcmp(s[i].arena, s[0].arena, s[0].arena_bytes) == 0);
     }
     for (int i = 0; i < 4; i++)
         close_stream(&s[i]);
@@ -160,7 +159,7 @@ static void a_step_that_stopped_leaves_the_rows_before_it(size_t before, size_t 
     append_layer(&s, 0, &in, 2);
     free(in.data);
     for (int layer = 0; layer < N_LAYERS; layer++)
-        OK(skv_layer_replay(s.layers[layer], s.arenas[layer], s.arena_bytes, s.plan, s.plan_ints));
+        OK(skv_layer_replay(s.layers[layer], s.arena, s.arena_bytes, s.plan, s.plan_ints));
     OK(skv_table_commit_replayed(s.table));
     OK(skv_table_is_pending(s.table, &pending));
     CHECK(pending == 0);

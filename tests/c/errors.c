@@ -231,7 +231,6 @@ static void table_arguments(struct stream *s) {
     CHECK(used == 77);
     STATUS(SKV_STATUS_STATE, skv_table_commit(s->table));
     STATUS(SKV_STATUS_STATE, skv_table_commit_replayed(s->table));
-    STATUS(SKV_STATUS_ARGUMENT, skv_geometry_arena_bytes(s->geometry, N_LAYERS, &used));
     CHECK(used == 77);
     /* No step is longer than a stream. */
     size_t full = 0;
@@ -253,7 +252,8 @@ struct call {
 };
 
 static skv_status do_append(struct call *c) {
-    return skv_layer_append(c->s->layers[0], c->arena, c->bytes, c->plan, c->ints, &c->in.q, &c->in.k, &c->in.v, NULL, c->ith, c->nth);
+    skv_step step = step_of(&c->in.q, &c->in.k, &c->in.v);
+    return skv_layer_append(c->s->layers[0], c->arena, c->bytes, c->plan, c->ints, &step, c->ith, c->nth);
 }
 
 static skv_status do_attend(struct call *c) {
@@ -290,14 +290,14 @@ static void layer_arguments(struct stream *s) {
     struct call ok, c;
     char text[200];
     float out[Q_ROW];
-    uint8_t *before = (uint8_t *)memcpy(allocate(s->arena_bytes), s->arenas[0], s->arena_bytes);
+    uint8_t *before = (uint8_t *)memcpy(allocate(s->arena_bytes), s->arena, s->arena_bytes);
     memset(&ok, 0, sizeof ok);
     s->pos[900] = 700;
     s->seq[900] = 0;
     plan_step(s, &cell, 1);
     ok.s = s;
     ok.in = make_input(0, s, &cell, 1);
-    ok.arena = s->arenas[0];
+    ok.arena = s->arena;
     ok.bytes = s->arena_bytes;
     ok.plan = s->plan;
     ok.ints = s->plan_ints;
@@ -363,7 +363,7 @@ static void layer_arguments(struct stream *s) {
     STATUS(SKV_STATUS_STATE, skv_layer_set_rope(s->layers[0], &rope));
     STATUS(SKV_STATUS_ARGUMENT, skv_layer_set_scoring(s->layers[0], INFINITY, 0.0f));
 
-    CHECK(memcmp(before, s->arenas[0], s->arena_bytes) == 0);
+    CHECK(memcmp(before, s->arena, s->arena_bytes) == 0);
     for (int i = 0; i < 3; i++) {
         float *key = (float *)ok.in.k.data, good = key[KV_ROW - 1];
         key[KV_ROW - 1] = bad[i];
@@ -407,7 +407,7 @@ static void damaged_plans(struct stream *s, size_t n_new) {
     OK(skv_layer_partial_floats(s->layers[0], n_new, &c.n_partials));
     c.partials = (float *)allocate(c.n_partials * sizeof(float));
 
-    memcpy(copy, s->arenas[0], s->arena_bytes);
+    memcpy(copy, s->arena, s->arena_bytes);
     for (size_t ints = 0; ints < s->plan_ints; ints += ints < 32 ? 1 : 13) {
         /* Of its own size, so that the sanitizer sees a read behind it. */
         plan = (int32_t *)allocate((ints + 1) * sizeof *plan);
@@ -419,7 +419,7 @@ static void damaged_plans(struct stream *s, size_t n_new) {
         STATUS(SKV_STATUS_DATA, skv_layer_wants_projection(s->layers[0], plan, ints, 0, 1, &wants));
         free(plan);
     }
-    CHECK(wants == 77 && memcmp(copy, s->arenas[0], s->arena_bytes) == 0);
+    CHECK(wants == 77 && memcmp(copy, s->arena, s->arena_bytes) == 0);
 
     plan = (int32_t *)allocate(s->plan_ints * sizeof *plan);
     memcpy(plan, s->plan, s->plan_ints * sizeof *plan);
@@ -438,10 +438,10 @@ static void damaged_plans(struct stream *s, size_t n_new) {
             status[0] = do_attend(&c);
             status[1] = do_rebuild(&c);
             status[2] = do_append(&c);
-            memcpy(copy, s->arenas[0], s->arena_bytes);
+            memcpy(copy, s->arena, s->arena_bytes);
             status[3] = do_prefill(&c);
             status[4] = do_replay(&c);
-            memcpy(copy, s->arenas[0], s->arena_bytes);
+            memcpy(copy, s->arena, s->arena_bytes);
             plan[i] = s->plan[i];
             for (int k = 0; k < 5; k++)
                 CHECK(status[k] == SKV_STATUS_OK || status[k] == SKV_STATUS_DATA || status[k] == SKV_STATUS_ARGUMENT);

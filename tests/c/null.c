@@ -26,8 +26,8 @@ static void geometry(void) {
     CHECK(g == NULL);
     OK(skv_geometry_create(&c, &s, 1, &made, NULL, 100));
 
-    NULL_IS(skv_geometry_arena_bytes(NULL, 0, &n));
-    NULL_IS(skv_geometry_arena_bytes(made, 0, NULL));
+    NULL_IS(skv_geometry_arena_bytes(NULL, &n));
+    NULL_IS(skv_geometry_arena_bytes(made, NULL));
     NULL_IS(skv_geometry_plan_ints(NULL, 1, &n));
     NULL_IS(skv_geometry_plan_ints(made, 1, NULL));
     CHECK(n == UNTOUCHED);
@@ -85,7 +85,7 @@ static void layer(struct stream *s) {
     static uint16_t k_out[N_CELLS * KV_ROW], v_out[N_CELLS * KV_ROW];
     uint32_t cell = 0;
     skv_layer *l = s->layers[0];
-    uint8_t *arena = s->arenas[0], *before = allocate(s->arena_bytes);
+    uint8_t *arena = s->arena, *before = allocate(s->arena_bytes);
     const int32_t *plan = s->plan;
     size_t bytes = s->arena_bytes, floats = UNTOUCHED, ints;
     float *partials, out[Q_ROW] = {77.0f};
@@ -110,13 +110,16 @@ static void layer(struct stream *s) {
     NULL_IS(skv_layer_set_scoring(NULL, 1.0f, 0.0f));
 
     memcpy(before, arena, bytes);
-    NULL_IS(skv_layer_append(NULL, arena, bytes, plan, ints, q, k, v, NULL, 0, 1));
-    NULL_IS(skv_layer_append(l, NULL, bytes, plan, ints, q, k, v, NULL, 0, 1));
-    NULL_IS(skv_layer_append(l, arena, bytes, NULL, ints, q, k, v, NULL, 0, 1));
-    NULL_IS(skv_layer_append(l, arena, bytes, plan, ints, NULL, k, v, NULL, 0, 1));
-    NULL_IS(skv_layer_append(l, arena, bytes, plan, ints, q, NULL, v, NULL, 0, 1));
-    NULL_IS(skv_layer_append(l, arena, bytes, plan, ints, q, k, NULL, NULL, 0, 1));
-    NULL_IS(skv_layer_append(l, arena, bytes, plan, ints, q, &gone, v, NULL, 0, 1));
+    skv_step step = step_of(q, k, v), parts[] = {step_of(NULL, k, v), step_of(q, NULL, v), step_of(q, k, NULL), step_of(q, &gone, v)};
+    NULL_IS(skv_layer_append(NULL, arena, bytes, plan, ints, &step, 0, 1));
+    NULL_IS(skv_layer_append(l, NULL, bytes, plan, ints, &step, 0, 1));
+    NULL_IS(skv_layer_append(l, arena, bytes, NULL, ints, &step, 0, 1));
+    NULL_IS(skv_layer_append(l, arena, bytes, plan, ints, NULL, 0, 1));
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        NULL_IS(skv_layer_append(l, arena, bytes, plan, ints, &parts[i], 0, 1));
+    step.residual = &gone;
+    step.n_residual = 8;
+    NULL_IS(skv_layer_append(l, arena, bytes, plan, ints, &step, 0, 1));
     NULL_IS(skv_layer_replay(NULL, arena, bytes, plan, ints));
     NULL_IS(skv_layer_replay(l, NULL, bytes, plan, ints));
     NULL_IS(skv_layer_replay(l, arena, bytes, NULL, ints));
@@ -188,38 +191,36 @@ static void state(struct stream *s) {
     size_t size = UNTOUCHED;
     uint8_t *buffer, *before = allocate(s->arena_bytes);
     const skv_layer *layers[N_LAYERS] = {s->layers[0], s->layers[1]}, *gap[N_LAYERS] = {s->layers[0], NULL};
-    const uint8_t *arenas[N_LAYERS] = {s->arenas[0], s->arenas[1]}, *none[N_LAYERS] = {s->arenas[0], NULL};
-    uint8_t *writable[N_LAYERS] = {s->arenas[0], s->arenas[1]}, *hole[N_LAYERS] = {s->arenas[0], NULL};
+    uint8_t *arena = s->arena;
+    const size_t bytes = s->arena_bytes;
     store(s, 0, 3, 0, 0, 1);
-    NULL_IS(skv_state_write(NULL, layers, arenas, N_LAYERS, cells, 3, NULL, 0, &size));
-    NULL_IS(skv_state_write(s->table, NULL, arenas, N_LAYERS, cells, 3, NULL, 0, &size));
-    NULL_IS(skv_state_write(s->table, gap, arenas, N_LAYERS, cells, 3, NULL, 0, &size));
-    NULL_IS(skv_state_write(s->table, layers, NULL, N_LAYERS, cells, 3, NULL, 0, &size));
-    NULL_IS(skv_state_write(s->table, layers, none, N_LAYERS, cells, 3, NULL, 0, &size));
-    NULL_IS(skv_state_write(s->table, layers, arenas, N_LAYERS, NULL, 3, NULL, 0, &size));
-    NULL_IS(skv_state_write(s->table, layers, arenas, N_LAYERS, cells, 3, NULL, 1000000, &size));
-    NULL_IS(skv_state_write(s->table, layers, arenas, N_LAYERS, cells, 3, NULL, 0, NULL));
+    NULL_IS(skv_state_write(NULL, layers, N_LAYERS, arena, bytes, cells, 3, NULL, 0, &size));
+    NULL_IS(skv_state_write(s->table, NULL, N_LAYERS, arena, bytes, cells, 3, NULL, 0, &size));
+    NULL_IS(skv_state_write(s->table, gap, N_LAYERS, arena, bytes, cells, 3, NULL, 0, &size));
+    NULL_IS(skv_state_write(s->table, layers, N_LAYERS, NULL, bytes, cells, 3, NULL, 0, &size));
+    NULL_IS(skv_state_write(s->table, layers, N_LAYERS, arena, bytes, NULL, 3, NULL, 0, &size));
+    NULL_IS(skv_state_write(s->table, layers, N_LAYERS, arena, bytes, cells, 3, NULL, 1000000, &size));
+    NULL_IS(skv_state_write(s->table, layers, N_LAYERS, arena, bytes, cells, 3, NULL, 0, NULL));
     CHECK(size == UNTOUCHED);
-    OK(skv_state_write(s->table, layers, arenas, N_LAYERS, cells, 3, NULL, 0, &size));
+    OK(skv_state_write(s->table, layers, N_LAYERS, arena, bytes, cells, 3, NULL, 0, &size));
     buffer = allocate(size);
-    OK(skv_state_write(s->table, layers, arenas, N_LAYERS, cells, 3, buffer, size, &size));
+    OK(skv_state_write(s->table, layers, N_LAYERS, arena, bytes, cells, 3, buffer, size, &size));
 
     for (int i = 0; i < 3; i++) {
         s->pos[others[i]] = i;
         s->seq[others[i]] = 1;
     }
-    memcpy(before, s->arenas[0], s->arena_bytes);
-    NULL_IS(skv_state_read(NULL, layers, writable, N_LAYERS, s->pos, s->seq, N_CELLS, others, 3, buffer, size));
-    NULL_IS(skv_state_read(s->table, NULL, writable, N_LAYERS, s->pos, s->seq, N_CELLS, others, 3, buffer, size));
-    NULL_IS(skv_state_read(s->table, gap, writable, N_LAYERS, s->pos, s->seq, N_CELLS, others, 3, buffer, size));
-    NULL_IS(skv_state_read(s->table, layers, NULL, N_LAYERS, s->pos, s->seq, N_CELLS, others, 3, buffer, size));
-    NULL_IS(skv_state_read(s->table, layers, hole, N_LAYERS, s->pos, s->seq, N_CELLS, others, 3, buffer, size));
-    NULL_IS(skv_state_read(s->table, layers, writable, N_LAYERS, NULL, s->seq, N_CELLS, others, 3, buffer, size));
-    NULL_IS(skv_state_read(s->table, layers, writable, N_LAYERS, s->pos, NULL, N_CELLS, others, 3, buffer, size));
-    NULL_IS(skv_state_read(s->table, layers, writable, N_LAYERS, s->pos, s->seq, N_CELLS, NULL, 3, buffer, size));
-    NULL_IS(skv_state_read(s->table, layers, writable, N_LAYERS, s->pos, s->seq, N_CELLS, others, 3, NULL, size));
-    CHECK(memcmp(before, s->arenas[0], s->arena_bytes) == 0);
-    OK(skv_state_read(s->table, layers, writable, N_LAYERS, s->pos, s->seq, N_CELLS, others, 3, buffer, size));
+    memcpy(before, s->arena, s->arena_bytes);
+    NULL_IS(skv_state_read(NULL, layers, N_LAYERS, arena, bytes, s->pos, s->seq, N_CELLS, others, 3, buffer, size));
+    NULL_IS(skv_state_read(s->table, NULL, N_LAYERS, arena, bytes, s->pos, s->seq, N_CELLS, others, 3, buffer, size));
+    NULL_IS(skv_state_read(s->table, gap, N_LAYERS, arena, bytes, s->pos, s->seq, N_CELLS, others, 3, buffer, size));
+    NULL_IS(skv_state_read(s->table, layers, N_LAYERS, NULL, bytes, s->pos, s->seq, N_CELLS, others, 3, buffer, size));
+    NULL_IS(skv_state_read(s->table, layers, N_LAYERS, arena, bytes, NULL, s->seq, N_CELLS, others, 3, buffer, size));
+    NULL_IS(skv_state_read(s->table, layers, N_LAYERS, arena, bytes, s->pos, NULL, N_CELLS, others, 3, buffer, size));
+    NULL_IS(skv_state_read(s->table, layers, N_LAYERS, arena, bytes, s->pos, s->seq, N_CELLS, NULL, 3, buffer, size));
+    NULL_IS(skv_state_read(s->table, layers, N_LAYERS, arena, bytes, s->pos, s->seq, N_CELLS, others, 3, NULL, size));
+    CHECK(memcmp(before, s->arena, s->arena_bytes) == 0);
+    OK(skv_state_read(s->table, layers, N_LAYERS, arena, bytes, s->pos, s->seq, N_CELLS, others, 3, buffer, size));
     free(before);
     free(buffer);
 }

@@ -8,18 +8,16 @@ struct saved {
     uint32_t cells[N_CELLS];
 };
 
-static uint8_t *arena_copies[N_LAYERS];
+static uint8_t *arena_copy;
 
 static skv_status write_state(struct stream *s, struct saved *to, size_t capacity, size_t *size) {
     const skv_layer *layers[N_LAYERS] = {s->layers[0], s->layers[1]};
-    const uint8_t *arenas[N_LAYERS] = {s->arenas[0], s->arenas[1]};
-    return skv_state_write(s->table, layers, arenas, N_LAYERS, to->cells, to->n, to->bytes, capacity, size);
+    return skv_state_write(s->table, layers, N_LAYERS, s->arena, s->arena_bytes, to->cells, to->n, to->bytes, capacity, size);
 }
 
 static skv_status read_state(struct stream *s, const uint32_t *cells, size_t n, const uint8_t *bytes, size_t size) {
     const skv_layer *layers[N_LAYERS] = {s->layers[0], s->layers[1]};
-    uint8_t *arenas[N_LAYERS] = {s->arenas[0], s->arenas[1]};
-    return skv_state_read(s->table, layers, arenas, N_LAYERS, s->pos, s->seq, N_CELLS, cells, n, bytes, size);
+    return skv_state_read(s->table, layers, N_LAYERS, s->arena, s->arena_bytes, s->pos, s->seq, N_CELLS, cells, n, bytes, size);
 }
 
 /* Save the rows of a sequence. */
@@ -98,8 +96,7 @@ static void a_restored_stream_goes_on_as_if_never_saved(size_t n) {
 static void refused(struct stream *s, const struct saved *state, const uint32_t *cells, const uint8_t *bytes, size_t size) {
     STATUS(SKV_STATUS_DATA, read_state(s, cells, state->n, bytes, size));
     CHECK(strlen(skv_table_last_error(s->table)) > 0);
-    for (int layer = 0; layer < N_LAYERS; layer++)
-        CHECK(memcmp(arena_copies[layer], s->arenas[layer], s->arena_bytes) == 0);
+    CHECK(memcmp(arena_copy, s->arena, s->arena_bytes) == 0);
 }
 
 static void damaged_states_change_nothing(void) {
@@ -115,10 +112,9 @@ static void damaged_states_change_nothing(void) {
     store(&other, 0, 100, 0, 1, 2);
     for (uint32_t i = 0; i < state.n; i++)
         cells[i] = 200 + i;
-    for (int layer = 0; layer < N_LAYERS; layer++) {
+    for (int layer = 0; layer < N_LAYERS; layer++)
         look(&other, layer, 100, 1, before[layer]);
-        arena_copies[layer] = (uint8_t *)memcpy(allocate(s.arena_bytes), other.arenas[layer], s.arena_bytes);
-    }
+    arena_copy = (uint8_t *)memcpy(allocate(s.arena_bytes), other.arena, s.arena_bytes);
     occupy(&other, cells, state.n, 0);
     for (size_t at = 0; at < state.size; at += 97) {
         /* A block of its own size, so that the sanitizer sees a read behind it. */
@@ -142,8 +138,8 @@ static void damaged_states_change_nothing(void) {
     for (int layer = 0; layer < N_LAYERS; layer++) {
         look(&other, layer, 100, 1, after);
         CHECK(memcmp(before[layer], after, sizeof after) == 0);
-        free(arena_copies[layer]);
     }
+    free(arena_copy);
 
     /* Whole, it is welcome; from a model with another rope it is not. */
     occupy(&other, cells, state.n, 0);
@@ -192,7 +188,6 @@ static void wrong_calls_say_so(void) {
     static struct stream s;
     struct saved state;
     const skv_layer *layers[1];
-    const uint8_t *arenas[1];
     size_t size = 77;
     open_stream(&s);
     store(&s, 0, 10, 0, 0, 1);
@@ -205,8 +200,7 @@ static void wrong_calls_say_so(void) {
     STATUS(SKV_STATUS_ARGUMENT, write_state(&s, &state, 0, &size));
     state.cells[0] = 0;
     layers[0] = s.layers[0];
-    arenas[0] = s.arenas[0];
-    STATUS(SKV_STATUS_ARGUMENT, skv_state_write(s.table, layers, arenas, 1, state.cells, 1, NULL, 0, &size));
+    STATUS(SKV_STATUS_ARGUMENT, skv_state_write(s.table, layers, 1, s.arena, s.arena_bytes, state.cells, 1, NULL, 0, &size));
     CHECK(size == 77);
     close_stream(&s);
 }

@@ -1,4 +1,4 @@
-/* The low-level path as llama.cpp uses it: some layers with an arena each, one table, and steps of several threads. */
+/* The low-level path as llama.cpp uses it: some layers, their arena, one table, and steps of several threads. */
 
 #ifndef STEP_H
 #define STEP_H
@@ -18,7 +18,7 @@ struct stream {
     skv_geometry *geometry;
     skv_table *table;
     skv_layer *layers[N_LAYERS];
-    uint8_t *arenas[N_LAYERS];
+    uint8_t *arena;
     size_t arena_bytes;
     int32_t pos[N_CELLS], seq[N_CELLS];
     int32_t *plan;
@@ -34,6 +34,17 @@ struct input {
 static inline skv_rows dense(const float *data, size_t n, size_t row) {
     skv_rows rows = {n > 0 ? data : NULL, n, row * sizeof(float), D * sizeof(float)};
     return rows;
+}
+
+/* What a step of these rows brings. */
+static inline skv_step step_of(const skv_rows *q, const skv_rows *k, const skv_rows *v) {
+    skv_step step;
+    memset(&step, 0, sizeof step);
+    step.struct_size = sizeof step;
+    step.q = q;
+    step.k = k;
+    step.v = v;
+    return step;
 }
 
 static inline struct input make_input(uint32_t layer, const struct stream *s, const uint32_t *cells, size_t n) {
@@ -52,7 +63,9 @@ static inline void open_stream(struct stream *s) {
     skv_config c = config();
     skv_layer_shape shapes[N_LAYERS];
     skv_rope rope = neox();
+    void *arena = NULL;
     c.n_seqs = 2;
+    c.n_tokens = N_CELLS;
     /* One rate: codes stay what they are. */
     c.fine_rows = 0;
     for (int i = 0; i < N_LAYERS; i++)
@@ -62,15 +75,14 @@ static inline void open_stream(struct stream *s) {
     OK(skv_table_create(s->geometry, &s->table));
     OK(skv_geometry_plan_ints(s->geometry, N_CELLS, &s->plan_capacity));
     s->plan = (int32_t *)allocate(s->plan_capacity * sizeof *s->plan);
+    OK(skv_geometry_arena_bytes(s->geometry, &s->arena_bytes));
+    CHECK(s->arena_bytes % 256 == 0);
+    CHECK(posix_memalign(&arena, 32, s->arena_bytes) == 0);
+    s->arena = (uint8_t *)memset(arena, 0, s->arena_bytes);
     for (size_t i = 0; i < N_LAYERS; i++) {
-        void *arena = NULL;
         OK(skv_layer_create(s->geometry, i, &s->layers[i]));
         OK(skv_layer_set_rope(s->layers[i], &rope));
         OK(skv_layer_set_scoring(s->layers[i], SCALE, 0.0f));
-        OK(skv_geometry_arena_bytes(s->geometry, i, &s->arena_bytes));
-        CHECK(s->arena_bytes % 256 == 0);
-        CHECK(posix_memalign(&arena, 32, s->arena_bytes) == 0);
-        s->arenas[i] = (uint8_t *)memset(arena, 0, s->arena_bytes);
     }
     for (int i = 0; i < N_CELLS; i++)
         s->pos[i] = s->seq[i] = -1;
@@ -79,10 +91,9 @@ static inline void open_stream(struct stream *s) {
 static inline void close_stream(struct stream *s) {
     /* Layers and table outlive their geometry. */
     skv_geometry_free(s->geometry);
-    for (int i = 0; i < N_LAYERS; i++) {
+    for (int i = 0; i < N_LAYERS; i++)
         skv_layer_free(s->layers[i]);
-        free(s->arenas[i]);
-    }
+    free(s->arena);
     skv_table_free(s->table);
     free(s->plan);
 }
@@ -121,10 +132,11 @@ static inline void *work(void *argument) {
     const struct job *j = w->job;
     const struct stream *s = j->stream;
     skv_layer *layer = s->layers[j->layer];
-    uint8_t *arena = s->arenas[j->layer];
+    uint8_t *arena = s->arena;
+    skv_step step = step_of(&j->input->q, &j->input->k, &j->input->v);
     switch (j->operation) {
     case APPEND:
-        w->status = skv_layer_append(layer, arena, s->arena_bytes, s->plan, s->plan_ints, &j->input->q, &j->input->k, &j->input->v, NULL, w->ith, j->nth);
+        w->status = skv_layer_append(layer, arena, s->arena_bytes, s->plan, s->plan_ints, &step, w->ith, j->nth);
         break;
     case ATTEND:
         w->status = skv_layer_attend(layer, arena, s->arena_bytes, s->plan, s->plan_ints, j->queries, &j->input->k, &j->input->v, j->params, j->partials,

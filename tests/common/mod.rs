@@ -5,9 +5,9 @@
 
 use half::f16;
 use spectral_kv::attention::Scoring;
-use spectral_kv::cache::{plan, Call, Cells, HeadMut, Layer, Location, Mask, Plan, Rows, Table};
+use spectral_kv::cache::{plan, Call, Cells, Findings, Geometry, Layer, Location, Mask, Plan, Rows, Step, Table};
 use spectral_kv::codec::calibration::{CalibratedLayer, Calibration, LayerModel, Text};
-use spectral_kv::config::{Config, Geometry, LayerShape};
+use spectral_kv::config::{Config, LayerShape, BANDS};
 use spectral_kv::error::Result;
 use spectral_kv::rope::{Pairing, RopeParams};
 use spectral_kv::state;
@@ -191,37 +191,36 @@ pub struct Tokens {
 /// One stream as llama.cpp drives it, and beside it the plainest possible model of what it holds.
 pub struct Stream {
     pub layers: Vec<Layer>,
+    pub findings: Arc<Findings>,
     pub table: Table,
     pub rows: Vec<Option<ModelRow>>,
     /// 64-byte units, so that rows are aligned.
-    arenas: Vec<Vec<[u64; 8]>>,
+    arena: Vec<[u64; 8]>,
     ropes: Vec<RopeParams>,
     scoring: Scoring,
     /// Store the heads last to first, as other threads might.
     pub backwards: bool,
-    /// Code rows ahead of a fit where plans say so.
-    pub codes_ahead: bool,
 }
 
 impl Stream {
     pub fn new(config: &Config, shapes: &[LayerShape], rope: impl Fn(usize) -> RopeParams) -> Self {
-        let geometry = Arc::new(Geometry::new(config, shapes).unwrap());
+        let (geometry, findings) = (Arc::new(Geometry::new(config, shapes).unwrap()), Arc::new(Findings::default()));
         let scoring = Scoring { scale: 0.25, softcap: 0.0 };
         let layer = |i: usize| {
-            let mut l = Layer::new(geometry.clone(), i).unwrap();
+            let mut l = Layer::new(geometry.clone(), findings.clone(), i).unwrap();
             l.set_rope(&rope(shapes[i].d_k as usize)).unwrap();
             l.set_scoring(scoring).unwrap();
             l
         };
         Stream {
             layers: (0..shapes.len()).map(layer).collect(),
-            table: Table::new(geometry.clone()),
+            table: Table::new(geometry.clone(), findings.clone()),
+            findings,
             rows: vec![None; config.n_cells as usize],
-            arenas: geometry.layers.iter().map(|l| vec![[0; 8]; l.arena_bytes.div_ceil(64)]).collect(),
+            arena: vec![[0; 8]; geometry.arena_bytes.div_ceil(64)],
             ropes: shapes.iter().map(|s| rope(s.d_k as usize)).collect(),
             scoring,
             backwards: false,
-            codes_ahead: true,
         }
     }
 
@@ -233,7 +232,7 @@ impl Stream {
             let text = |seed: u64| {
                 let x = input(seed * 31 + i as u64, &positions, g.n_head, g.n_head_kv, g.d_k, g.d_v, &self.ropes[i]);
                 let half = |x: &[f32]| x.iter().map(|x| f16::from_f32(*x)).collect::<Vec<_>>();
-                Text { k: half(&x.k), v: half(&x.v), q_positions: positions.clone(), q: half(&x.q) }
+                Text { k: half(&x.k), v: half(&x.v), q_positions: positions.clone(), q: half(&x.q), residual: Vec::new() }
             };
             let [n_head, n_head_kv, d_k, d_v] = [g.n_head, g.n_head_kv, g.d_k, g.d_v].map(|x| x as u32);
             let shape = LayerShape { n_head, n_head_kv, d_k, d_v };
@@ -248,8 +247,8 @@ impl Stream {
         self.layers.iter_mut().enumerate().for_each(|(i, l)| l.set_calibration(c, i).unwrap());
     }
 
-    pub fn arena(&self, layer: usize) -> &[u8] {
-        bytemuck::cast_slice(&self.arenas[layer])
+    pub fn arena(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.arena)
     }
 
     pub fn live(&self) -> Vec<u32> {
@@ -329,12 +328,7 @@ impl Stream {
 
     pub fn plan(&mut self, new: &[u32]) -> Result<Vec<i32>> {
         let (pos, seq) = self.places();
-        let mut ints = plan_on(&mut self.table, Cells { pos: &pos, seq: &seq }, new)?;
-        if !self.codes_ahead && Plan::parse(&ints)?.ahead().next().is_some() {
-            // The last two of the header: what is to be done.
-            ints[14] = ints[15];
-        }
-        Ok(ints)
+        plan_on(&mut self.table, Cells { pos: &pos, seq: &seq }, new)
     }
 
     /// The table as it is after looking at the cells, and a plan to look at rows with: the stream's own table has nothing pending.
@@ -349,23 +343,14 @@ impl Stream {
         let plan = Plan::parse(ints)?;
         let l = &self.layers[layer];
         let [q, k, v] = rows_of(l, &t.inputs[layer], t.cells.len());
-        let arena: &mut [u8] = bytemuck::cast_slice_mut(&mut self.arenas[layer]);
-        if plan.fit {
-            return l.append_fit(arena, &plan, &q, &k, &v, &[]);
+        let step = Step::new(q, k, v);
+        let mut arena: &mut [u8] = bytemuck::cast_slice_mut(&mut self.arena);
+        if plan.fit && !plan.shared {
+            return l.append_fit(arena, &plan, &step);
         }
-        let mut heads: Vec<_> = l.ranges(arena, &plan)?.into_iter().enumerate().collect();
-        if self.backwards {
-            heads.reverse();
-        }
-        for (head, r) in heads {
-            let bases = arena[r.bases].to_vec();
-            let (front, back) = arena.split_at_mut(r.exact.end);
-            let body = if plan.fitted { r.tiles } else { r.raw };
-            let body = &mut back[body.start - r.exact.end..body.end - r.exact.end];
-            let (raw, tiles): (&mut [u8], &mut [u8]) = if plan.fitted { (&mut [], body) } else { (body, &mut []) };
-            l.append_head(head, HeadMut { exact: &mut front[r.exact], raw, bases: &bases, tiles }, &plan, &q, &k, &v, &[])?;
-        }
-        Ok(())
+        let heads = 0..l.shape().n_head_kv;
+        let heads: Vec<usize> = if self.backwards { heads.rev().collect() } else { heads.collect() };
+        heads.into_iter().try_for_each(|head| l.append_head(head, &mut arena, &plan, &step))
     }
 
     /// One whole step.
@@ -421,8 +406,8 @@ impl Stream {
         let ints = self.plan(cells)?;
         (0..done).try_for_each(|layer| self.run(layer, &ints, &t))?;
         let plan = Plan::parse(&ints)?;
-        for (l, a) in self.layers.iter().zip(&mut self.arenas) {
-            l.replay(bytemuck::cast_slice_mut(a), &plan)?;
+        for l in &self.layers {
+            l.replay(bytemuck::cast_slice_mut(&mut self.arena), &plan)?;
         }
         self.table.commit_replayed()?;
         // The plan sealed as if the tokens were there.
@@ -438,7 +423,7 @@ impl Stream {
         let (nk, nv) = (l.shape().n_head_kv * l.shape().d_k, l.shape().n_head_kv * l.shape().d_v);
         let (mut k, mut v) = (vec![f16::ZERO; n * nk], vec![f16::ZERO; n * nv]);
         let none = Rows::empty();
-        l.reconstruct(self.arena(layer), &Plan::parse(&ints).unwrap(), &none, &none, 0..n, &mut k, &mut v).unwrap();
+        l.reconstruct(self.arena(), &Plan::parse(&ints).unwrap(), &none, &none, 0..n, &mut k, &mut v).unwrap();
         (k, v)
     }
 
@@ -456,12 +441,17 @@ impl Stream {
         out
     }
 
-    /// Band of a coded row.
+    /// Band of a coded row; [`BANDS`] for one that waits.
     pub fn band(&self, at: Location) -> Option<usize> {
         match at {
             Location::Coded(tile, _) => Some(self.table.geometry().band_of(tile)),
             Location::Slot(_) => None,
         }
+    }
+
+    /// How many rows wait for a fit, or to be coded after it.
+    pub fn waiting(&self) -> usize {
+        self.live().iter().filter(|c| self.table.locate(**c as usize).and_then(|(at, _)| self.band(at)) == Some(BANDS)).count()
     }
 
     /// Relative error of the values of some cells, over all layers.
@@ -494,7 +484,7 @@ impl Stream {
         let m = Mask::F32 { values: &mask, stride: 0, n_kv: cells };
         let (rows, none) = (Rows::new(&q, n, g.n_head * g.d_k, g.d_k, g.n_head, g.d_k).unwrap(), Rows::empty());
         let (mut partials, mut out) = (vec![f32::NAN; l.partial_floats(n)], vec![f32::NAN; n * g.n_head * g.d_v]);
-        let call = Call { arena: self.arena(layer), plan: &plan, q: &rows, k: &none, v: &none, scoring: self.scoring, mask: m };
+        let call = Call { arena: self.arena(), plan: &plan, q: &rows, k: &none, v: &none, scoring: self.scoring, mask: m };
         l.attend(0..l.units(), &call, &mut partials).unwrap();
         l.combine(n, &partials, &[], 0..n * g.n_head, &mut out).unwrap();
         let (k, v) = (widen(&k), widen(&v));
@@ -514,7 +504,6 @@ impl Stream {
             assert_eq!(at.is_some(), row.is_some(), "cell {cell} has a row, or the table thinks so");
             assert!(at.is_none_or(|at| taken.insert(format!("{at:?}"))), "two cells share {at:?}");
         }
-        let fitted = table.is_fitted();
         for layer in 0..self.layers.len() {
             let (k, v) = self.rebuild(layer);
             let rope = &self.ropes[layer];
@@ -529,7 +518,7 @@ impl Stream {
                 rotate_heads(rope, r.pos, &mut key, dk);
                 let same = |got: &[f16], want: &[f32]| got.iter().zip(want).all(|(a, b)| *a == f16::from_f32(*b));
                 let near = |got: &[f16], want: &[f32]| rel_rms(widen(got), want.iter().map(|x| f64::from(*x)));
-                let exact = r.exact || !fitted;
+                let exact = r.exact;
                 let place =
                     || format!("layer {layer}, cell {cell}, position {} (stored at {}), sequences {:b}, exact {exact}", r.pos, r.born, r.seqs);
                 if exact {
@@ -554,8 +543,7 @@ impl Stream {
     }
 
     pub fn save(&self, cells: &[u32]) -> Result<Vec<u8>> {
-        let (layers, arenas): (Vec<_>, Vec<_>) = (self.layers.iter().collect(), (0..self.layers.len()).map(|i| self.arena(i)).collect());
-        state::write(&self.table, &layers, &arenas, cells)
+        state::write(&self.table, &self.layers.iter().collect::<Vec<_>>(), self.arena(), cells)
     }
 
     /// Restore a state of `rows` into `cells`; on error the cells are empty again.
@@ -565,8 +553,8 @@ impl Stream {
         }
         let (pos, seq) = self.places();
         let layers: Vec<_> = self.layers.iter().collect();
-        let mut arenas: Vec<&mut [u8]> = self.arenas.iter_mut().map(|a| bytemuck::cast_slice_mut(a)).collect();
-        let result = state::read(&mut self.table, &layers, &mut arenas, Cells { pos: &pos, seq: &seq }, cells, bytes);
+        let arena = bytemuck::cast_slice_mut(&mut self.arena);
+        let result = state::read(&mut self.table, &layers, arena, Cells { pos: &pos, seq: &seq }, cells, bytes);
         if result.is_err() {
             cells.iter().for_each(|c| self.rows[*c as usize] = None);
         }

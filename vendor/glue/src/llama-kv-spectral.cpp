@@ -22,21 +22,19 @@ struct llama_kv_spectral_settings {
 
     std::string basis; // file of a calibration, empty for none
 
+    uint32_t n_ubatch = 0; // most tokens of a graph; the check fills it in
+
     bool operator==(const llama_kv_spectral_settings & other) const {
-        return ratio == other.ratio && window == other.window && bits == other.bits && fine == other.fine && basis == other.basis;
+        return ratio == other.ratio && window == other.window && bits == other.bits && fine == other.fine && basis == other.basis &&
+            n_ubatch == other.n_ubatch;
     }
 };
 
 static std::mutex                              g_settings_mutex;
 static std::vector<llama_kv_spectral_settings> g_settings;
 
-uint16_t llama_kv_spectral_config(float ratio, uint32_t window, float bits, uint32_t fine, const char * basis) {
-    if (ratio == 0.0f) {
-        return 0;
-    }
-
-    const llama_kv_spectral_settings settings = { ratio, window, bits, fine, basis ? basis : "" };
-
+// the number of these settings, 0 if there are too many
+static uint16_t settings_put(const llama_kv_spectral_settings & settings) {
     std::lock_guard<std::mutex> lock(g_settings_mutex);
 
     for (size_t i = 0; i < g_settings.size(); ++i) {
@@ -53,6 +51,14 @@ uint16_t llama_kv_spectral_config(float ratio, uint32_t window, float bits, uint
     g_settings.push_back(settings);
 
     return g_settings.size();
+}
+
+uint16_t llama_kv_spectral_config(float ratio, uint32_t window, float bits, uint32_t fine, const char * basis) {
+    if (ratio == 0.0f) {
+        return 0;
+    }
+
+    return settings_put({ ratio, window, bits, fine, basis ? basis : "" });
 }
 
 uint64_t llama_kv_spectral_model_hash(const llama_model & model) {
@@ -108,9 +114,6 @@ uint64_t llama_kv_spectral_model_hash(const llama_model & model) {
 
 #ifdef __linux__
 #include <sys/mman.h>
-#ifndef MADV_COLLAPSE
-#define MADV_COLLAPSE 25 // since Linux 6.1, C libraries name it later
-#endif
 #endif
 
 using skv_calibration_ptr = std::unique_ptr<skv_calibration, void (*)(skv_calibration *)>;
@@ -283,6 +286,14 @@ bool llama_kv_spectral_check(const llama_model & model, llama_context_params & p
         return false;
     }
 
+    // the cache is made for the longest graph that there will be
+    settings.n_ubatch = params.n_ubatch == 0 ? params.n_batch : std::min(params.n_ubatch, params.n_batch);
+
+    params.kv_spectral = settings_put(settings);
+    if (params.kv_spectral == 0) {
+        return false;
+    }
+
     // the probe for automatic flash attention looks at a decode graph, in which a compressed cache has no such node
     params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
 
@@ -321,9 +332,8 @@ struct llama_kv_spectral::impl {
         const uint32_t d_k;
         const uint32_t d_v;
 
-        size_t        arena_bytes = 0; // of one stream
-        ggml_tensor * arena       = nullptr;
-        skv_layer   * skv         = nullptr;
+        ggml_tensor * arena = nullptr; // a part of the arena of all layers, for the graph to depend on
+        skv_layer   * skv   = nullptr;
 
         bool calibrated = false; // the calibration is set
 
@@ -334,7 +344,6 @@ struct llama_kv_spectral::impl {
         const ggml_tensor * freq_src = nullptr;
         std::vector<float>  freq;
 
-        uint8_t * stream(int32_t s) const { return (uint8_t *) arena->data + s*arena->nb[2]; }
     };
 
     struct stream {
@@ -360,6 +369,11 @@ struct llama_kv_spectral::impl {
     llama_kv_spectral_settings settings = {};
 
     skv_calibration_ptr calibration { nullptr, skv_calibration_free }; // null when the bases are fitted
+
+    size_t        arena_bytes = 0;       // of one stream
+    ggml_tensor * arena       = nullptr; // of all streams
+
+    uint8_t * arena_of(int32_t s) const { return (uint8_t *) arena->data + s*arena->nb[2]; }
 
     skv_geometry  * geom   = nullptr;
     skv_size_report report = {};
@@ -424,6 +438,8 @@ struct llama_kv_spectral::impl {
     void set_model(layer & l, const ggml_tensor * k);
 
     bool get_projection(const layer & l, std::vector<float> & data, skv_projection & res) const;
+
+    const ggml_tensor * find_residual(const layer & l, const ggml_tensor * k) const;
 };
 
 llama_kv_spectral::impl::~impl() {
@@ -453,14 +469,13 @@ llama_kv_spectral::impl::~impl() {
 void llama_kv_spectral::impl::use_huge_pages() {
     is_paged = true;
 #ifdef __linux__
-    for (auto & l : layers) {
-        if (l->arena->data && ggml_backend_buffer_is_host(l->arena->buffer)) {
-            const uintptr_t page = 2*1024*1024;
-            const uintptr_t i0   = ((uintptr_t) l->arena->data + page - 1)/page*page;
-            const uintptr_t i1   = ((uintptr_t) l->arena->data + ggml_nbytes(l->arena))/page*page;
-            if (i0 < i1) {
-                madvise((void *) i0, i1 - i0, MADV_COLLAPSE);
-            }
+    // tiles lie in the order in which they are filled: what is not in use yet need not become memory
+    if (arena->data && ggml_backend_buffer_is_host(arena->buffer)) {
+        const uintptr_t page = 2*1024*1024;
+        const uintptr_t i0   = ((uintptr_t) arena->data + page - 1)/page*page;
+        const uintptr_t i1   = ((uintptr_t) arena->data + ggml_nbytes(arena))/page*page;
+        if (i0 < i1) {
+            madvise((void *) i0, i1 - i0, MADV_HUGEPAGE);
         }
     }
 #endif
@@ -504,7 +519,7 @@ bool llama_kv_spectral::impl::recover() {
 
         if (st.pending && st.ran) {
             for (auto & l : layers) {
-                if (!ok(skv_layer_replay(l->skv, l->stream(s), l->arena_bytes, st.plan.data(), st.used), "recovery after an aborted graph", *l)) {
+                if (!ok(skv_layer_replay(l->skv, arena_of(s), arena_bytes, st.plan.data(), st.used), "recovery after an aborted graph", *l)) {
                     return false;
                 }
             }
@@ -548,13 +563,7 @@ skv_stats llama_kv_spectral::impl::stats() const {
 }
 
 uint64_t llama_kv_spectral::impl::bytes_held() const {
-    uint64_t res = report.bytes_tables;
-
-    for (const auto & l : layers) {
-        res += ggml_nbytes(l->arena);
-    }
-
-    return res;
+    return report.bytes_tables + ggml_nbytes(arena);
 }
 
 void llama_kv_spectral::impl::log_commit(const slot_info & sinfo) {
@@ -731,7 +740,7 @@ bool llama_kv_spectral_get_info(const llama_context * ctx, llama_kv_spectral_inf
 //   combine:     partials, mask [, sinks]
 //   prefill:     as attend
 //   check:       result of the prefill, in place
-//   append:      arena, k, v, q, plan, k_idxs, result of the attention
+//   append:      arena, k, v, q, plan, k_idxs, result of the attention [, residual stream]
 
 using spectral_layer = llama_kv_spectral::impl::layer;
 
@@ -789,7 +798,7 @@ static void op_attend(ggml_tensor * dst, int ith, int nth, void * userdata) {
 
         const auto params = get_attend_params(l, mask, dst->src[6], s);
 
-        l.owner.ok(skv_layer_attend(l.skv, l.stream(plan.strm), l.arena_bytes, plan.data, plan.size, &q, &k, &v, &params,
+        l.owner.ok(skv_layer_attend(l.skv, l.owner.arena_of(plan.strm), l.owner.arena_bytes, plan.data, plan.size, &q, &k, &v, &params,
                     (float *) dst->data + s*n, n, ith, nth), "attention", l);
     }
 }
@@ -841,7 +850,7 @@ static void op_prefill(ggml_tensor * dst, int ith, int nth, void * userdata) {
 
         const auto params = get_attend_params(l, mask, dst->src[6], s);
 
-        l.owner.ok(skv_layer_prefill(l.skv, l.stream(plan.strm), l.arena_bytes, plan.data, plan.size, &q, &k, &v, &params,
+        l.owner.ok(skv_layer_prefill(l.skv, l.owner.arena_of(plan.strm), l.owner.arena_bytes, plan.data, plan.size, &q, &k, &v, &params,
                     (float *) dst->data + s*n_out, n_out, ith, nth), "attention", l);
     }
 }
@@ -869,15 +878,60 @@ static void op_append(ggml_tensor * dst, int ith, int nth, void * userdata) {
         const auto v = get_rows(dst->src[2], s, ns);
         const auto q = get_rows(dst->src[3], s, ns);
 
+        skv_step step = {};
+        step.struct_size = sizeof(step);
+        step.q = &q;
+        step.k = &k;
+        step.v = &v;
+
+        skv_rows x = {};
+        if (const ggml_tensor * residual = dst->src[7]) {
+            const int64_t n = residual->ne[1]/ns;
+
+            x.data       = (const float *) ((const char *) residual->data + s*n*residual->nb[1]);
+            x.n_rows     = n;
+            x.row_stride = residual->nb[1];
+
+            step.residual   = &x;
+            step.n_residual = residual->ne[0];
+        }
+
         if (!has_wo) {
             int32_t wants = 0;
             l.owner.ok(skv_layer_wants_projection(l.skv, plan.data, plan.size, ith, nth, &wants), "reading of the plan", l);
             has_wo = wants != 0 && !l.calibrated && l.owner.get_projection(l, wo_data, wo);
         }
+        step.projection = has_wo ? &wo : nullptr;
 
-        l.owner.ok(skv_layer_append(l.skv, l.stream(plan.strm), l.arena_bytes, plan.data, plan.size, &q, &k, &v, has_wo ? &wo : nullptr, ith, nth),
+        l.owner.ok(skv_layer_append(l.skv, l.owner.arena_of(plan.strm), l.owner.arena_bytes, plan.data, plan.size, &step, ith, nth),
                 "storing of K and V", l);
     }
+}
+
+// The residual stream that the attention's output joins: what K was computed from, before the norm if there is one. Null where the graph looks
+// different, or where the output is normed on its way: then the size of the stream says nothing about an error in it.
+const ggml_tensor * llama_kv_spectral::impl::find_residual(const layer & l, const ggml_tensor * k) const {
+    if (kv.model.layers[l.il].attn_post_norm) {
+        return nullptr;
+    }
+
+    const auto is_weight = [](const ggml_tensor * t) { return t && t->op == GGML_OP_NONE && !(t->flags & GGML_TENSOR_FLAG_INPUT); };
+
+    // up to the product with a weight
+    const ggml_tensor * node = k;
+    while (node && !(node->op == GGML_OP_MUL_MAT && is_weight(node->src[0]))) {
+        node = node->src[0];
+    }
+    // and through scale and shift of a norm
+    const ggml_tensor * x = node ? node->src[1] : nullptr;
+    while (x && (x->op == GGML_OP_MUL || x->op == GGML_OP_ADD) && is_weight(x->src[1])) {
+        x = x->src[0];
+    }
+    if (x && (x->op == GGML_OP_RMS_NORM || x->op == GGML_OP_NORM)) {
+        x = x->src[0];
+    }
+
+    return x && x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && x->ne[0] == kv.hparams.n_embd && x->ne[1] == k->ne[2] ? x : nullptr;
 }
 
 ggml_tensor * llm_graph_context::build_attn_spectral(
@@ -906,6 +960,8 @@ ggml_tensor * llm_graph_context::build_attn_spectral(
     l.softcap = softcap;
 
     sp.set_model(l, k);
+
+    const ggml_tensor * residual = sp.find_residual(l, k);
 
     for (ggml_tensor ** t : { &q, &k, &v }) {
         if ((*t)->type != GGML_TYPE_F32) {
@@ -949,8 +1005,8 @@ ggml_tensor * llm_graph_context::build_attn_spectral(
     ggml_build_forward_expand(gf, cur);
 
     // after the attention, which reads the rows of the ubatch from k and v: its result is a source for backends that reorder
-    ggml_tensor * args_stored[] = { k, v, q, plan, k_idxs, cur };
-    ggml_tensor * stored = ggml_custom_inplace(ctx0, l.arena, args_stored, 6, op_append, GGML_N_TASKS_MAX, &l);
+    ggml_tensor * args_stored[] = { k, v, q, plan, k_idxs, cur, const_cast<ggml_tensor *>(residual) };
+    ggml_tensor * stored = ggml_custom_inplace(ctx0, l.arena, args_stored, residual ? 7 : 6, op_append, GGML_N_TASKS_MAX, &l);
     ggml_backend_sched_set_tensor_backend(sched, stored, backend_cpu);
     cb(stored, "spectral_append", il);
 
@@ -1012,6 +1068,7 @@ llama_kv_spectral::llama_kv_spectral(llama_kv_cache & kv, uint16_t config, uint3
     cfg.n_cells   = kv_size;
     cfg.n_streams = kv.n_stream;
     cfg.n_seqs    = kv.n_stream == 1 ? kv.n_seq_max : 1;
+    cfg.n_tokens  = std::max(settings.n_ubatch, 1u);
     cfg.window    = settings.window;
     cfg.ratio     = settings.ratio;
     cfg.bits      = settings.bits;
@@ -1026,8 +1083,8 @@ llama_kv_spectral::llama_kv_spectral(llama_kv_cache & kv, uint16_t config, uint3
     report.struct_size = sizeof(report);
     check(skv_geometry_report(pimpl->geom, &report), "");
 
+    check(skv_geometry_arena_bytes(pimpl->geom, &pimpl->arena_bytes), "");
     for (size_t i = 0; i < pimpl->layers.size(); ++i) {
-        check(skv_geometry_arena_bytes(pimpl->geom, i, &pimpl->layers[i]->arena_bytes), "");
         check(skv_layer_create(pimpl->geom, i, &pimpl->layers[i]->skv), "");
     }
 
@@ -1050,7 +1107,7 @@ llama_kv_spectral::llama_kv_spectral(llama_kv_cache & kv, uint16_t config, uint3
     } else {
         const bool missed = settings.bits == 0.0f && report.ratio < 0.98*settings.ratio;
 
-        LLAMA_LOG_WARN("kv_spectral: %u cells, %u streams, window %u, sinks %u: %.2f code bits per element, %.1f MiB held against %.1f MiB f16, ratio %.1f (%s%s)\n",
+        LLAMA_LOG_WARN("kv_spectral: %u cells, %u streams, window %u, sinks %u: %.2f bits per element, %.1f MiB held against %.1f MiB f16, ratio %.1f (%s%s)\n",
                 kv_size, kv.n_stream, report.window, report.sinks, report.code_bits, mib_held, mib_f16, report.ratio, asked.c_str(),
                 missed ? ", not reached: what is not code (exact rows, bases, tables) is too large a part of this context size" : "");
     }
@@ -1088,14 +1145,25 @@ void llama_kv_spectral::add_layer(ggml_context * ctx, uint32_t il) {
         return;
     }
 
-    auto & l = *pimpl->layers[i];
+    auto & l  = *pimpl->layers[i];
+    auto & sp = *pimpl;
 
-    l.arena = ggml_new_tensor_3d(ctx, GGML_TYPE_I8, l.arena_bytes, 1, kv.n_stream);
+    // one for all layers, in the context of the first of them
+    if (!sp.arena) {
+        sp.arena = ggml_new_tensor_3d(ctx, GGML_TYPE_I8, sp.arena_bytes, 1, kv.n_stream);
+        ggml_set_name(sp.arena, "cache_kv_spectral");
+    }
+
+    // copies of streams and sums of sizes go through layers: each has its part, the last one the rest
+    const size_t n_part = sp.arena_bytes/sp.layers.size()/GGML_MEM_ALIGN*GGML_MEM_ALIGN;
+    const size_t n_own  = i + 1 < sp.layers.size() ? n_part : sp.arena_bytes - n_part*i;
+
+    l.arena = ggml_view_3d(ctx, sp.arena, n_own, 1, kv.n_stream, sp.arena->nb[1], sp.arena->nb[2], n_part*i);
     ggml_format_name(l.arena, "cache_k_l%d", il);
 
     std::vector<ggml_tensor *> k_stream;
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
-        k_stream.push_back(ggml_view_2d(ctx, l.arena, l.arena->ne[0], 1, l.arena->nb[1], s*l.arena->nb[2]));
+        k_stream.push_back(ggml_view_2d(ctx, sp.arena, n_own, 1, sp.arena->nb[1], n_part*i + s*sp.arena->nb[2]));
     }
 
     kv.map_layer_ids[il] = i;
@@ -1246,10 +1314,8 @@ void llama_kv_spectral::state_write(llama_io_write_i & io, const llama_kv_cache:
     }
 
     std::vector<const skv_layer *> layers;
-    std::vector<const uint8_t *>   arenas;
     for (const auto & l : pimpl->layers) {
         layers.push_back(l->skv);
-        arenas.push_back(l->stream(cr.strm));
     }
 
     const auto & st = pimpl->streams[cr.strm];
@@ -1257,10 +1323,12 @@ void llama_kv_spectral::state_write(llama_io_write_i & io, const llama_kv_cache:
     std::vector<uint8_t> buf;
     size_t size = 0;
 
-    skv_status status = skv_state_write(st.table, layers.data(), arenas.data(), layers.size(), cells.data(), cells.size(), nullptr, 0, &size);
+    skv_status status = skv_state_write(st.table, layers.data(), layers.size(), pimpl->arena_of(cr.strm), pimpl->arena_bytes,
+            cells.data(), cells.size(), nullptr, 0, &size);
     if (status == SKV_STATUS_OK) {
         buf.resize(size);
-        status = skv_state_write(st.table, layers.data(), arenas.data(), layers.size(), cells.data(), cells.size(), buf.data(), buf.size(), &size);
+        status = skv_state_write(st.table, layers.data(), layers.size(), pimpl->arena_of(cr.strm), pimpl->arena_bytes,
+                cells.data(), cells.size(), buf.data(), buf.size(), &size);
     }
     if (status != SKV_STATUS_OK) {
         const char * detail = skv_table_last_error(st.table);
@@ -1315,17 +1383,15 @@ bool llama_kv_spectral::state_read(llama_io_read_i & io, uint32_t strm, const sl
     }
 
     std::vector<const skv_layer *> layers;
-    std::vector<uint8_t *>         arenas;
     for (const auto & l : pimpl->layers) {
         layers.push_back(l->skv);
-        arenas.push_back(l->stream(strm));
     }
 
     auto & st = pimpl->streams[strm];
 
     pimpl->snapshot(strm);
 
-    const skv_status status = skv_state_read(st.table, layers.data(), arenas.data(), layers.size(), st.cell_pos.data(), st.cell_seq.data(), st.cell_pos.size(),
+    const skv_status status = skv_state_read(st.table, layers.data(), layers.size(), pimpl->arena_of(strm), pimpl->arena_bytes, st.cell_pos.data(), st.cell_seq.data(), st.cell_pos.size(),
             sinfo.idxs[0].data(), sinfo.idxs[0].size(), buf.data(), buf.size());
     if (status != SKV_STATUS_OK) {
         const char * detail = skv_table_last_error(st.table);
