@@ -3,15 +3,15 @@
 //! Owns the cmake options and the list of tools. Must not know how a tree came to be.
 
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader, IsTerminal, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{bail, Context, Result};
-use indicatif::{ProgressBar, ProgressStyle};
 
 use super::fetch::SourceKind;
 use super::layout::{Layout, Pin};
+use super::progress::Progress;
 use super::toolchain::{self, Tools};
 use super::{cmd, tree};
 
@@ -166,13 +166,13 @@ impl Build<'_> {
         let mut child = cmake.spawn()?;
         // The command holds the pipe's writing end; without it the reading below comes to an end.
         cmake.stdout(Stdio::null()).stderr(Stdio::null());
-        let mut progress = Progress::default();
+        let mut progress = Progress::new("building llama.cpp".into(), "", SMALL);
         let mut lines = BufReader::new(output);
         let mut line = vec![];
         while lines.read_until(b'\n', &mut line)? > 0 {
             log.write_all(&line)?;
             if let Some((done, total, what)) = step(&String::from_utf8_lossy(&line)) {
-                progress.at(done, total, what);
+                progress.at(done, total, what.rsplit('/').next().unwrap_or(what));
             }
             line.clear();
         }
@@ -190,37 +190,6 @@ fn step(line: &str) -> Option<(u64, u64, &str)> {
 
 /// Builds of fewer steps are over before a line about them is read.
 const SMALL: u64 = 20;
-
-/// A bar on a terminal; elsewhere a line for each tenth, if the build is not a small one. Nothing before
-/// the first step.
-#[derive(Default)]
-struct Progress {
-    bar: Option<ProgressBar>,
-    tenth: u64,
-}
-
-impl Progress {
-    fn at(&mut self, done: u64, total: u64, what: &str) {
-        if io::stderr().is_terminal() {
-            let bar = self.bar.get_or_insert_with(|| {
-                let style = ProgressStyle::with_template("building llama.cpp {bar:30} {pos}/{len} {elapsed} {wide_msg}");
-                ProgressBar::new(total).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-            });
-            bar.set_length(total);
-            bar.set_position(done);
-            bar.set_message(what.rsplit('/').next().unwrap_or(what).to_string());
-        } else if total >= SMALL && done * 10 / total > self.tenth {
-            self.tenth = done * 10 / total;
-            eprintln!("building llama.cpp: {done}/{total}");
-        }
-    }
-
-    fn end(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-    }
-}
 
 #[cfg(test)]
 mod tests {

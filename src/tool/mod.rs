@@ -14,6 +14,7 @@ pub mod judge;
 pub mod layout;
 #[expect(dead_code, reason = "one client for every comparison; no single one of them needs all of it")]
 pub mod probe;
+pub mod progress;
 pub mod random;
 pub mod report;
 pub mod rope;
