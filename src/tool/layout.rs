@@ -44,12 +44,17 @@ impl Layout {
         self.work.join("download")
     }
 
-    /// Takes the lock that keeps two builds apart. It is held until the returned file is dropped.
+    /// Where models are kept.
+    pub fn models(&self) -> PathBuf {
+        self.work.join("models")
+    }
+
+    /// Takes the lock that keeps two builds or downloads apart. It is held until the returned file is dropped.
     pub fn lock(&self) -> Result<File> {
         let path = self.work.join("lock");
         let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
         if file.try_lock().is_err() {
-            eprintln!("waiting for another spectral-kv that is building …");
+            eprintln!("waiting for another spectral-kv that is building or fetching …");
             file.lock().with_context(|| format!("cannot lock {}", path.display()))?;
         }
         Ok(file)

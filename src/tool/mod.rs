@@ -12,6 +12,8 @@ pub mod fetch;
 pub mod fsutil;
 pub mod judge;
 pub mod layout;
+pub mod llama;
+pub mod model;
 #[expect(dead_code, reason = "one client for every comparison; no single one of them needs all of it")]
 pub mod probe;
 pub mod progress;
@@ -19,5 +21,6 @@ pub mod random;
 pub mod report;
 pub mod rope;
 pub mod text;
+pub mod texts;
 pub mod toolchain;
 pub mod tree;

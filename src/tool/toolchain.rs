@@ -67,7 +67,8 @@ pub fn pip() -> Result<Command> {
     Ok(pip)
 }
 
-fn python() -> Result<&'static str> {
+/// Python 3, by the name that it has here.
+pub fn python() -> Result<&'static str> {
     match ["python3", "python"].into_iter().find(|p| cmd::runs(p, &["-c", "import sys; sys.exit(sys.version_info[0] < 3)"])) {
         Some(python) => Ok(python),
         None => bail!("python3 is needed and not on PATH: install it, with pip"),

@@ -9,7 +9,7 @@ mod runs;
 
 use std::fs;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
@@ -19,7 +19,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::build::{self, Request, Tree};
 use super::fetch::SourceKind;
 use super::layout::{Layout, Pin};
-use super::{cmd, text};
+use super::{cmd, model as real, text};
 
 use model::Shape;
 use report::{Row, Subject, Summary, Timing};
@@ -59,7 +59,8 @@ enum Model {
 /// What to measure, and how.
 #[derive(Args)]
 pub struct Options {
-    /// Models, comma-separated: attention (nearly nothing but attention), 8b (4 layers of an 8B model), or a GGUF file
+    /// Models, comma-separated: attention (nearly nothing but attention), 8b (4 layers of an 8B model), a GGUF file, or the name of
+    /// one (see the command `model`)
     #[arg(short, long = "model", value_name = "MODEL", value_delimiter = ',', default_value = "attention,8b", value_parser = parse_model)]
     models: Vec<Model>,
     /// What to measure, comma-separated (default: everything; for 8b decode)
@@ -112,8 +113,8 @@ pub struct Options {
 fn parse_model(s: &str) -> Result<Model, String> {
     match [&model::ATTENTION, &model::EIGHT_B].into_iter().find(|m| m.name == s) {
         Some(made) => Ok(Model::Made(made)),
-        None if PathBuf::from(s).is_file() => Ok(Model::File(s.into())),
-        None => Err("expected attention, 8b, or a GGUF file that is there".into()),
+        None if Path::new(s).is_file() || real::find(s.as_ref()).is_ok_and(|m| m.is_some()) => Ok(Model::File(s.into())),
+        None => Err("expected attention, 8b, a GGUF file that is there, or a name that the command `model` knows".into()),
     }
 }
 
@@ -183,7 +184,7 @@ pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCod
                 (shape.name.to_string(), shape.description())
             }
             Model::File(path) => {
-                runs.model = path.clone();
+                runs.model = real::resolve(path)?;
                 (path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(), path.display().to_string())
             }
         };

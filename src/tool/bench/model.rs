@@ -104,7 +104,7 @@ impl Shape {
 
     /// Its file, made on the first call.
     pub fn file(&self, layout: &Layout) -> Result<PathBuf> {
-        let dir = layout.work.join("models");
+        let dir = layout.models();
         let made_by = fsutil::sha256_of(&SOURCES.map(str::as_bytes));
         let path = dir.join(format!("{}-{}.gguf", self.name, &made_by[..8]));
         if path.is_file() {

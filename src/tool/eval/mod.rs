@@ -28,6 +28,7 @@ use super::fsutil;
 use super::layout::Layout;
 use super::probe::{self, Probe};
 use super::random::Random;
+use super::{model, texts};
 
 use corpus::Haystack;
 use parts::Parts;
@@ -75,10 +76,10 @@ impl Way {
 /// What to compare, and how.
 #[derive(Args)]
 pub struct Options {
-    /// A GGUF model
+    /// A GGUF model, or the name of one (see the command `model`)
     #[arg(short, long)]
     model: PathBuf,
-    /// A text file, or several
+    /// A text file or text:KIND (see the command `text`), or several
     #[arg(short, long = "file", required = true, num_args = 1..)]
     files: Vec<PathBuf>,
     /// Context size that the caches are made for; the spectral one derives its code rate from it
@@ -122,6 +123,17 @@ pub struct Options {
     /// Where eval.json, eval.html and the finished parts go (default: eval/ in cargo's target directory)
     #[arg(short, long)]
     out: Option<PathBuf>,
+}
+
+impl Options {
+    /// With files in the place of names.
+    pub fn resolved(mut self) -> Result<Self> {
+        self.model = model::resolve(&self.model)?;
+        for text in self.files.iter_mut().chain(&mut self.switch) {
+            *text = texts::resolve(text)?;
+        }
+        Ok(self)
+    }
 }
 
 /// A text file and its tokens.
