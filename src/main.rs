@@ -95,16 +95,17 @@ struct DemoArgs {
     /// How many times smaller than f16 the cache shall be
     #[arg(long, default_value_t = 8.0, value_parser = parse_ratio)]
     ratio: f64,
-    /// Context size in tokens
-    #[arg(long, default_value_t = 32768)]
-    ctx: u32,
+    /// Context size in tokens (default: that of the training for a model with a name, as 8192 for smollm2, else 32768)
+    #[arg(long, short)]
+    ctx: Option<u32>,
     /// Tokens to generate; at least 160, so that decoding crosses two tile boundaries
-    #[arg(long, default_value_t = 192, value_parser = clap::value_parser!(u32).range(160..))]
+    #[arg(long, short = 'n', default_value_t = 192, value_parser = clap::value_parser!(u32).range(160..))]
     tokens: u32,
-    /// A GGUF model (default: the small one in tests/models)
-    #[arg(long)]
+    /// A GGUF model, or the name of one (default: smollm2; where it cannot be fetched, the small one in tests/models)
+    #[arg(long, short)]
     model: Option<PathBuf>,
-    /// A text file to continue (default: tests/data/prompt.txt)
+    /// A text file to continue, or text:KIND:BYTES (default: the beginning of text:prose for a model with a name, else
+    /// tests/data/prompt.txt)
     #[arg(long)]
     prompt: Option<PathBuf>,
     #[command(flatten)]

