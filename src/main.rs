@@ -108,6 +108,9 @@ struct DemoArgs {
     /// tests/data/prompt.txt)
     #[arg(long)]
     prompt: Option<PathBuf>,
+    /// Threads of llama.cpp (default: one per core)
+    #[arg(long, short, value_parser = clap::value_parser!(u32).range(1..))]
+    threads: Option<u32>,
     #[command(flatten)]
     from: From,
 }
@@ -279,6 +282,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             tokens: a.tokens,
             model: a.model,
             prompt: a.prompt,
+            threads: threads(a.threads),
             source: a.from.source,
             jobs: a.from.jobs,
         }),

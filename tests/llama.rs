@@ -389,7 +389,7 @@ fn decode_seals_and_attends_to_rows_at_every_step() {
 }
 
 fn demo(args: &[&str]) -> String {
-    let out = Command::new(env!("CARGO_BIN_EXE_spectral-kv")).arg("demo").args(args).stdin(Stdio::null()).output().unwrap();
+    let out = Command::new(env!("CARGO_BIN_EXE_spectral-kv")).args(["demo", "-t", "1"]).args(args).stdin(Stdio::null()).output().unwrap();
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     assert!(out.status.success(), "{text}\n{}", String::from_utf8_lossy(&out.stderr));
     assert!(text.contains("Decoding appended, sealed and attended"), "{text}");

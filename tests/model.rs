@@ -67,7 +67,7 @@ fn unknown_names_are_answered_with_the_known_ones() {
 
 /// The perplexity that a tool prints at its end.
 fn perplexity(more: &[&str]) -> f64 {
-    let args = ["llama", "perplexity", "-m", "smollm2", "-f", "text:prose:16000", "-c", "1536", "--chunks", "1"];
+    let args = ["llama", "perplexity", "-m", "smollm2", "-f", "text:prose:16000", "-c", "1536", "--chunks", "1", "-t", "1"];
     let out = command(&[&args[..], more].concat()).output().unwrap();
     let text = said(&out).0 + &said(&out).1;
     assert!(out.status.success(), "{text}");

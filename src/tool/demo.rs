@@ -39,6 +39,8 @@ pub struct Demo {
     pub model: Option<PathBuf>,
     /// The text to continue; by default a real one for a model with a name, else the one in `tests/data`.
     pub prompt: Option<PathBuf>,
+    /// Threads of llama.cpp.
+    pub threads: usize,
     /// Where llama.cpp comes from.
     pub source: SourceKind,
     /// How many compilers at once.
@@ -123,7 +125,7 @@ fn generate(demo: &Demo, tool: &Path, model: &Path, ctx: u32, scratch: &Path) ->
     let log = scratch.join("llama.log");
     let mut llama = Command::new(tool);
     llama.arg("-m").arg(model).arg("-f").arg(scratch.join("prompt.txt"));
-    llama.args(["--kv-spectral", &demo.ratio.to_string(), "-c", &ctx.to_string(), "-n", &demo.tokens.to_string()]);
+    llama.args(["--kv-spectral", &demo.ratio.to_string(), "-c", &ctx.to_string(), "-n", &demo.tokens.to_string(), "-t", &demo.threads.to_string()]);
     // Plain continuation of the prompt to the last token, and the same text in each run. The penalty
     // spans only the end of the text: so small a model would repeat itself without it.
     llama.args(["-no-cnv", "--no-display-prompt", "--simple-io", "--no-warmup", "--ignore-eos"]);
