@@ -465,6 +465,24 @@ fn after_a_fit_short_steps_code_a_tile_of_what_waited_and_long_ones_all() {
 }
 
 #[test]
+fn bases_that_no_longer_fit_what_comes_are_fitted_again() {
+    for step in [1, 32, 64] {
+        let mut s = stream_of(&Config { n_seqs: 1, n_tokens: 64, window: 64, bits: 3.0, fine_rows: 0, ..config(6000) });
+        s.monotonous = true;
+        s.append(1, 0, 1150, 50).unwrap();
+        assert!(s.table.is_fitted() && s.layers[0].counters.read().fits == 1);
+        s.monotonous = false;
+        s.append(2, 0, 900, step).unwrap();
+        assert_eq!((s.layers[0].counters.read().fits, s.layers[1].counters.read().fits), (2, 2), "steps of {step}");
+        s.append(3, 0, 300, step).unwrap();
+        assert_eq!(s.waiting(), 0);
+        let cells = s.cells_of(0);
+        let errors = [&cells[4..1000], &cells[1150..1300], &cells[1500..]].map(|cells| s.error_of(cells));
+        assert!(errors[0] < 0.1 && errors[2] < 0.5, "steps of {step}: {errors:?}");
+    }
+}
+
+#[test]
 fn rows_that_come_faster_than_they_can_wait_are_looked_at_and_coded_at_once() {
     for before in [0, 300] {
         let mut s = stream_of(&Config { n_cells: 3000, ..config(3000) });

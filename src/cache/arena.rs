@@ -70,8 +70,10 @@ pub fn set_promise(record: &mut [u8], error: f32) {
 /// Where a head's pieces of the tiles lie, and how those of each band are coded.
 #[derive(Debug, Clone)]
 pub struct Pieces {
-    /// First byte of the first piece, bytes to the next, and form; by band, and last those of waiting rows.
-    bands: [(usize, usize, TileForm); BANDS + 1],
+    /// First byte of the first piece, bytes to the next, and form; by band.
+    bands: [(usize, usize, TileForm); BANDS],
+    /// The same of waiting rows, whose pieces lie the other way round.
+    waiting: (usize, usize, TileForm),
     /// Tiles of the bands end here, numbered.
     ends: [usize; BANDS],
 }
@@ -80,7 +82,7 @@ impl Pieces {
     /// Those of a head. `bases` is empty when there are none yet: then only rows that wait are coded.
     pub fn new(g: &Geometry, layer: usize, head: usize, record: &[u8], bases: &[u8]) -> Result<Self> {
         let (at, form) = g.waiting_piece(layer, head);
-        let waiting = (g.band_offset(BANDS) + at, g.band_stride(BANDS), form);
+        let waiting = (if g.waiting > 0 { g.waiting_offset(0) + at } else { 0 }, g.waiting_block(), form);
         let mut bands = std::array::from_fn(|_| waiting.clone());
         if !bases.is_empty() {
             if word(record, 1) != MAGIC {
@@ -96,15 +98,19 @@ impl Pieces {
                 if offset + form.bytes() > g.block_bytes[band] {
                     return Err(Error::Data(format!("the pieces of head {head} are longer than a tile")));
                 }
-                bands[band] = (g.band_offset(band) + offset, g.band_stride(band), form);
+                bands[band] = (g.band_offset(band) + offset, g.block_bytes[band], form);
             }
         }
-        Ok(Pieces { bands, ends: std::array::from_fn(|band| g.band(band).end) })
+        Ok(Pieces { bands, waiting, ends: std::array::from_fn(|band| g.band(band).end) })
     }
 
     /// Band of a tile, and the bytes of its piece.
     pub fn place(&self, tile: usize) -> (usize, Range<usize>) {
-        let band = self.ends.iter().position(|end| tile < *end).unwrap_or(BANDS);
+        let Some(band) = self.ends.iter().position(|end| tile < *end) else {
+            let (first, stride, form) = &self.waiting;
+            let at = first - (tile - self.ends[BANDS - 1]) * stride;
+            return (BANDS, at..at + form.bytes());
+        };
         let first = if band == 0 { 0 } else { self.ends[band - 1] };
         let (at, stride, form) = &self.bands[band];
         let at = at + (tile - first) * stride;
@@ -113,7 +119,7 @@ impl Pieces {
 
     /// How the tiles of a band are coded.
     pub fn form(&self, band: usize) -> &TileForm {
-        &self.bands[band].2
+        self.bands.get(band).map_or(&self.waiting.2, |b| &b.2)
     }
 }
 

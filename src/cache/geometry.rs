@@ -8,7 +8,7 @@
 //! per layer, per KV head: record | bases of K and V | means and scales of waiting rows | recent queries | exact rows, f16 K then V
 //! pool: tiles, band by band. A tile is a block with a piece for every head of every layer, one after another. How long a head's piece is,
 //!       the fit decides by what it needs; all together fill the block.
-//!       While it is not in use, the end of the pool holds the queries for a fit, then the tiles of waiting rows.
+//!       While it is not in use, the end of the pool holds the queries for a fit, and before them the tiles of waiting rows, the last one first.
 //! ```
 //!
 //! So bits are shared out over the whole model, and a block can be filled while what waits at the end of the pool is still being read by the
@@ -279,7 +279,7 @@ impl Geometry {
     }
 
     /// Bytes of a tile of waiting rows, all heads.
-    fn waiting_block(&self) -> usize {
+    pub fn waiting_block(&self) -> usize {
         self.layers.iter().map(|h| h.n_head_kv * waiting_bytes(h)).sum()
     }
 
@@ -321,32 +321,21 @@ impl Geometry {
         HeadRanges { record, bases, plain, recent, exact, queries: from..from + self.head_query_bytes(h) }
     }
 
-    /// Where tiles of waiting rows begin.
-    fn waiting_offset(&self) -> usize {
-        self.pool.end - self.waiting * self.waiting_block()
-    }
-
-    /// Where queries for a fit begin. What lies before it may be filled while rows wait.
+    /// Where queries for a fit begin.
     fn queries_offset(&self) -> usize {
         // f16 and f32 are read from there.
-        (self.waiting_offset() - self.queries_bytes()) / 64 * 64
+        (self.pool.end - self.queries_bytes()) / 64 * 64
     }
 
-    /// Where a band's tiles begin; behind the last band's, those of waiting rows.
+    /// Where a band's tiles begin.
     pub fn band_offset(&self, band: usize) -> usize {
-        if band == BANDS {
-            return self.waiting_offset();
-        }
         self.pool.start + (0..band).map(|b| self.band_tiles[b] * self.block_bytes[b]).sum::<usize>()
     }
 
-    /// Bytes from a tile to the next of its band.
-    pub fn band_stride(&self, band: usize) -> usize {
-        if band == BANDS {
-            self.waiting_block()
-        } else {
-            self.block_bytes[band]
-        }
+    /// Where a tile of waiting rows begins: the first of them ends where the queries begin, and each begins where the one before it ends. What
+    /// lies before all that are in use may be filled meanwhile.
+    pub fn waiting_offset(&self, tile: usize) -> usize {
+        self.queries_offset() - (tile + 1) * self.waiting_block()
     }
 
     /// Where a head's piece begins in each tile of waiting rows, and how those are coded.
@@ -356,9 +345,9 @@ impl Geometry {
         (before + head * waiting_bytes(h), TileForm::new(bytes_each(h.d_k), bytes_each(h.d_v), h.d_k, h.d_v, Fine::Marks))
     }
 
-    /// Tiles from the first on that may be filled while rows wait for a fit.
-    pub fn tiles_beside_waiting(&self) -> usize {
-        let end = self.queries_offset();
+    /// Tiles from the first on that may be filled while the first `waiting` tiles of waiting rows are in use.
+    pub fn tiles_beside(&self, waiting: usize) -> usize {
+        let end = self.queries_offset() - waiting * self.waiting_block();
         (0..BANDS).map(|b| end.saturating_sub(self.band_offset(b)).checked_div(self.block_bytes[b]).unwrap_or(0).min(self.band_tiles[b])).sum()
     }
 
@@ -428,6 +417,8 @@ mod tests {
 
     const SMALL: LayerShape = LayerShape { n_head: 4, n_head_kv: 2, d_k: 128, d_v: 128 };
     const LARGE: LayerShape = LayerShape { n_head: 32, n_head_kv: 8, d_k: 128, d_v: 128 };
+    /// Qwen2.5-1.5B's.
+    const QWEN: LayerShape = LayerShape { n_head: 12, n_head_kv: 2, d_k: 128, d_v: 128 };
     /// SmolLM2-135M's.
     const THREE: LayerShape = LayerShape { n_head: 9, n_head_kv: 3, d_k: 64, d_v: 64 };
 
@@ -440,6 +431,7 @@ mod tests {
         for (cells, ratio, shape, layers, least) in [
             (32768, 8.0, SMALL, 3, 8.0),
             (32768, 8.0, LARGE, 32, 8.0),
+            (32768, 8.0, QWEN, 28, 7.9),
             (4096, 4.0, THREE, 30, 3.7),
             (8192, 4.0, THREE, 30, 3.99),
             (8192, 8.0, THREE, 30, 6.5),
@@ -455,11 +447,11 @@ mod tests {
         for (cells, ratio, n_tokens) in [(2048, 8.0, 512), (4096, 4.0, 512), (4096, 8.0, 64), (4096, 4.0, 2048), (131_072, 8.0, 512)] {
             let g = Geometry::new(&Config { n_cells: cells, ratio, n_tokens, ..Config::default() }, &[THREE; 30]).unwrap();
             let step = (n_tokens.min(cells) as usize).div_ceil(TILE);
-            assert!(g.tiles_beside_waiting() >= (g.waiting + step).min(g.tiles), "{cells}: {} {}", g.tiles_beside_waiting(), g.waiting);
+            assert!(g.tiles_beside(g.waiting) >= (g.waiting + step).min(g.tiles), "{cells}: {} {}", g.tiles_beside(g.waiting), g.waiting);
             assert!(g.waiting * TILE + 132 >= FIT_ROWS_MIN);
             let (first, last) = (g.head(0, 0), g.head(29, 2));
-            assert!(first.queries.start.is_multiple_of(64) && last.queries.end <= g.band_offset(BANDS));
-            assert!(g.band_offset(BANDS) + g.waiting * g.band_stride(BANDS) <= g.arena_bytes);
+            assert!(first.queries.start.is_multiple_of(64) && last.queries.end <= g.arena_bytes);
+            assert!(g.waiting_offset(0) + g.waiting_block() <= first.queries.start);
         }
     }
 

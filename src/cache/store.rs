@@ -168,10 +168,11 @@ impl Layer {
             let (mean, mut scale_k) = channels(&keys, g.d_k);
             let (mean_v, deviation_v) = channels(&values, g.d_v);
             let mut scale_v: Vec<f32> = mean_v.iter().zip(deviation_v).map(|(m, d)| m.hypot(d)).collect();
-            for scale in [&mut scale_k, &mut scale_v] {
-                let mut sorted = scale.clone();
-                sorted.sort_by(f32::total_cmp);
-                let least = (LEAST * sorted[sorted.len() / 2]).max(1e-6);
+            let size = |mean: &[f32], deviation: &[f32]| mean.iter().zip(deviation).map(|(m, d)| m.hypot(*d)).collect::<Vec<f32>>();
+            let sizes = [size(&mean, &scale_k), scale_v.clone()];
+            for (scale, mut sizes) in [&mut scale_k, &mut scale_v].into_iter().zip(sizes) {
+                sizes.sort_by(f32::total_cmp);
+                let least = (LEAST * sizes[sizes.len() / 2]).max(1e-6);
                 scale.iter_mut().for_each(|x| *x = x.max(least));
             }
             arena::set_plain(bytes.get_mut(w.r.plain.clone()), &mean, &scale_k, &scale_v);

@@ -26,6 +26,7 @@ use crate::codec::anchor;
 use crate::config::{BANDS, QUERY_SLOTS, RECENT_QUERIES, TILE};
 use crate::error::{argument, Error, Result};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
 use std::sync::Arc;
 
@@ -45,6 +46,8 @@ const DRIFT: f64 = 2.0;
 const DRIFT_SAMPLES: usize = 12;
 /// Most tiles that another fit codes again: that is one step's work.
 const REFIT_TILES: usize = 64;
+/// Fewest tiles of rows that another fit looks at.
+const REFIT_LEAST: usize = 4;
 
 /// The next [`Study::id`] and [`PlanData::stream`]: layers know those of all tables of a process.
 static NUMBERS: AtomicI32 = AtomicI32::new(1);
@@ -89,8 +92,8 @@ pub struct Table {
     slot_cell: Vec<u32>,
     slot_pos: Vec<i32>,
     fitted: bool,
-    /// Rows wait for another fit.
-    refits: bool,
+    /// Rows wait for another fit, in so many tiles at most; 0 when they do not.
+    refit_room: usize,
     epoch: i32,
     /// Position and sequence of the queries that are kept for a fit, and of recent ones.
     queries: Vec<Option<(i32, i32)>>,
@@ -191,7 +194,7 @@ impl Table {
             slot_cell: vec![NOWHERE; g.exact],
             slot_pos: vec![0; g.exact],
             fitted: false,
-            refits: false,
+            refit_room: 0,
             epoch: 0,
             queries: vec![None; QUERY_SLOTS],
             recent: vec![None; RECENT_QUERIES],
@@ -207,7 +210,7 @@ impl Table {
     /// A copy for another arena: what layers know of this one's rows stays with it.
     pub fn copied(&self) -> Self {
         let pending = self.pending.clone().map(|p| Pending { study: None, ..p });
-        Table { stream: new_number(), study: None, refits: false, given_up: 0, pending, ..self.clone() }
+        Table { stream: new_number(), study: None, refit_room: 0, given_up: 0, pending, ..self.clone() }
     }
 
     /// The geometry this table belongs to.
@@ -295,7 +298,7 @@ impl Table {
             self.free(*cell as usize);
         }
         if self.location.iter().all(|l| *l == NOWHERE) {
-            (self.fitted, self.refits) = (false, false);
+            (self.fitted, self.refit_room) = (false, 0);
             self.findings.forget_drift(self.stream);
             self.queries.fill(None);
             self.recent.fill(None);
@@ -349,22 +352,32 @@ impl Table {
     /// Begin to gather rows for another fit if the bases no longer fit what comes, and there is room to code everything again.
     fn watch(&mut self) {
         let g = &self.geometry;
-        if !self.fitted || !g.keeps_queries() || self.refits {
+        if !self.fitted || !g.keeps_queries() || self.refit_room > 0 {
             return;
         }
         let drift = self.findings.take_drift(self.stream, DRIFT_SAMPLES * g.n_heads());
-        let (tiles, limit) = (self.live.iter().filter(|l| **l != 0).count(), g.tiles_beside_waiting());
-        let step = (g.config.n_tokens as usize).div_ceil(TILE) + g.config.n_seqs as usize;
-        let has_room = tiles <= REFIT_TILES && 2 * tiles + g.waiting + step <= limit && self.live[limit..].iter().all(|l| *l == 0);
-        if drift.is_some_and(|d| d > DRIFT) && has_room {
-            (self.refits, self.seen) = (true, 0);
+        if drift.is_some_and(|d| d > DRIFT) && self.live[g.tiles..].iter().all(|l| *l == 0) {
+            self.refit_room = self.room_for_refit();
+            self.seen = 0;
             self.queries.fill(None);
         }
     }
 
+    /// In how many tiles rows may wait so that afterwards all tiles can be coded again elsewhere; 0 when that is too few.
+    fn room_for_refit(&self) -> usize {
+        let g = &self.geometry;
+        let (tiles, last) = (self.live.iter().filter(|l| **l != 0).count(), self.live.iter().rposition(|l| *l != 0).unwrap_or(0));
+        let step = (g.config.n_tokens as usize).div_ceil(TILE) + g.config.n_seqs as usize;
+        let fits = |waiting: usize| 2 * tiles + waiting + step <= g.tiles_beside(waiting) && last < g.tiles_beside(waiting);
+        if tiles > REFIT_TILES {
+            return 0;
+        }
+        (REFIT_LEAST..=g.waiting).rev().find(|n| fits(*n)).unwrap_or(0)
+    }
+
     /// Rows wait, for the first fit or another.
     fn waits(&self) -> bool {
-        !self.fitted || self.refits
+        !self.fitted || self.refit_room > 0
     }
 
     /// Decide where the new rows go, what is sealed, moved and fitted.
@@ -605,14 +618,14 @@ impl Table {
         self.epoch = p.data.epoch;
         if p.data.fit {
             // Nobody needs any longer what was found.
-            (self.fitted, self.refits, self.given_up) = (true, false, p.data.study.id.max(0));
+            (self.fitted, self.refit_room, self.given_up) = (true, 0, p.data.study.id.max(0));
             self.findings.forget_drift(self.stream);
         }
         if with_tokens || p.data.fit {
             // What was begun and is not gone on with is over.
             if p.study.is_none() && !p.data.fit && self.study.is_some() {
                 self.give_up();
-                self.refits = false;
+                self.refit_room = 0;
             }
             self.study = p.study;
         }
@@ -722,7 +735,7 @@ impl Table {
             r.turns[i] = turns[i].wrapping_add(pos).wrapping_sub(anchor);
             r.row_turns[i] = anchor.wrapping_sub(pos);
         }
-        let limit = if waits { g.tiles_beside_waiting() } else { g.tiles };
+        let limit = if waits { g.tiles_beside(g.waiting) } else { g.tiles };
         let mut holes: [_; BANDS + 1] = std::array::from_fn(|band| {
             let tiles = g.band(band).filter(|t| *t < limit || *t >= g.tiles);
             let (whole, partial): (Vec<usize>, Vec<usize>) = tiles.partition(|t| self.live[*t] == 0);
@@ -741,7 +754,7 @@ impl Table {
 
     /// The rows of a state are in their places.
     pub fn commit_restore(&mut self, r: &Restore, new: &[u32]) {
-        (self.fitted, self.refits) = (r.fitted, false);
+        (self.fitted, self.refit_room) = (r.fitted, 0);
         self.findings.forget_drift(self.stream);
         self.give_up();
         for (i, cell) in new.iter().enumerate() {
@@ -792,12 +805,21 @@ struct Tiles<'a> {
     changes: Vec<Change<Filling>>,
     /// See [`Pending::sealed`].
     sealed_rows: Vec<(u64, [(u32, i32); TILE])>,
+    /// In which tiles rows may wait.
+    waiting: Range<usize>,
+    /// Up to which of them rows waited before the step.
+    waited: usize,
 }
 
 impl<'a> Tiles<'a> {
     fn new(table: &'a Table) -> Self {
         let (live, sealed_at) = (table.live.clone(), table.sealed_at.clone());
-        Tiles { geometry: &table.geometry, live, sealed_at, sealed: table.sealed, changes: Vec::new(), sealed_rows: Vec::new() }
+        let waited = live[table.geometry.tiles..].iter().rposition(|l| *l != 0).map_or(0, |last| last + 1);
+        let mut waiting = table.geometry.band(BANDS);
+        if table.refit_room > 0 {
+            waiting.end = waiting.start + table.refit_room;
+        }
+        Tiles { geometry: &table.geometry, live, sealed_at, sealed: table.sealed, changes: Vec::new(), sealed_rows: Vec::new(), waiting, waited }
     }
 
     fn fill(&mut self, tile: usize, age: u64, (filling, places): Fill) {
@@ -816,10 +838,10 @@ impl<'a> Tiles<'a> {
 
     /// Fill a tile of rows that wait.
     fn wait(&mut self, fill: Fill) -> Result<()> {
-        let free = self.geometry.band(BANDS).find(|t| self.live[*t] == 0);
+        let free = self.waiting.clone().find(|t| self.live[*t] == 0);
         let tile = match free {
             Some(tile) => tile,
-            None if self.holes(BANDS) >= TILE => self.compact(BANDS),
+            None if self.holes(self.waiting.clone()) >= TILE => self.compact(self.waiting.clone()),
             None => return Err(Error::Full("no tile is left to wait in".into())),
         };
         self.fill(tile, self.sealed + 1, fill);
@@ -829,7 +851,7 @@ impl<'a> Tiles<'a> {
     /// Tiles that rows can wait in.
     fn room_to_wait(&self) -> usize {
         let (mut free, mut holes) = (0, 0);
-        for live in &self.live[self.geometry.tiles..] {
+        for live in &self.live[self.waiting.clone()] {
             free += usize::from(*live == 0);
             holes += if *live == 0 { 0 } else { live.count_zeros() as usize };
         }
@@ -837,7 +859,12 @@ impl<'a> Tiles<'a> {
     }
 
     fn are_waiting(&self) -> bool {
-        self.live[self.geometry.tiles..].iter().any(|l| *l != 0)
+        self.waits_in() > 0
+    }
+
+    /// Tiles of waiting rows up to the last one in use, at the beginning of the step too: layers are coded one after another.
+    fn waits_in(&self) -> usize {
+        self.waited
     }
 
     /// Code up to `most` of the tiles that wait, now that there are bases, and the rows that leave, which are younger: the youngest get the finest bands.
@@ -859,7 +886,7 @@ impl<'a> Tiles<'a> {
     /// Code all tiles again in other bases, and the rows that leave. Nothing is written where anything was: layers change their bases one after another.
     fn code_all_again(&mut self, leaving: Vec<Fill>) -> Result<()> {
         let taken = self.live.clone();
-        let mut free = (0..self.geometry.tiles_beside_waiting()).filter(|t| taken[*t] == 0);
+        let mut free = (0..self.geometry.tiles_beside(self.waits_in())).filter(|t| taken[*t] == 0);
         let mut next = || free.next().ok_or_else(|| Error::Full("there is no room to code all tiles again".into()));
         let age = self.sealed;
         for (i, fill) in leaving.into_iter().enumerate().rev() {
@@ -872,7 +899,7 @@ impl<'a> Tiles<'a> {
 
     /// The first free tile that lies before what waits.
     fn beside_waiting(&self) -> Result<usize> {
-        let free = (0..self.geometry.tiles_beside_waiting()).find(|t| self.live[*t] == 0);
+        let free = (0..self.geometry.tiles_beside(self.waits_in())).find(|t| self.live[*t] == 0);
         free.ok_or_else(|| Error::Full("no tile is free beside the rows that wait for a fit".into()))
     }
 
@@ -882,8 +909,8 @@ impl<'a> Tiles<'a> {
         self.live[to] = std::mem::take(&mut self.live[from]);
     }
 
-    fn holes(&self, band: usize) -> usize {
-        self.geometry.band(band).map(|t| self.live[t].count_zeros() as usize).sum()
+    fn holes(&self, mut tiles: Range<usize>) -> usize {
+        tiles.by_ref().map(|t| self.live[t].count_zeros() as usize).sum()
     }
 
     /// A free tile of a band, or of a later one when this band has none at all. Where holes make up a tile, its rows move together;
@@ -893,8 +920,8 @@ impl<'a> Tiles<'a> {
         if let Some(free) = tiles.clone().find(|t| self.live[*t] == 0) {
             return Ok(free);
         }
-        if self.holes(band) >= TILE {
-            return Ok(self.compact(band));
+        if self.holes(tiles.clone()) >= TILE {
+            return Ok(self.compact(tiles));
         }
         if band + 1 == BANDS {
             return Err(Error::Full(format!("no hole is left in {} tiles", self.geometry.tiles)));
@@ -914,16 +941,15 @@ impl<'a> Tiles<'a> {
         }
         let band = match waiting {
             n if n >= TILE * 2 / 3 => 0,
-            n if n >= TILE / 3 && self.holes(0) < TILE => 1,
+            n if n >= TILE / 3 && self.holes(self.geometry.band(0)) < TILE => 1,
             _ => return,
         };
         // Where there is no room yet, rows may be removed until the seal.
         let _ = self.take(band);
     }
 
-    /// Empty the sparsest tile of a band into holes of its others.
-    fn compact(&mut self, band: usize) -> usize {
-        let tiles = self.geometry.band(band);
+    /// Empty the sparsest of some tiles into holes of the others.
+    fn compact(&mut self, tiles: Range<usize>) -> usize {
         let victim = tiles.clone().min_by_key(|t| self.live[*t].count_ones()).expect("invariant: a band with holes has tiles");
         let mut target = tiles.start;
         let rows = std::mem::take(&mut self.live[victim]);

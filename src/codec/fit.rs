@@ -32,6 +32,12 @@ const DISTANCES: [i64; 9] = [64, 128, 192, 320, 512, 768, 1024, 1536, 2048];
 /// What is left of the error of a row that is fine: 4 bits less, and a little more than that.
 const FINE_ERROR: f32 = 1.4 / 16.0;
 
+/// What every direction of values is taken to have, as a share of the mean: where all rows were alike, other rows to come must not be coefficients so
+/// large that they drown the one which was seen.
+const OTHER: f64 = 1e-3;
+/// Coefficients of equal width are mixed whose variances are no further apart: what a row unlike all others has in one of few must not drown those of many.
+const MIXED: f64 = 16.0;
+
 /// Where and when something was: enough to know what sees what.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
@@ -181,7 +187,9 @@ fn directions(kernels: &Kernels, rows: &[f32], d: usize) -> Moments {
         let scale = ((d as f64).sqrt() / norm) as f32;
         gram.next().iter_mut().zip(row).for_each(|(out, x)| *out = x * scale);
     }
-    Moments { covariance: gram.finish(typical * typical / (n * d as f64)), mean: Vec::new() }
+    let moment = gram.finish(typical * typical / (n * d as f64));
+    let least = OTHER * (0..d).map(|i| moment[(i, i)]).sum::<f64>() / d as f64;
+    Moments { covariance: Mat::from_fn(d, d, |i, j| moment[(i, j)] + if i == j { least } else { 0.0 }), mean: Vec::new() }
 }
 
 fn eigen(m: &Mat<f64>) -> Result<(Vec<f64>, Mat<f64>)> {
@@ -284,7 +292,7 @@ pub fn basis(t: &Transform, bits: [f64; BANDS]) -> Basis {
     let mut weight: Vec<f32> = t.variance.iter().map(|v| (v / t.variance[0]) as f32).collect();
     let mut first = 0;
     while first < d {
-        let alike = |j: &usize| widths.iter().all(|band| band[*j] == band[first]);
+        let alike = |j: &usize| widths.iter().all(|band| band[*j] == band[first]) && t.variance[*j] * MIXED > t.variance[first];
         let end = first + (first..d).take_while(alike).count();
         // What no band codes is only ever part of residuals.
         if widths.iter().any(|band| band[first] > 0) {

@@ -200,6 +200,8 @@ pub struct Stream {
     scoring: Scoring,
     /// Store the heads last to first, as other threads might.
     pub backwards: bool,
+    /// The tokens to come hardly differ from each other.
+    pub monotonous: bool,
 }
 
 impl Stream {
@@ -221,6 +223,7 @@ impl Stream {
             ropes: shapes.iter().map(|s| rope(s.d_k as usize)).collect(),
             scoring,
             backwards: false,
+            monotonous: false,
         }
     }
 
@@ -299,6 +302,12 @@ impl Stream {
             let g = l.shape();
             let mut x = input(seed * 31 + i as u64, &positions, g.n_head, g.n_head_kv, g.d_k, g.d_v, &RopeParams::none());
             let (nk, nv) = (g.n_head_kv * g.d_k, g.n_head_kv * g.d_v);
+            if self.monotonous {
+                let one = input(4242, &[0], g.n_head, g.n_head_kv, g.d_k, g.d_v, &RopeParams::none());
+                for (x, one) in [(&mut x.k, &one.k), (&mut x.v, &one.v)] {
+                    x.iter_mut().zip(one.iter().cycle()).for_each(|(x, one)| *x = one + (*x - one) * 1e-4);
+                }
+            }
             for (t, row) in layers.iter_mut().enumerate() {
                 row.push((x.k[t * nk..(t + 1) * nk].to_vec(), x.v[t * nv..(t + 1) * nv].to_vec()));
             }
