@@ -16,7 +16,7 @@ mod tool {
     pub mod probe;
 }
 
-use tool::probe::{Cache, Context, ContextSpec, Probe, Side, Tensor, Want, TOOL};
+use tool::probe::{Cache, Context, ContextSpec, Keep, Probe, Side, Tensor, Want, TOOL};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
@@ -57,7 +57,7 @@ fn spectral(window: u32) -> Cache {
 }
 
 fn spec(cache: Cache, n_ubatch: u32) -> ContextSpec {
-    ContextSpec { n_ctx: 2048, n_ubatch, cache, capture: false }
+    ContextSpec { n_ctx: 2048, n_ubatch, cache, keep: Keep::Nothing }
 }
 
 fn largest(x: &[f32], y: &[f32]) -> f32 {
@@ -93,7 +93,7 @@ fn the_model_is_described() {
 fn keys_are_rotated_as_described() {
     let mut probe = start();
     let rope = probe.info().rope.clone();
-    let context = probe.open(&ContextSpec { capture: true, ..spec(stock("f16", true), 64) }).unwrap();
+    let context = probe.open(&ContextSpec { keep: Keep::Tensors, ..spec(stock("f16", true), 64) }).unwrap();
     probe.decode(&context, &[200; 64], Want::None).unwrap();
     let keys = probe.captured(&context, 0, Tensor::Keys).unwrap();
     let (d, row) = (128, 256);
@@ -204,7 +204,7 @@ fn captured_tensors_are_those_of_the_attention() {
         (stock("q8_0", true), 64, 0.03),
         (stock("q8_0", false), 64, 0.03),
     ] {
-        let context = probe.open(&ContextSpec { capture: true, ..spec(cache.clone(), n_ubatch) }).unwrap();
+        let context = probe.open(&ContextSpec { keep: Keep::Tensors, ..spec(cache.clone(), n_ubatch) }).unwrap();
         probe.decode(&context, &tokens[..200], Want::None).unwrap();
         let long: Vec<_> = (0..3).map(|l| capture(&mut probe, &context, l)).collect();
         probe.decode(&context, &tokens[200..], Want::None).unwrap();

@@ -15,7 +15,7 @@ use spectral_kv::rope::RopeParams;
 
 use super::build::{self, Request, Tree};
 use super::fetch::SourceKind;
-use super::probe::{self, Cache, Context, ContextSpec, LayerInfo, Probe, Tensor, Want};
+use super::probe::{self, Cache, Context, ContextSpec, Keep, LayerInfo, Probe, Tensor, Want};
 use super::rope;
 
 /// Tokens that go through the graph at once.
@@ -55,7 +55,7 @@ pub fn run(c: &Calibrate) -> Result<ExitCode> {
     let tokens = choose(&mut probe, &files, c)?;
 
     let cache = Cache::Stock { k: "f16".into(), v: "f16".into(), rotate: false };
-    let context = probe.open(&ContextSpec { n_ctx: c.length as u32, n_ubatch: STEP as u32, cache, capture: true })?;
+    let context = probe.open(&ContextSpec { n_ctx: c.length as u32, n_ubatch: STEP as u32, cache, keep: Keep::Tensors })?;
     let mut layers: Vec<Vec<Text>> = info.layers.iter().map(|_| vec![]).collect();
     for (i, text) in tokens.iter().enumerate() {
         eprintln!("text {} of {}: {} tokens", i + 1, tokens.len(), text.len());

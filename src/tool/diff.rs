@@ -16,7 +16,7 @@ use serde::Serialize;
 use super::build::{self, Request, Tree};
 use super::fetch::SourceKind;
 use super::judge::{kl, log_softmax};
-use super::probe::{self, Cache, Context, ContextSpec, Probe, Tensor, Want};
+use super::probe::{self, Cache, Context, ContextSpec, Keep, Probe, Tensor, Want};
 use super::random::mix;
 
 /// Candidates that are shown at the first divergence.
@@ -140,7 +140,7 @@ struct Logits {
 impl Pair {
     fn open(diff: &Diff, bin: &Path) -> Result<Self> {
         let mut probe = Probe::start(bin, &diff.model, diff.threads)?;
-        let mut open = |cache| probe.open(&ContextSpec { n_ctx: diff.ctx, n_ubatch: diff.step, cache, capture: diff.layers });
+        let mut open = |cache| probe.open(&ContextSpec { n_ctx: diff.ctx, n_ubatch: diff.step, cache, keep: Keep::Nothing });
         let f16 = open(Cache::Stock { k: "f16".into(), v: "f16".into(), rotate: false })?;
         let spectral = open(Cache::Spectral { ratio: diff.ratio, bits: diff.bits, window: diff.window, fine: None, basis: diff.basis.clone() })?;
         Ok(Self { probe, f16, spectral })

@@ -11,10 +11,10 @@ pub mod eval;
 pub mod fetch;
 pub mod fsutil;
 pub mod judge;
+pub mod law;
 pub mod layout;
 pub mod llama;
 pub mod model;
-#[expect(dead_code, reason = "one client for every comparison; no single one of them needs all of it")]
 pub mod probe;
 pub mod progress;
 pub mod random;

@@ -119,8 +119,19 @@ pub struct ContextSpec {
     pub n_ubatch: u32,
     /// Its cache.
     pub cache: Cache,
-    /// Whether [`Probe::captured`] works; keeps all attention tensors of a decode.
-    pub capture: bool,
+    /// What is kept of a decode beside its logits.
+    pub keep: Keep,
+}
+
+/// What a context keeps beside its cache, for [`Probe::captured`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Nothing.
+    Nothing,
+    /// The attention tensors of the last decode, and in stock caches the sums that the judged tokens' attention goes into.
+    Tensors,
+    /// The tensors, and all rows as they came in, in f16: against them the judged tokens' attention is held.
+    ExactRows,
 }
 
 /// An open context. It stays open until [`Probe::close`] or the end of the process.
@@ -170,6 +181,45 @@ pub enum Tensor {
     Attention,
     /// Not of a decode: the rows of the layer's output projection, over all heads' outputs. Only of a stock cache.
     Output,
+    /// The sum of residual stream and attention, of the judged tokens. Only of a stock cache.
+    Joined,
+    /// What the cache's codes change in the output of the attention of the judged tokens, `[token][whole, values][head][element]`:
+    /// all of it, and the part of the values, which is what coded values change under the weights that exact keys give them. Only
+    /// with [`Keep::ExactRows`], and not of layers with attention sinks.
+    Errors,
+}
+
+/// A step between a layer's output projection and the residual stream. Vectors are in the numbers that come with the steps.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+pub enum BranchStep {
+    /// A vector is added.
+    Add {
+        /// Its length.
+        n: usize,
+    },
+    /// Each element has its factor.
+    Mul {
+        /// How many there are.
+        n: usize,
+    },
+    /// One factor and one shift for all.
+    Scale {
+        /// The factor.
+        by: f32,
+        /// The shift.
+        plus: f32,
+    },
+    /// Division by the root of the mean square.
+    RmsNorm {
+        /// What is added to the mean square.
+        eps: f32,
+    },
+    /// The same around the mean.
+    Norm {
+        /// What is added to the variance.
+        eps: f32,
+    },
 }
 
 /// A running `llama-kv-spectral-probe` with a model.
@@ -219,7 +269,9 @@ impl Probe {
                 cache
             }
         };
-        self.wire.ask(json!({"cmd": "open", "n_ctx": spec.n_ctx, "n_ubatch": spec.n_ubatch, "capture": spec.capture, "cache": cache}))
+        let (capture, exact) = (spec.keep != Keep::Nothing, spec.keep == Keep::ExactRows);
+        let command = json!({"cmd": "open", "n_ctx": spec.n_ctx, "n_ubatch": spec.n_ubatch, "capture": capture, "exact": exact, "cache": cache});
+        self.wire.ask(command)
     }
 
     /// Frees a context.
@@ -235,12 +287,18 @@ impl Probe {
     /// Appends tokens at the context's position, in ubatches. Returns the wanted logits, `n_vocab` per token. After an error
     /// the context is where it was, or empty where that cannot be.
     pub fn decode(&mut self, context: &Context, tokens: &[i32], want: Want) -> Result<Vec<f32>> {
+        self.decode_judged(context, tokens, want, &[])
+    }
+
+    /// The same, and judges some of the tokens, given by their places among them in ascending order.
+    pub fn decode_judged(&mut self, context: &Context, tokens: &[i32], want: Want, judged: &[usize]) -> Result<Vec<f32>> {
         let want = match want {
             Want::None => "none",
             Want::Last => "last",
             Want::All => "all",
         };
-        let (_, logits) = self.wire.call(json!({"cmd": "decode", "id": context.id, "want": want}), bytemuck::cast_slice(tokens))?;
+        let command = json!({"cmd": "decode", "id": context.id, "want": want, "judge": judged});
+        let (_, logits) = self.wire.call(command, bytemuck::cast_slice(tokens))?;
         numbers(&logits)
     }
 
@@ -259,6 +317,14 @@ impl Probe {
     pub fn set_rows(&mut self, context: &Context, layer: usize, side: Side, first: usize, rows: &[f32]) -> Result<()> {
         let command = json!({"cmd": "set_rows", "id": context.id, "layer": layer, "side": side.word(), "first": first});
         self.wire.call(command, bytemuck::cast_slice(rows)).map(drop)
+    }
+
+    /// What lies between a layer's output projection and the residual stream: its steps, and the numbers that they need, one after
+    /// the other. Only of a stock cache.
+    pub fn branch(&mut self, context: &Context, layer: usize) -> Result<(Vec<BranchStep>, Vec<f32>)> {
+        let (answer, data) = self.wire.call(json!({"cmd": "branch", "id": context.id, "layer": layer}), &[])?;
+        let steps = serde_json::from_value(answer["steps"].clone()).context("the steps behind an attention are not understood")?;
+        Ok((steps, numbers(&data)?))
     }
 
     /// A tensor of the last decode, `[token][head][element]`.
@@ -362,6 +428,8 @@ impl Tensor {
             Tensor::Values => "values",
             Tensor::Attention => "attention",
             Tensor::Output => "output",
+            Tensor::Joined => "joined",
+            Tensor::Errors => "errors",
         }
     }
 }

@@ -108,7 +108,8 @@ pub fn haystack(
     let mut questions = vec![];
     for (name, code) in names.iter().zip(&codes) {
         facts.push(tokenizer.encode(&format!("\nThe secret code for {name} is {code}.\n"))?);
-        questions.push(question(tokenizer, name, code)?);
+        let question = format!("\nQuestion: what is the secret code for {name}? Answer: {code}.\n");
+        questions.push(asked(tokenizer, &question, "Answer:", code)?);
     }
     let asked: usize = questions.iter().map(|(q, _)| q.len()).sum();
     let planted: usize = facts.iter().map(Vec::len).sum();
@@ -136,14 +137,13 @@ pub fn haystack(
 }
 
 /// The tokens of a question with its answer, and which of them are the answer. Tokenizers join things differently, so the
-/// answer is where its text comes out: from the first token after `Answer:` to the one that completes the code.
-fn question(tokenizer: &mut dyn Tokenizer, name: &str, code: &str) -> Result<(Vec<i32>, Range<usize>)> {
-    const MARK: &str = "Answer:";
-    let tokens = tokenizer.encode(&format!("\nQuestion: what is the secret code for {name}? {MARK} {code}.\n"))?;
+/// answer is where its text comes out: from the first token after `mark` to the one that completes the code.
+pub fn asked(tokenizer: &mut dyn Tokenizer, text: &str, mark: &str, code: &str) -> Result<(Vec<i32>, Range<usize>)> {
+    let tokens = tokenizer.encode(text)?;
     let mut first = None;
     for end in 1..=tokens.len() {
         let text = tokenizer.decode(&tokens[..end])?;
-        let Some((_, answer)) = text.split_once(MARK) else { continue };
+        let Some((_, answer)) = text.split_once(mark) else { continue };
         let first = *first.get_or_insert(end);
         if answer.contains(code) && first < end {
             return Ok((tokens, first..end));
@@ -153,11 +153,11 @@ fn question(tokenizer: &mut dyn Tokenizer, name: &str, code: &str) -> Result<(Ve
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
 
     /// Bytes, but digits in pairs where they come so.
-    struct Bytes;
+    pub struct Bytes;
 
     impl Tokenizer for Bytes {
         fn encode(&mut self, text: &str) -> Result<Vec<i32>> {

@@ -7,8 +7,8 @@ use std::fmt::Write;
 use anyhow::Result;
 
 use super::plots::{bars, heat_map, scatter, Mark, Scale};
-use super::summary::{Entry, PathResults, Row, Summary, BINS};
-use super::table;
+use super::summary::{Divergence, Entry, Law, PathResults, Row, Summary, BINS};
+use super::table::{self, Grid};
 use crate::tool::text::{number, or_dash, percent};
 
 const STYLE: &str = "
@@ -91,92 +91,200 @@ pub fn page(s: &Summary) -> Result<String> {
     Ok(out + "</body></html>\n")
 }
 
+const MIB: f64 = (1 << 20) as f64;
+
+/// The results of one path, on their way to its sections.
+struct Page<'a> {
+    summary: &'a Summary,
+    results: &'a PathResults,
+    both: Vec<(&'a Entry, &'a Row)>,
+}
+
 fn path(s: &Summary, p: &PathResults) -> Result<String> {
-    let both: Vec<(&Entry, &Row)> = s.settings.iter().zip(&p.rows).collect();
-    let table = |head: &[String], cells: &dyn Fn(&Row) -> Vec<String>| {
-        grid(head, both.iter().map(|(e, r)| (e.origin.to_string(), [vec![e.name.clone()], cells(r)].concat())))
-    };
-    let marks = |x: &dyn Fn(&Entry, &Row) -> f64, y: &dyn Fn(&Row) -> f64| -> Vec<Mark> {
-        both.iter().map(|(e, r)| Mark { name: &e.name, origin: e.origin, x: x(e, r), y: y(r) }).collect()
-    };
-    let head = |names: &[&str]| names.iter().map(|n| n.to_string()).collect::<Vec<_>>();
-    let numbered = |name: &str, n: usize| [vec!["setting".to_string()], (1..=n).map(|i| format!("{name} {i}")).collect()].concat();
-    let mib = f64::from(1 << 20);
+    let page = Page { summary: s, results: p, both: s.settings.iter().zip(&p.rows).collect() };
     let what = if p.path == "decode" {
         format!("{} token(s) at once, codes are attended to", s.options.step)
     } else {
         "512 tokens at once, rows are rebuilt".into()
     };
-    let mut out = format!("<h2>{} path: {what}</h2>\n", p.path);
+    let main = table::main(s, p);
+    let parts = [
+        format!("<h2>{} path: {what}</h2>\n", p.path),
+        grid(&main.head, main.rows.into_iter().map(|(class, cells)| (class.to_string(), cells))),
+        page.memory()?,
+        page.depth(table::needles(s, p), &|r| r.needles.as_ref().map(|n| &n.by_depth[..]))?,
+        page.depth(table::functions(s, p), &|r| r.functions.as_ref().map(|n| &n.by_depth[..]))?,
+        page.own_words()?,
+        page.greedy(),
+        page.switch()?,
+        section(table::beginnings(s, p)),
+        section(table::rewinds(s, p)),
+        page.law()?,
+        page.heads()?,
+    ];
+    Ok(parts.concat())
+}
 
-    out += &grid(&head(&table::HEAD), both.iter().map(|(e, r)| (e.origin.to_string(), table::cells(e, r))));
-    out += "<h3>Memory against KL divergence</h3>\n<p>MiB for the whole context. f16 itself is not shown: its divergence is 0.</p>\n";
-    out += &scatter(&marks(&|e, _| e.bytes / mib, &|r| r.text.kl_mean), "MiB", "mean KL divergence")?;
-    out += "<p>The same on the second half of the judged positions.</p>\n";
-    out += &scatter(&marks(&|e, _| e.bytes / mib, &|r| r.text.kl_mean_late), "MiB", "mean KL divergence, second half")?;
-    let n = both.first().map_or(0, |(_, r)| r.text.kl_mean_by_text.len());
-    let by_text = table(&numbered("text", n), &|r| r.text.kl_mean_by_text.iter().map(|x| number(*x)).collect());
-    let by_position = table(&numbered("eighth", BINS), &|r| r.text.kl_mean_by_position.iter().map(|x| number(*x)).collect());
-    out += &folded("Mean KL divergence by text", &by_text);
-    out += &folded("Mean KL divergence by position, from the first eighth of the judged positions to the last", &by_position);
+/// A table with its heading; nothing where nothing was measured.
+fn section(g: Grid) -> String {
+    if !g.is_measured() {
+        return String::new();
+    }
+    let rows = g.rows.into_iter().map(|(class, cells)| (class.to_string(), cells));
+    format!("<h3>{}</h3>\n<p>{}</p>\n{}", g.title, escape(g.words), grid(&g.head, rows))
+}
 
-    if both.iter().any(|(_, r)| r.needles.is_some()) {
-        out += "<h3>Planted facts by depth</h3>\n<p>Share of facts whose whole code is given back, from the beginning of the text to its end.</p>\n";
-        let depth = |r: &Row| r.needles.as_ref().map_or_else(|| vec![None; BINS], |n| n.by_depth.clone());
-        let rows: Vec<_> = both.iter().map(|(e, r)| (e.name.clone(), depth(r))).collect();
+fn names(names: &[&str]) -> Vec<String> {
+    names.iter().map(|n| n.to_string()).collect()
+}
+
+fn numbered(name: &str, n: usize) -> Vec<String> {
+    [vec!["setting".to_string()], (1..=n).map(|i| format!("{name} {i}")).collect()].concat()
+}
+
+fn numbers(x: &[f64]) -> Vec<String> {
+    x.iter().map(|x| number(*x)).collect()
+}
+
+impl Page<'_> {
+    /// A table of the settings that have what it shows.
+    fn table<T>(&self, head: &[String], of: impl Fn(&Row) -> Option<T>, cells: impl Fn(T) -> Vec<String>) -> String {
+        let rows = self.both.iter().filter_map(|(e, r)| Some((e.origin.to_string(), [vec![e.name.clone()], cells(of(r)?)].concat())));
+        grid(head, rows)
+    }
+
+    fn marks(&self, x: &dyn Fn(&Entry, &Row) -> f64, y: &dyn Fn(&Row) -> f64) -> Vec<Mark<'_>> {
+        let mark = |(e, r): &(&'_ Entry, &'_ Row)| (x(e, r), y(r));
+        self.both.iter().map(|b| (b, mark(b))).map(|(b, (x, y))| Mark { name: &b.0.name, origin: b.0.origin, family: b.0.family.as_deref(), x, y }).collect()
+    }
+
+    fn bars(&self, of: &dyn Fn(&Row) -> f64) -> Result<String> {
+        bars(&self.marks(&|_, r| of(r), &|_| 0.0))
+    }
+
+    fn is_measured(&self, of: impl Fn(&Row) -> bool) -> bool {
+        self.both.iter().any(|(_, r)| of(r))
+    }
+
+    fn memory(&self) -> Result<String> {
+        if !self.is_measured(|r| r.text.is_some()) {
+            return Ok(String::new());
+        }
+        let kl = |of: fn(&Divergence) -> f64| move |r: &Row| r.text.as_ref().map_or(0.0, of);
+        let text = |r: &Row| r.text.as_ref().map(|t| (t.kl_mean_by_text.clone(), t.kl_mean_by_position.clone()));
+        let n = self.both.first().and_then(|(_, r)| text(r)).map_or(0, |(by_text, _)| by_text.len());
+        let parts = [
+            "<h3>Memory against KL divergence</h3>\n<p>MiB for the whole context; lines join settings that differ in their size only. f16 itself is not \
+             shown: its divergence is 0.</p>\n"
+                .into(),
+            scatter(&self.marks(&|e, _| e.bytes / MIB, &kl(|t| t.kl_mean)), "MiB", "mean KL divergence")?,
+            "<p>The same on the second half of the judged positions.</p>\n".into(),
+            scatter(&self.marks(&|e, _| e.bytes / MIB, &kl(|t| t.kl_mean_late)), "MiB", "mean KL divergence, second half")?,
+            section(table::equal_bytes(self.summary, self.results)),
+            folded("Mean KL divergence by text", &self.table(&numbered("text", n), text, |(by_text, _)| numbers(&by_text))),
+            folded(
+                "Mean KL divergence by position, from the first eighth of the judged positions to the last",
+                &self.table(&numbered("eighth", BINS), text, |(_, by_position)| numbers(&by_position)),
+            ),
+        ];
+        Ok(parts.concat())
+    }
+
+    /// Shares by depth.
+    fn depth(&self, g: Grid, of: &dyn Fn(&Row) -> Option<&[Option<f64>]>) -> Result<String> {
+        if !self.is_measured(|r| of(r).is_some()) {
+            return Ok(String::new());
+        }
+        let rows: Vec<_> = self.both.iter().filter_map(|(e, r)| Some((e.name.clone(), of(r)?.to_vec()))).collect();
         let columns: Vec<String> = (1..=BINS).map(|b| format!("{b}/{BINS}")).collect();
-        out += &heat_map(&rows, &columns, Scale::Share)?;
-        let names = [head(&["setting", "asked", "found", "of those f16 finds"]), columns].concat();
-        out += &table(&names, &|r| match &r.needles {
-            Some(n) => {
-                let shares = n.by_depth.iter().map(|d| or_dash(d.map(percent)));
-                [n.asked.to_string(), percent(n.found), or_dash(n.found_of_f16.map(percent))].into_iter().chain(shares).collect()
-            }
-            None => vec![],
-        });
+        Ok(section(g) + &heat_map(&rows, &columns, Scale::Share)?)
     }
 
-    out +=
-        "<h3>The model's own words</h3>\n<p>Mean KL divergence on what f16 itself said, sampled at temperature 0.8, after a quarter of a text.</p>\n";
-    out += &bars(&marks(&|_, r| r.continuation.kl_mean, &|_| 0.0))?;
-    let divergence = |d: &super::summary::Divergence| {
-        vec![number(d.kl_mean), number(d.kl_mean_late), number(d.kl_99), number(d.kl_999), percent(d.same_top1), format!("{:+.4}", d.nll_difference)]
+    fn own_words(&self) -> Result<String> {
+        if !self.is_measured(|r| r.continuation.is_some()) {
+            return Ok(String::new());
+        }
+        let head = names(&["setting", "KL mean", "2nd half", "99 %", "99.9 %", "same top-1", "NLL"]);
+        let cells = |d: &Divergence| {
+            let kl = numbers(&[d.kl_mean, d.kl_mean_late, d.kl_99, d.kl_999]);
+            [kl, vec![percent(d.same_top1), format!("{:+.4}", d.nll_difference)]].concat()
+        };
+        let words =
+            "<h3>The model's own words</h3>\n<p>Mean KL divergence on what f16 itself said, sampled at temperature 0.8, after a quarter of a text.</p>\n";
+        let bars = self.bars(&|r| r.continuation.as_ref().map_or(0.0, |d| d.kl_mean))?;
+        let rows = self.both.iter().filter_map(|(e, r)| Some((e.origin.to_string(), [vec![e.name.clone()], cells(r.continuation.as_ref()?)].concat())));
+        Ok(words.to_string() + &bars + &grid(&head, rows))
+    }
+
+    fn greedy(&self) -> String {
+        if !self.is_measured(|r| r.greedy.is_some()) {
+            return String::new();
+        }
+        let of = |r: &Row| r.greedy.as_ref().map(|g| (g.tokens, g.agreeing, g.first_divergence));
+        let cells = |(tokens, agreeing, first): (usize, usize, Option<usize>)| {
+            vec![tokens.to_string(), agreeing.to_string(), or_dash(first.map(|f| f.to_string()))]
+        };
+        "<h3>Greedy generation</h3>\n<p>Tokens that are f16's at the same place, and how many come before the first that is not.</p>\n".to_string()
+            + &self.table(&names(&["setting", "tokens", "agreeing", "before the first other"]), of, cells)
+    }
+
+    fn switch(&self) -> Result<String> {
+        if !self.is_measured(|r| r.switch.is_some()) {
+            return Ok(String::new());
+        }
+        let head = names(&["setting", "own topic", "99.9 %", "other topic", "99.9 %", "ratio"]);
+        let of = |r: &Row| {
+            let s = r.switch.as_ref()?;
+            let kl = numbers(&[s.same_topic.kl_mean, s.same_topic.kl_999, s.switched.kl_mean, s.switched.kl_999]);
+            Some([kl, vec![or_dash(s.ratio.map(|r| format!("{r:.2}")))]].concat())
+        };
+        let words = "<h3>A change of topic</h3>\n<p>The same tokens, after another text and after the text that really comes before them: mean KL \
+                     divergence after the other one, over that after their own.</p>\n";
+        let bars = self.bars(&|r| r.switch.as_ref().and_then(|s| s.ratio).unwrap_or(0.0))?;
+        Ok(words.to_string() + &bars + &self.table(&head, of, |cells| cells))
+    }
+
+    fn law(&self) -> Result<String> {
+        let mut out = section(table::law(self.summary, self.results));
+        for (e, law) in self.both.iter().filter_map(|(e, r)| Some((e, r.law.as_ref().filter(|l| l.says > 0.0)?))) {
+            out += &folded(&format!("{}: by layer, head and side, of all", e.name), &shares(law)?);
+        }
+        Ok(out)
+    }
+
+    fn heads(&self) -> Result<String> {
+        if !self.is_measured(|r| r.heads.is_some()) {
+            return Ok(String::new());
+        }
+        let mut out = "<h3>Attention outputs by layer and head</h3>\n<p>Relative error before the output projection, on some positions of the first text. \
+                       A layer's error contains what earlier layers pass on.</p>\n"
+            .to_string();
+        for (e, heads) in self.both.iter().filter(|(e, _)| e.name != "f16").filter_map(|(e, r)| Some((e, r.heads.as_ref()?))) {
+            out += &folded(&e.name, &by_layer(heads, |h| format!("head {h}"), Scale::Error)?);
+        }
+        Ok(out)
+    }
+}
+
+/// Shares of the divergence: the layer's, then those of its keys and its values, head by head.
+fn shares(l: &Law) -> Result<String> {
+    let whole = l.scaled().max(f64::MIN_POSITIVE);
+    let n = l.shares.iter().map(|t| t.keys.len()).max().unwrap_or(0);
+    let of_layer = |t: &crate::tool::law::Terms| [&[t.whole][..], &t.keys, &t.values].concat().iter().map(|x| x / whole).collect();
+    let name = |i: usize| match i {
+        0 => "layer".to_string(),
+        i if i <= n => format!("K {}", i - 1),
+        i => format!("V {}", i - 1 - n),
     };
-    const MEASURES: [&str; 7] = ["setting", "KL mean", "2nd half", "99 %", "99.9 %", "same top-1", "NLL"];
-    out += &table(&head(&MEASURES), &|r| divergence(&r.continuation));
-    out += "<h3>Greedy generation</h3>\n<p>Tokens that are f16's at the same place, and how many come before the first that is not.</p>\n";
-    out += &table(&head(&["setting", "tokens", "agreeing", "before the first other"]), &|r| {
-        vec![r.greedy.tokens.to_string(), r.greedy.agreeing.to_string(), or_dash(r.greedy.first_divergence.map(|f| f.to_string()))]
-    });
+    by_layer(&l.shares.iter().map(of_layer).collect::<Vec<_>>(), name, Scale::Part)
+}
 
-    if both.iter().any(|(_, r)| r.switch.is_some()) {
-        out += "<h3>A change of topic</h3>\n<p>The same tokens, after another text and after the text that really comes before them: mean KL divergence after \
-                the other one, over that after their own.</p>\n";
-        out += &bars(&marks(&|_, r| r.switch.as_ref().and_then(|s| s.ratio).unwrap_or(0.0), &|_| 0.0))?;
-        out += &table(&head(&["setting", "own topic", "99.9 %", "other topic", "99.9 %", "ratio"]), &|r| match &r.switch {
-            Some(s) => vec![
-                number(s.same_topic.kl_mean),
-                number(s.same_topic.kl_999),
-                number(s.switched.kl_mean),
-                number(s.switched.kl_999),
-                or_dash(s.ratio.map(|r| format!("{r:.2}"))),
-            ],
-            None => vec![],
-        });
-    }
-
-    out += "<h3>Attention outputs by layer and head</h3>\n<p>Relative error before the output projection, on some positions of the first text. \
-            A layer's error contains what earlier layers pass on.</p>\n";
-    for (e, r) in both.iter().filter(|(e, _)| e.name != "f16") {
-        let heads = r.heads.iter().map(Vec::len).max().unwrap_or(0);
-        let columns: Vec<String> = (0..heads).map(|h| format!("head {h}")).collect();
-        let rows: Vec<_> = r.heads.iter().enumerate().map(|(l, errors)| (format!("layer {l}"), errors.iter().map(|x| Some(*x)).collect())).collect();
-        let names = [vec![String::from("layer")], columns.clone()].concat();
-        let cells = r.heads.iter().enumerate().map(|(l, errors)| {
-            let errors = errors.iter().map(|x| number(*x));
-            (String::new(), [l.to_string()].into_iter().chain(errors).collect())
-        });
-        out += &folded(&e.name, &(heat_map(&rows, &columns, Scale::Error)? + &grid(&names, cells)));
-    }
-    Ok(out)
+/// A picture and the numbers in it.
+fn by_layer(layers: &[Vec<f64>], name: impl Fn(usize) -> String, scale: Scale) -> Result<String> {
+    let n = layers.iter().map(Vec::len).max().unwrap_or(0);
+    let columns: Vec<String> = (0..n).map(name).collect();
+    let rows: Vec<_> = layers.iter().enumerate().map(|(l, x)| (format!("layer {l}"), x.iter().map(|x| Some(*x)).collect())).collect();
+    let head = [vec![String::from("layer")], columns.clone()].concat();
+    let cells = layers.iter().enumerate().map(|(l, x)| (String::new(), [vec![l.to_string()], numbers(x)].concat()));
+    Ok(heat_map(&rows, &columns, scale)? + &grid(&head, cells))
 }

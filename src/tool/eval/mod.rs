@@ -2,9 +2,16 @@
 //!
 //! Owns the options and the order of the work. Must not know how a measure is computed or shown.
 
+mod beginnings;
 mod codec;
 mod corpus;
+mod curve;
+mod functions;
 mod html;
+mod logits;
+mod look;
+mod material;
+mod measure;
 mod parts;
 mod plots;
 mod scenario;
@@ -18,7 +25,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{ensure, Context, Result};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -27,30 +34,26 @@ use super::fetch::SourceKind;
 use super::fsutil;
 use super::layout::Layout;
 use super::probe::{self, Probe};
-use super::random::Random;
 use super::{model, texts};
 
-use corpus::Haystack;
+use material::{Material, Scenario};
 use parts::Parts;
 use scenario::Bench;
 use session::Feed;
 use settings::{Setting, DEFAULT};
-use summary::{Divergence, Entry, Greedy, Model, PathResults, Recall, Row, Source, Summary, Switch, Used};
-
-/// Tokens of greedy generation, at most; shorter texts have a quarter of their length.
-const GREEDY: usize = 128;
-/// Tokens of the model's own words, at most.
-const OWN_WORDS: usize = 2048;
+use summary::{Entry, Model, PathResults, Source, Summary, Used};
 
 /// What decides over the numbers: kept parts are of no use when one of these files has changed.
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 11] = [
     include_str!("codec/mod.rs"),
     include_str!("codec/blocks.rs"),
     include_str!("codec/hadamard.rs"),
     include_str!("codec/truncated.rs"),
     include_str!("codec/turbo.rs"),
     include_str!("../judge.rs"),
+    include_str!("../law.rs"),
     include_str!("../random.rs"),
+    include_str!("look.rs"),
     include_str!("scenario.rs"),
     include_str!("session.rs"),
 ];
@@ -92,10 +95,14 @@ pub struct Options {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
     texts: u16,
     /// Settings to compare, comma-separated: stock types (q4_0, q4_0-norot), simulated ones behind an exact window
-    /// (q4_0+window, turbo3+window, prototype+window), spectral-RATIO, spectral-BITSb, and these with -flat: one rate for rows
-    /// of all ages
+    /// (q4_0+window, turbo3+window, prototype+window), these for a part of the cache (turbo3+window@LAYER, @k, @v, @LAYERk),
+    /// spectral-RATIO, spectral-BITSb, and these with -flat: one rate for rows of all ages
     #[arg(long, value_delimiter = ',', default_value = DEFAULT, hide_default_value = true)]
     settings: Vec<Setting>,
+    /// What the settings are put through, comma-separated (default: text, needles, greedy, own-words, law, and switch where there
+    /// is a text for it)
+    #[arg(long, value_enum, value_delimiter = ',')]
+    scenarios: Vec<Scenario>,
     /// Which paths of attention
     #[arg(long, value_enum, value_delimiter = ',', default_value = "decode,prefill")]
     paths: Vec<Way>,
@@ -114,6 +121,18 @@ pub struct Options {
     /// Another topic for the middle of a text: its second half is judged after the first text and after its own first half
     #[arg(long)]
     switch: Option<PathBuf>,
+    /// Source code that functions are spread over
+    #[arg(long)]
+    code: Option<PathBuf>,
+    /// Tokens of this code, functions included
+    #[arg(long, default_value_t = 6000)]
+    code_length: usize,
+    /// Tokens of beginnings that say nothing
+    #[arg(long, default_value_t = 1024)]
+    beginning: usize,
+    /// Tokens that are taken back, comma-separated
+    #[arg(long, value_delimiter = ',', default_value = "200,1000")]
+    rewind: Vec<usize>,
     /// Of names, codes, places and samples
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -143,21 +162,10 @@ struct Text {
     tokens: Vec<i32>,
 }
 
-/// All token sequences.
-struct Material {
-    prose: Vec<Vec<i32>>,
-    haystacks: Vec<Haystack>,
-    greedy: (Vec<i32>, usize),
-    own_words: (Vec<i32>, usize),
-    /// After its own beginning, and after another one; judged is the second half.
-    switch: Option<(Vec<i32>, Vec<i32>)>,
-}
-
 /// Compares, prints a table and writes the files.
 pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCode> {
     ensure!(o.length >= 256, "--length must be at least 256");
-    let longest = o.length.max(o.length / 4 + o.length.min(OWN_WORDS));
-    ensure!(o.ctx as usize >= longest, "-c must be at least {longest}, for texts of {} tokens", o.length);
+    material::scenarios(o)?;
     let settings = with_reference(&o.settings);
     let layout = Layout::find()?;
     let dir = o.out.clone().unwrap_or_else(|| layout.target.join("eval"));
@@ -177,8 +185,11 @@ pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCod
     let parts = Parts::open(&dir.join("parts"), &common(&model, &bin, threads)?.iter().map(Vec::as_slice).collect::<Vec<_>>())?;
 
     let files = o.files.iter().map(|f| read(&mut probe, f)).collect::<Result<Vec<_>>>()?;
-    let other = o.switch.as_ref().map(|f| read(&mut probe, f)).transpose()?;
-    let material = prepare(o, &mut probe, &files, other.as_ref())?;
+    let mut one = |file: &Option<PathBuf>| file.as_ref().map(|f| read(&mut probe, f)).transpose();
+    let (other, code) = (one(&o.switch)?, one(&o.code)?);
+    let material = Material::prepare(o, &mut probe, &files, other.as_ref(), code.as_ref())?;
+    let longest = material.longest();
+    ensure!(o.ctx as usize >= longest, "-c must be at least {longest}, for texts of {} tokens and these scenarios", o.length);
     let bar = progress(o, &settings, &material);
 
     let feed = |way: Way| Feed { ctx: o.ctx, ubatch: if way == Way::Decode { o.step } else { 512 }, window: o.window.into(), sinks: o.sinks.into() };
@@ -186,15 +197,17 @@ pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCod
     let entries = settings.iter().zip(&holdings).map(|(s, h)| Entry {
         name: s.name.clone(),
         origin: s.origin(),
+        family: s.family(),
         bytes: h.bytes,
         ratio: holdings[0].bytes / h.bytes,
         code_bits: h.code_bits,
     });
-    let entries = entries.collect();
+    let entries: Vec<Entry> = entries.collect();
     let mut paths = vec![];
     for way in &o.paths {
-        let bench = Bench { probe: &mut probe, parts: &parts, settings: &settings, feed: feed(*way), bar: &bar };
-        paths.push(PathResults { path: way.name().into(), rows: measure(o, bench, *way, &material)? });
+        let mut bench = Bench { probe: &mut probe, parts: &parts, settings: &settings, feed: feed(*way), bar: &bar };
+        let rows = measure::rows(&mut bench, way.name(), &material, o.seed)?;
+        paths.push(PathResults::of(way.name(), &entries, rows));
     }
     bar.finish_and_clear();
 
@@ -202,7 +215,7 @@ pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCod
     let summary = Summary {
         version: env!("CARGO_PKG_VERSION"),
         model: Model { file: file_name(&o.model), description, sha256: model },
-        texts: files.into_iter().chain(other).map(|t| t.source).collect(),
+        texts: files.into_iter().chain(other).chain(code).map(|t| t.source).collect(),
         options: Used {
             ctx: o.ctx,
             length: o.length,
@@ -261,93 +274,13 @@ fn read(probe: &mut Probe, path: &Path) -> Result<Text> {
     Ok(Text { source: Source { file: file_name(path), sha256: fsutil::sha256(path)?, tokens: tokens.len() }, text, tokens })
 }
 
-fn prepare(o: &Options, probe: &mut Probe, files: &[Text], other: Option<&Text>) -> Result<Material> {
-    let start: Vec<i32> = probe.info().bos.into_iter().collect();
-    let tokens: Vec<Vec<i32>> = files.iter().map(|f| f.tokens.clone()).collect();
-    let prose = corpus::pieces(&tokens, o.texts.into(), o.length, &start)?;
-    let all = files.iter().map(|f| f.text.as_str()).collect::<Vec<_>>().join("\n");
-    let words = corpus::words(&all);
-    let haystack = |i: u16| {
-        let base = &tokens[usize::from(i) % tokens.len()];
-        corpus::haystack(probe, base, &words, &start, &mut Random::new(o.seed, u64::from(i) + 1), o.length)
-    };
-    let haystacks = (0..o.needles).map(haystack).collect::<Result<_>>()?;
-    let half = o.length / 2;
-    let switch = match other {
-        None => None,
-        Some(t) if t.tokens.len() < o.length => bail!("{} has {} tokens; --switch needs {}", t.source.file, t.tokens.len(), o.length),
-        Some(t) => {
-            let after = corpus::pieces(std::slice::from_ref(&t.tokens), 1, o.length, &start)?.remove(0);
-            Some((after.clone(), [&prose[0][..half], &after[half..]].concat()))
-        }
-    };
-    Ok(Material {
-        haystacks,
-        greedy: (prose[0][..half].to_vec(), GREEDY.min(o.length / 4)),
-        own_words: (prose[0][..o.length / 4].to_vec(), OWN_WORDS.min(o.length)),
-        switch,
-        prose,
-    })
-}
-
 /// A bar over all tokens that go through the model, hidden where there is no terminal.
 fn progress(o: &Options, settings: &[Setting], m: &Material) -> ProgressBar {
-    let own_words = m.own_words.0.len() + m.own_words.1;
-    let sequences = [m.prose.len() + m.haystacks.len() + 1, if m.switch.is_some() { 2 } else { 0 }];
-    let tokens = sequences.iter().sum::<usize>() * o.length + m.greedy.0.len() + m.greedy.1 + own_words;
-    let bar = ProgressBar::new((tokens * (settings.len() + 1) * o.paths.len()) as u64);
+    let bar = ProgressBar::new((m.tokens() * (settings.len() + 1) * o.paths.len()) as u64);
     let style = ProgressStyle::with_template("{bar:30} {percent:>3} % {elapsed}, about {eta} left  {wide_msg}");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     if !std::io::stderr().is_terminal() {
         bar.set_draw_target(ProgressDrawTarget::hidden());
     }
     bar
-}
-
-/// All scenarios on one path.
-fn measure(o: &Options, mut bench: Bench, way: Way, m: &Material) -> Result<Vec<Row>> {
-    let (path, n) = (way.name(), bench.settings.len());
-    let quarter = o.length / 4;
-    let mut prose = vec![vec![]; n];
-    for (i, text) in m.prose.iter().enumerate() {
-        let judged = bench.judged(&format!("{path}-text{}", i + 1), text, quarter)?;
-        prose.iter_mut().zip(judged).for_each(|(all, new)| all.push(new));
-    }
-    let mut found = vec![];
-    for (i, haystack) in m.haystacks.iter().enumerate() {
-        found.push(bench.needles(&format!("{path}-needles{}", i + 1), haystack)?);
-    }
-    let greedy = bench.greedy(&format!("{path}-greedy"), &m.greedy.0, m.greedy.1)?;
-    let (prompt, said) = &m.own_words;
-    // Drawn on the first path and used on all.
-    let feed = bench.feed;
-    bench.feed = Feed { ubatch: 512, ..feed };
-    let words = bench.own_words("own-words", prompt, *said, o.seed)?;
-    bench.feed = feed;
-    let own = bench.judged(&format!("{path}-own-words"), &words, prompt.len())?;
-    let switch = match &m.switch {
-        None => None,
-        Some((same, other)) => {
-            let half = o.length / 2;
-            Some((bench.judged(&format!("{path}-same-topic"), same, half)?, bench.judged(&format!("{path}-switched"), other, half)?))
-        }
-    };
-    let heads = bench.heads(&format!("{path}-heads"), &m.prose[0], quarter)?;
-
-    let (mut own, mut heads) = (own.into_iter(), heads.into_iter());
-    let mut switch = switch.map(|(same, other)| same.into_iter().zip(other));
-    let mut rows = vec![];
-    for (s, (setting, prose)) in bench.settings.iter().zip(prose).enumerate() {
-        let needles: Vec<_> = m.haystacks.iter().zip(&found).map(|(h, f)| (&h.needles[..], &f[s][..], &f[0][..])).collect();
-        rows.push(Row {
-            setting: setting.name.clone(),
-            text: Divergence::of(&prose),
-            needles: (!needles.is_empty()).then(|| Recall::of(&needles)),
-            greedy: Greedy::of(&greedy[0], &greedy[s]),
-            continuation: Divergence::of(own.by_ref().take(1).collect::<Vec<_>>().as_slice()),
-            switch: switch.as_mut().and_then(Iterator::next).map(|(same, other)| Switch::of(same, other)),
-            heads: heads.next().unwrap_or_default(),
-        });
-    }
-    Ok(rows)
 }

@@ -24,6 +24,11 @@ impl Parts {
         Ok(Self { dir: dir.into(), common: fsutil::sha256_of(common) })
     }
 
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     fn path(&self, label: &str, depends: &[&[u8]]) -> PathBuf {
         let hash = fsutil::sha256_of(&[&[self.common.as_bytes(), label.as_bytes()], depends].concat());
         self.dir.join(format!("{label}-{}.json", &hash[..16]))

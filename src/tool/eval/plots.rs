@@ -26,6 +26,8 @@ pub struct Mark<'a> {
     pub name: &'a str,
     /// What decides over its colour.
     pub origin: &'a str,
+    /// Points of one family are joined by a line.
+    pub family: Option<&'a str>,
     /// Place on the horizontal axis.
     pub x: f64,
     /// Place on the vertical axis; unused for bars.
@@ -55,6 +57,19 @@ fn apart(places: &[(f64, f64)]) -> Vec<i32> {
     down.collect()
 }
 
+/// The marks of each family, from left to right.
+fn lines<'a, 'b>(marks: &[&'b Mark<'a>]) -> Vec<Vec<&'b Mark<'a>>> {
+    let mut lines: Vec<Vec<&Mark>> = vec![];
+    for mark in marks.iter().filter(|m| m.family.is_some()) {
+        match lines.iter_mut().find(|l| l[0].family == mark.family) {
+            Some(line) => line.push(mark),
+            None => lines.push(vec![mark]),
+        }
+    }
+    lines.iter_mut().for_each(|l| l.sort_by(|a, b| a.x.total_cmp(&b.x)));
+    lines
+}
+
 /// Points on two logarithmic axes; marks at 0 cannot be shown and are left out.
 pub fn scatter(marks: &[Mark], x: &str, y: &str) -> Result<String> {
     let shown: Vec<&Mark> = marks.iter().filter(|m| m.x > 0.0 && m.y > 0.0).collect();
@@ -78,6 +93,11 @@ pub fn scatter(marks: &[Mark], x: &str, y: &str) -> Result<String> {
             .axis_style(FAINT)
             .label_style((FONT, 12).into_font().color(&INK))
             .draw()?;
+        for line in lines(&shown) {
+            let colour = colour(line[0].origin);
+            let points: Vec<_> = line.iter().map(|m| (m.x, m.y)).collect();
+            chart.draw_series(std::iter::once(PathElement::new(points, colour.mix(0.5))))?;
+        }
         let labels = apart(&shown.iter().map(|m| ((m.x / x0).ln() / (x1 * 1.5 / x0).ln(), (y1 / m.y).ln() / (y1 / y0).ln())).collect::<Vec<_>>());
         chart.draw_series(shown.iter().zip(labels).map(|(m, down)| {
             EmptyElement::at((m.x, m.y))
@@ -118,6 +138,8 @@ pub enum Scale {
     Share,
     /// 0.001 and less is good, 1 and more is bad, by magnitude.
     Error,
+    /// Of a whole that comes from many: 0.001 and less is little, 0.3 and more is much, by magnitude.
+    Part,
 }
 
 impl Scale {
@@ -125,8 +147,9 @@ impl Scale {
     fn badness(self, x: f64) -> f64 {
         let b = match self {
             Scale::Share => 1.0 - x,
-            Scale::Error if x <= 0.0 => 0.0,
+            _ if x <= 0.0 => 0.0,
             Scale::Error => x.log10() / 3.0 + 1.0,
+            Scale::Part => (x / 0.3).log10() / 2.5 + 1.0,
         };
         b.clamp(0.0, 1.0)
     }
@@ -185,13 +208,21 @@ mod tests {
 
     #[test]
     fn plots_hold_what_can_be_drawn() {
-        let marks = [Mark { name: "f16", origin: "stock", x: 96.0, y: 0.0 }, Mark { name: "<q4>", origin: "stock", x: 27.0, y: 0.01 }];
+        let marks = [Mark { name: "f16", origin: "stock", family: None, x: 96.0, y: 0.0 }, Mark { name: "<q4>", origin: "stock", family: Some("stock"), x: 27.0, y: 0.01 }];
         let svg = scatter(&marks, "MiB", "KL").unwrap();
         assert!(svg.starts_with("<svg") && svg.contains("&lt;q4&gt;") && !svg.contains("f16"), "{svg}");
         assert!(scatter(&[], "x", "y").is_ok());
         assert!(bars(&marks).unwrap().contains("f16"));
         let map = heat_map(&[("layer 0".into(), vec![Some(0.5), None])], &["a".into(), "b".into()], Scale::Error).unwrap();
         assert!(map.contains("0.500") && map.contains("layer 0"), "{map}");
+    }
+
+    #[test]
+    fn lines_join_families() {
+        let mark = |name, family, x| Mark { name, origin: "stock", family, x, y: 1.0 };
+        let marks = [mark("q8", Some("q"), 2.0), mark("f16", None, 3.0), mark("q4", Some("q"), 1.0), mark("t", Some("t"), 1.0)];
+        let joined: Vec<Vec<&str>> = lines(&marks.iter().collect::<Vec<_>>()).iter().map(|l| l.iter().map(|m| m.name).collect()).collect();
+        assert_eq!(joined, [vec!["q4", "q8"], vec!["t"]]);
     }
 
     #[test]

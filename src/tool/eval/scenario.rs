@@ -1,4 +1,4 @@
-//! What a setting is put through: prose, planted facts, its own words, a change of topic, and a look at each head.
+//! What a setting is put through: texts, planted facts, near duplicates, its own words, and going back.
 //!
 //! Owns the comparison with f16 on the same path. Must not know how results are shown.
 
@@ -6,19 +6,27 @@ use anyhow::Result;
 use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 
-use crate::tool::probe::Probe;
+use crate::tool::probe::{Keep, Probe};
 
 use super::corpus::Haystack;
+use super::functions::{Functions, Question};
+use super::logits::Logits;
 use super::parts::Parts;
-use super::session::{Feed, Session};
+use super::session::{Feed, Session, TakeLogits};
 use super::settings::{nominal, Holding, Setting};
-use crate::tool::judge::{argmax, log_softmax, Positions, RelativeError};
+use crate::tool::judge::{argmax, log_softmax, Positions};
 use crate::tool::random::Random;
 
-/// Positions of a text at which attention outputs are compared.
-const PROBED: usize = 32;
 /// The temperature that the model's own text is sampled at.
 const TEMPERATURE: f64 = 0.8;
+
+/// Tokens that are judged after something was taken back.
+pub const AFTER: usize = 24;
+
+/// Tokens that [`Bench::rewound`] decodes.
+pub fn rewound_tokens(detour: usize, at: &[usize]) -> usize {
+    at.last().map_or(0, |p| p + AFTER) + at.len() * detour
+}
 
 /// All settings on one path.
 pub struct Bench<'a> {
@@ -34,14 +42,15 @@ pub struct Bench<'a> {
     pub bar: &'a ProgressBar,
 }
 
-fn bytes_of(tokens: &[i32]) -> Vec<u8> {
+/// Tokens as something that a part depends on.
+pub fn bytes_of(tokens: &[i32]) -> Vec<u8> {
     tokens.iter().flat_map(|t| t.to_le_bytes()).collect()
 }
 
 impl Bench<'_> {
     /// One part for each setting. `make` finds in its last argument what it left there for an earlier setting: the
     /// reference, which is made only if some part is missing.
-    fn each<T, R>(
+    pub fn each<T, R>(
         &mut self,
         label: &str,
         depends: &[&[u8]],
@@ -82,24 +91,25 @@ impl Bench<'_> {
     /// What each setting's cache holds.
     pub fn holdings(&mut self) -> Result<Vec<Holding>> {
         self.each("holding", &[], 0, |bench, setting, _: &mut Option<()>| {
-            if let Some(codec) = setting.codec() {
+            if let Some(codec) = setting.simulated() {
                 return Ok(nominal(codec, &bench.probe.info().layers, bench.feed.ctx as usize, bench.feed.window, bench.feed.sinks));
             }
-            let session = Session::open(bench.probe, setting, &bench.feed, false, bench.bar)?;
+            let session = Session::open(bench.probe, setting, &bench.feed, Keep::Nothing, bench.bar)?;
             let context = session.context().clone();
             session.close()?;
             Ok(Holding { bytes: context.bytes_held as f64, code_bits: context.code_bits.unwrap_or(setting.stock_code_bits()) })
         })
     }
 
+    fn new_logits(&self) -> Result<Logits> {
+        Logits::create(self.parts.dir(), self.probe.info().n_vocab)
+    }
+
     /// Logits of positions from `from` on, one after the other.
-    fn logits(&mut self, tokens: &[i32], from: usize) -> Result<Vec<f32>> {
-        let mut all = vec![];
-        let mut session = Session::open(self.probe, &Setting::reference(), &self.feed, false, self.bar)?;
-        session.push(tokens, from, &mut |_, logits| {
-            all.extend_from_slice(logits);
-            Ok(())
-        })?;
+    fn logits(&mut self, tokens: &[i32], from: usize) -> Result<Logits> {
+        let mut all = self.new_logits()?;
+        let mut session = Session::open(self.probe, &Setting::reference(), &self.feed, Keep::Nothing, self.bar)?;
+        session.push(tokens, from, &mut |_, logits| all.push(logits))?;
         session.close()?;
         Ok(all)
     }
@@ -108,16 +118,14 @@ impl Bench<'_> {
     pub fn judged(&mut self, label: &str, tokens: &[i32], from: usize) -> Result<Vec<Positions>> {
         let depends = [&bytes_of(tokens)[..], &from.to_le_bytes()];
         self.each(label, &depends, tokens.len(), |bench, setting, reference| {
-            let reference: &Vec<f32> = match reference {
+            let reference = match reference {
                 Some(r) => r,
                 None => reference.insert(bench.logits(tokens, from)?),
             };
-            let vocabulary = bench.probe.info().n_vocab;
+            reference.rewind()?;
             let mut positions = Positions::default();
-            let mut session = Session::open(bench.probe, setting, &bench.feed, false, bench.bar)?;
-            session.push(tokens, from, &mut |p, logits| {
-                positions.push(&reference[(p - from) * vocabulary..][..vocabulary], logits, tokens.get(p + 1).copied())
-            })?;
+            let mut session = Session::open(bench.probe, setting, &bench.feed, Keep::Nothing, bench.bar)?;
+            session.push(tokens, from, &mut |p, logits| positions.push(reference.next_row()?, logits, tokens.get(p + 1).copied()))?;
             session.close()?;
             Ok(positions)
         })
@@ -130,7 +138,7 @@ impl Bench<'_> {
         let from = needles.iter().map(|n| n.answer.start).min().unwrap_or(1) - 1;
         self.each(label, &[&bytes_of(tokens), &spans], tokens.len(), |bench, setting, _: &mut Option<()>| {
             let mut best = vec![];
-            let mut session = Session::open(bench.probe, setting, &bench.feed, false, bench.bar)?;
+            let mut session = Session::open(bench.probe, setting, &bench.feed, Keep::Nothing, bench.bar)?;
             session.push(tokens, from, &mut |_, logits| {
                 best.push(argmax(logits) as i32);
                 Ok(())
@@ -141,9 +149,65 @@ impl Bench<'_> {
         })
     }
 
+    /// For each setting and question: 1 if the answer is what greedy decoding gives. The code goes in once; every question comes right
+    /// behind it, and is taken back.
+    pub fn functions(&mut self, label: &str, f: &Functions) -> Result<Vec<Vec<u8>>> {
+        let n = f.tokens.len();
+        let asked: Vec<u8> = f.questions.iter().flat_map(|q| [bytes_of(&q.tokens), q.needle.answer.start.to_le_bytes().to_vec()].concat()).collect();
+        self.each(label, &[&bytes_of(&f.tokens), &asked], n + f.asked_tokens(), |bench, setting, _: &mut Option<()>| {
+            let mut found = vec![];
+            let mut session = Session::open(bench.probe, setting, &bench.feed, Keep::Nothing, bench.bar)?;
+            session.push(&f.tokens, usize::MAX, &mut |_, _| Ok(()))?;
+            for Question { tokens, needle } in &f.questions {
+                // The first wrong token ends a right answer, so the right ones can go in at once.
+                let mut best = vec![];
+                session.push(&tokens[..tokens.len() - 1], n + needle.answer.start - 1, &mut |_, logits| {
+                    best.push(argmax(logits) as i32);
+                    Ok(())
+                })?;
+                found.push(u8::from(best == tokens[needle.answer.clone()]));
+                session.truncate(n)?;
+            }
+            session.close()?;
+            Ok(found)
+        })
+    }
+
+    /// Compares the next-token distributions at the `AFTER` tokens from each of some positions on, after a detour that was taken
+    /// back.
+    pub fn rewound(&mut self, label: &str, text: &[i32], detour: &[i32], at: &[usize]) -> Result<Vec<Positions>> {
+        let places: Vec<u8> = at.iter().flat_map(|p| p.to_le_bytes()).collect();
+        self.each(label, &[&bytes_of(text), &bytes_of(detour), &places], rewound_tokens(detour.len(), at), |bench, setting, reference| {
+            let reference = match reference {
+                Some(r) => r,
+                None => {
+                    let mut all = bench.new_logits()?;
+                    bench.rewind(&Setting::reference(), text, detour, at, &mut |_, logits| all.push(logits))?;
+                    reference.insert(all)
+                }
+            };
+            reference.rewind()?;
+            let mut positions = Positions::default();
+            bench.rewind(setting, text, detour, at, &mut |p, logits| positions.push(reference.next_row()?, logits, text.get(p + 1).copied()))?;
+            Ok(positions)
+        })
+    }
+
+    fn rewind(&mut self, setting: &Setting, text: &[i32], detour: &[i32], at: &[usize], take: &mut TakeLogits) -> Result<()> {
+        let mut session = Session::open(self.probe, setting, &self.feed, Keep::Nothing, self.bar)?;
+        let mut n = 0;
+        for at in at {
+            session.push(&[&text[n..*at], detour].concat(), usize::MAX, &mut |_, _| Ok(()))?;
+            session.truncate(*at)?;
+            n = at + AFTER;
+            session.push(&text[*at..n], *at, take)?;
+        }
+        session.close()
+    }
+
     /// Continues a prompt by `n` tokens.
     fn generate(&mut self, setting: &Setting, prompt: &[i32], n: usize, choose: &mut dyn FnMut(&[f32]) -> usize) -> Result<Vec<i32>> {
-        let mut session = Session::open(self.probe, setting, &self.feed, false, self.bar)?;
+        let mut session = Session::open(self.probe, setting, &self.feed, Keep::Nothing, self.bar)?;
         let (mut input, mut generated) = (prompt.to_vec(), vec![]);
         while generated.len() < n {
             let mut next = 0;
@@ -175,46 +239,6 @@ impl Bench<'_> {
             self.generate(&Setting::reference(), prompt, n, &mut |logits| sample(logits, random.unit()))
         })?;
         Ok([prompt, &said].concat())
-    }
-
-    /// For each setting the relative error of the attention output, `[layer][head]`, over some positions from `from` on.
-    /// An error of one layer is in the input of the next.
-    pub fn heads(&mut self, label: &str, tokens: &[i32], from: usize) -> Result<Vec<Vec<Vec<f64>>>> {
-        let judged = tokens.len() - from;
-        let n = PROBED.min(judged);
-        let at: Vec<usize> = (1..=n).map(|i| from + judged * i / n - 1).collect();
-        let depends = [&bytes_of(tokens)[..], &from.to_le_bytes()];
-        self.each(label, &depends, tokens.len(), |bench, setting, reference| {
-            let reference: &Vec<Vec<f32>> = match reference {
-                Some(r) => r,
-                None => reference.insert(bench.outputs(&Setting::reference(), tokens, &at)?),
-            };
-            let got = bench.outputs(setting, tokens, &at)?;
-            let layers = bench.probe.info().layers.clone();
-            let mut errors: Vec<Vec<RelativeError>> = layers.iter().map(|l| vec![RelativeError::default(); l.n_head]).collect();
-            let present: Vec<usize> = (0..layers.len()).filter(|l| layers[*l].n_head > 0).collect();
-            for (i, (reference, got)) in reference.iter().zip(&got).enumerate() {
-                let l = present[i % present.len()];
-                let heads = reference.chunks_exact(layers[l].d_v).zip(got.chunks_exact(layers[l].d_v));
-                errors[l].iter_mut().zip(heads).for_each(|(e, (r, g))| e.add(r, g));
-            }
-            Ok(errors.iter().map(|l| l.iter().map(RelativeError::value).collect()).collect())
-        })
-    }
-
-    /// Attention outputs at some positions: by position, then by layer that has attention.
-    fn outputs(&mut self, setting: &Setting, tokens: &[i32], at: &[usize]) -> Result<Vec<Vec<f32>>> {
-        let layers = self.probe.info().layers.iter().filter(|l| l.n_head > 0).count();
-        let mut taken: Vec<(usize, usize, Vec<f32>)> = Vec::with_capacity(at.len() * layers);
-        let mut session = Session::open(self.probe, setting, &self.feed, true, self.bar)?;
-        session.push_captured(tokens, at, &mut |p, l, output| {
-            taken.push((p, l, output.to_vec()));
-            Ok(())
-        })?;
-        session.close()?;
-        // One call gives several positions of a layer.
-        taken.sort_by_key(|(p, l, _)| (*p, *l));
-        Ok(taken.into_iter().map(|(_, _, o)| o).collect())
     }
 }
 

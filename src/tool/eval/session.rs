@@ -9,19 +9,32 @@ use anyhow::{ensure, Result};
 use indicatif::ProgressBar;
 use spectral_kv::rope::Rope;
 
-use crate::tool::probe::{Context, ContextSpec, LayerInfo, Probe, RopeInfo, Side, Tensor, Want};
+use crate::tool::probe::{Context, ContextSpec, Keep, LayerInfo, Probe, RopeInfo, Side, Tensor, Want};
 use crate::tool::rope;
 
 use super::codec::Coder;
-use super::settings::Setting;
+use super::settings::{Part, Setting};
 
 /// Logits of one portion, as numbers; bounds the memory for large vocabularies.
 const PORTION: usize = 1 << 25;
 
 /// Takes a position and its logits.
 pub type TakeLogits<'a> = dyn FnMut(usize, &[f32]) -> Result<()> + 'a;
-/// Takes a position, a layer and the outputs of its heads.
-pub type TakeOutput<'a> = dyn FnMut(usize, usize, &[f32]) -> Result<()> + 'a;
+/// Takes what was seen.
+pub type TakeSeen<'a> = dyn FnMut(Seen) -> Result<()> + 'a;
+
+/// The attention of a layer at one position.
+pub struct Seen {
+    /// The position.
+    pub position: usize,
+    /// The layer.
+    pub layer: usize,
+    /// The outputs of its heads.
+    pub attention: Vec<f32>,
+    /// In the reference, the sum that they go into; elsewhere what the cache's codes change in them, as the probe tells it. Empty
+    /// where that is not known.
+    pub more: Vec<f32>,
+}
 
 /// How a context is fed.
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +61,12 @@ impl Sealer {
         self.next.end + self.window
     }
 
+    /// Rows from `n` on are gone. What was replaced below stays so.
+    fn truncate(&mut self, n: usize) {
+        let start = self.next.start.min(n);
+        self.next = start..start + self.next.len();
+    }
+
     /// The next block, if `n` rows are enough for it.
     fn take(&mut self, n: usize) -> Option<Range<usize>> {
         (n >= self.due()).then(|| {
@@ -59,6 +78,7 @@ impl Sealer {
 
 struct Simulation {
     coder: Coder,
+    part: Part,
     sealer: Sealer,
     ropes: Vec<Rope>,
 }
@@ -75,17 +95,17 @@ pub struct Session<'a> {
 
 impl<'a> Session<'a> {
     /// Opens a context for a setting.
-    pub fn open(probe: &'a mut Probe, setting: &Setting, feed: &Feed, capture: bool, bar: &ProgressBar) -> Result<Self> {
-        let simulation = match setting.codec() {
+    pub fn open(probe: &'a mut Probe, setting: &Setting, feed: &Feed, keep: Keep, bar: &ProgressBar) -> Result<Self> {
+        let simulation = match setting.simulated() {
             None => None,
-            Some(codec) => {
+            Some((codec, part)) => {
                 let info = probe.info();
                 let ropes = info.layers.iter().map(|l| rope(&info.rope, l)).collect::<Result<_>>()?;
                 let sealer = Sealer { next: feed.sinks..feed.sinks + codec.rows(), window: feed.window };
-                Some(Simulation { coder: Coder::new(codec), sealer, ropes })
+                Some(Simulation { coder: Coder::new(codec), part, sealer, ropes })
             }
         };
-        let spec = ContextSpec { n_ctx: feed.ctx, n_ubatch: feed.ubatch, cache: setting.cache(feed.window), capture };
+        let spec = ContextSpec { n_ctx: feed.ctx, n_ubatch: feed.ubatch, cache: setting.cache(feed.window), keep };
         let context = probe.open(&spec)?;
         Ok(Self { probe, context, simulation, ubatch: feed.ubatch as usize, n: 0, bar: bar.clone() })
     }
@@ -109,7 +129,7 @@ impl<'a> Session<'a> {
             rest = later;
             let first = self.n;
             let wanted = first + portion.len() > from;
-            let logits = self.decode(portion, if wanted { Want::All } else { Want::None })?;
+            let logits = self.decode(portion, if wanted { Want::All } else { Want::None }, &[])?;
             ensure!(!wanted || logits.len() == portion.len() * vocabulary, "llama.cpp gave {} logits for {} tokens", logits.len(), portion.len());
             for (i, logits) in logits.chunks_exact(vocabulary).enumerate() {
                 if first + i >= from {
@@ -120,19 +140,36 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Appends tokens and hands over the attention outputs of each layer at some positions, given in ascending order.
-    pub fn push_captured(&mut self, tokens: &[i32], positions: &[usize], each: &mut TakeOutput) -> Result<()> {
+    /// Forgets positions from `n` on.
+    pub fn truncate(&mut self, n: usize) -> Result<()> {
+        self.probe.truncate(&self.context, n)?;
+        self.n = n;
+        if let Some(s) = &mut self.simulation {
+            s.sealer.truncate(n);
+        }
+        Ok(())
+    }
+
+    /// Appends tokens and hands over the attention of each layer at some positions, given in ascending order.
+    pub fn push_seen(&mut self, tokens: &[i32], positions: &[usize], more: Tensor, each: &mut TakeSeen) -> Result<()> {
         let layers = self.probe.info().layers.clone();
         for portion in tokens.chunks(self.ubatch) {
             let first = self.n;
-            let within: Vec<usize> = positions.iter().copied().filter(|p| (first..first + portion.len()).contains(p)).collect();
-            self.decode(portion, if within.is_empty() { Want::None } else { Want::Last })?;
-            for (l, layer) in layers.iter().enumerate().filter(|(_, l)| l.n_head > 0 && !within.is_empty()) {
-                let size = layer.n_head * layer.d_v;
-                let outputs = self.probe.captured(&self.context, l, Tensor::Attention)?;
+            let within: Vec<usize> = positions.iter().filter_map(|p| p.checked_sub(first)).filter(|p| *p < portion.len()).collect();
+            self.decode(portion, Want::None, &within)?;
+            if within.is_empty() {
+                continue;
+            }
+            for (layer, info) in layers.iter().enumerate().filter(|(_, l)| l.n_head > 0) {
+                let size = info.n_head * info.d_v;
+                let outputs = self.probe.captured(&self.context, layer, Tensor::Attention)?;
                 ensure!(outputs.len() == portion.len() * size, "llama.cpp gave {} attention outputs for {} tokens", outputs.len(), portion.len());
-                for p in &within {
-                    each(*p, l, &outputs[(p - first) * size..][..size])?;
+                // Not of every architecture.
+                let more = self.probe.captured(&self.context, layer, more).unwrap_or_default();
+                let n_more = more.len() / within.len();
+                for (i, p) in within.iter().enumerate() {
+                    let (attention, more) = (outputs[p * size..][..size].to_vec(), more[i * n_more..][..n_more].to_vec());
+                    each(Seen { position: first + p, layer, attention, more })?;
                 }
             }
         }
@@ -147,15 +184,15 @@ impl<'a> Session<'a> {
         whole.min(available)
     }
 
-    fn decode(&mut self, tokens: &[i32], want: Want) -> Result<Vec<f32>> {
-        let logits = self.probe.decode(&self.context, tokens, want)?;
+    fn decode(&mut self, tokens: &[i32], want: Want, judged: &[usize]) -> Result<Vec<f32>> {
+        let logits = self.probe.decode_judged(&self.context, tokens, want, judged)?;
         self.n += tokens.len();
         self.bar.inc(tokens.len() as u64);
         if let Some(s) = &mut self.simulation {
             let layers = self.probe.info().layers.clone();
             while let Some(block) = s.sealer.take(self.n) {
                 for (l, layer) in layers.iter().enumerate().filter(|(_, l)| l.n_head_kv > 0) {
-                    for side in [Side::K, Side::V] {
+                    for side in [Side::K, Side::V].into_iter().filter(|side| s.part.has(l, *side)) {
                         let mut rows = self.probe.rows(&self.context, l, side, block.start, block.len())?;
                         s.coder.round_trip(layer, side, &s.ropes[l], block.start, &mut rows)?;
                         self.probe.set_rows(&self.context, l, side, block.start, &rows)?;
@@ -187,5 +224,10 @@ mod tests {
         // A long portion can bring several blocks; the one up to 388 would need 516 rows.
         let blocks: Vec<_> = std::iter::from_fn(|| s.take(515)).collect();
         assert_eq!(blocks, [68..132, 132..196, 196..260, 260..324]);
+        // After going back the next block begins with the first new row.
+        s.truncate(300);
+        assert_eq!((s.due(), s.next.clone()), (492, 300..364));
+        s.truncate(400);
+        assert_eq!(s.next, 300..364);
     }
 }

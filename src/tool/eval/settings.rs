@@ -29,7 +29,12 @@ pub enum Kind {
         rotate: bool,
     },
     /// A stock f16 cache whose rows behind the exact window are replaced.
-    Simulated(Codec),
+    Simulated {
+        /// What they are replaced by.
+        codec: Codec,
+        /// Which of them.
+        part: Part,
+    },
     /// The spectral cache.
     Spectral {
         /// f16 bytes over bytes held.
@@ -39,6 +44,30 @@ pub enum Kind {
         /// All rows at one rate, as if all were old: what young rows gain from rates by age is not in the numbers.
         flat: bool,
     },
+}
+
+/// A part of a cache: all of it, or one layer, or one side, or one side of one layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Part {
+    layer: Option<usize>,
+    side: Option<Side>,
+}
+
+impl Part {
+    /// Reads a layer's number with or without `k` or `v` behind it, or one of these alone.
+    fn named(name: &str) -> Option<Self> {
+        let (layer, side) = match name.strip_suffix(['k', 'v']) {
+            Some(layer) => (layer, Some(if name.ends_with('k') { Side::K } else { Side::V })),
+            None => (name, None),
+        };
+        let layer = if layer.is_empty() { None } else { Some(layer.parse().ok()?) };
+        (layer.is_some() || side.is_some()).then_some(Self { layer, side })
+    }
+
+    /// Whether it has these rows.
+    pub fn has(&self, layer: usize, side: Side) -> bool {
+        self.layer.is_none_or(|l| l == layer) && self.side.is_none_or(|s| s == side)
+    }
 }
 
 /// A named setting.
@@ -54,9 +83,14 @@ impl FromStr for Setting {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        let kind = if let Some(codec) = name.strip_suffix("+window") {
+        let kind = if let Some((codec, part)) = name.split_once("+window") {
             let codec = Codec::named(codec).ok_or_else(|| format!("`{codec}` cannot be simulated behind a window"))?;
-            Kind::Simulated(codec)
+            let no_part = || format!("`{name}`: behind +window there can be @LAYER, @k, @v, @LAYERk or @LAYERv");
+            let part = match part {
+                "" => Part::default(),
+                part => part.strip_prefix('@').and_then(Part::named).ok_or_else(no_part)?,
+            };
+            Kind::Simulated { codec, part }
         } else if let Some(rate) = name.strip_prefix("spectral-") {
             let (rate, flat) = rate.strip_suffix("-flat").map_or((rate, false), |r| (r, true));
             let (rate, is_bits) = rate.strip_suffix('b').map_or((rate, false), |r| (r, true));
@@ -95,18 +129,34 @@ impl Setting {
     pub fn cache(&self, window: usize) -> Cache {
         match &self.kind {
             Kind::Stock { ggml_type, rotate } => Cache::Stock { k: ggml_type.clone(), v: ggml_type.clone(), rotate: *rotate },
-            Kind::Simulated(_) => Setting::reference().cache(window),
+            Kind::Simulated { .. } => Setting::reference().cache(window),
             Kind::Spectral { ratio, bits, flat } => {
                 Cache::Spectral { ratio: *ratio, bits: *bits, window: window as u32, fine: flat.then_some(0), basis: None }
             }
         }
     }
 
-    /// The codec that is simulated, if one is.
-    pub fn codec(&self) -> Option<Codec> {
+    /// The codec that is simulated, if one is, and for which rows.
+    pub fn simulated(&self) -> Option<(Codec, Part)> {
         match self.kind {
-            Kind::Simulated(codec) => Some(codec),
+            Kind::Simulated { codec, part } => Some((codec, part)),
             _ => None,
+        }
+    }
+
+    /// Settings that differ in nothing but their size have the same family; f16 and parts of a cache have none.
+    pub fn family(&self) -> Option<String> {
+        let rotation = |rotate: bool| if rotate { "" } else { "-norot" };
+        match &self.kind {
+            Kind::Stock { ggml_type, .. } if ggml_type == "f16" => None,
+            Kind::Stock { rotate, .. } => Some(format!("stock{}", rotation(*rotate))),
+            Kind::Simulated { part, .. } if *part != Part::default() => None,
+            Kind::Simulated { codec, .. } => Some(match codec {
+                Codec::Q8 { rotate } | Codec::Q4 { rotate } => format!("stock{}+window", rotation(*rotate)),
+                Codec::Turbo { .. } => "turbo+window".into(),
+                Codec::Prototype => "prototype+window".into(),
+            }),
+            Kind::Spectral { flat, .. } => Some(if *flat { "spectral-flat" } else { "spectral" }.into()),
         }
     }
 
@@ -122,7 +172,7 @@ impl Setting {
     pub fn origin(&self) -> &'static str {
         match self.kind {
             Kind::Stock { .. } => "stock",
-            Kind::Simulated(_) => "simulated",
+            Kind::Simulated { .. } => "simulated",
             Kind::Spectral { .. } => "spectral",
         }
     }
@@ -137,16 +187,18 @@ pub struct Holding {
     pub code_bits: f64,
 }
 
-/// What a simulated codec would hold at its best: rows of the sinks, the window and the block being filled in f16,
-/// all others coded.
-pub fn nominal(codec: Codec, layers: &[LayerInfo], ctx: usize, window: usize, sinks: usize) -> Holding {
+/// What a simulated codec would hold at its best: rows of the sinks, the window and the block being filled in f16, and those that
+/// are not of its part; all others coded.
+pub fn nominal((codec, part): (Codec, Part), layers: &[LayerInfo], ctx: usize, window: usize, sinks: usize) -> Holding {
     let exact = ctx.min(window + sinks + codec.rows()) as f64;
     let (mut bits, mut code_bits, mut elements) = (0.0, 0.0, 0.0);
-    for layer in layers {
+    for (l, layer) in layers.iter().enumerate() {
         for (side, d) in [(Side::K, layer.d_k), (Side::V, layer.d_v)] {
             let heads = layer.n_head_kv as f64;
-            bits += heads * (exact * 16.0 * d as f64 + (ctx as f64 - exact) * codec.all_bits(side, d));
-            code_bits += heads * codec.code_bits(side, d);
+            let f16 = 16.0 * d as f64;
+            let (all, codes) = if part.has(l, side) { (codec.all_bits(side, d), codec.code_bits(side, d)) } else { (f16, f16) };
+            bits += heads * (exact * f16 + (ctx as f64 - exact) * all);
+            code_bits += heads * codes;
             elements += heads * d as f64;
         }
     }
@@ -161,12 +213,16 @@ mod tests {
     fn names_are_read() {
         let kind = |name: &str| name.parse::<Setting>().map(|s| s.kind);
         assert_eq!(kind("q4_0-norot"), Ok(Kind::Stock { ggml_type: "q4_0".into(), rotate: false }));
-        assert_eq!(kind("q4_0-norot+window"), Ok(Kind::Simulated(Codec::Q4 { rotate: false })));
-        assert_eq!(kind("turbo3+window"), Ok(Kind::Simulated(Codec::Turbo { bits: 3 })));
+        assert_eq!(kind("q4_0-norot+window"), Ok(Kind::Simulated { codec: Codec::Q4 { rotate: false }, part: Part::default() }));
+        let turbo = |layer, side| Ok(Kind::Simulated { codec: Codec::Turbo { bits: 3 }, part: Part { layer, side } });
+        assert_eq!(kind("turbo3+window"), turbo(None, None));
+        assert_eq!(kind("turbo3+window@12"), turbo(Some(12), None));
+        assert_eq!(kind("turbo3+window@v"), turbo(None, Some(Side::V)));
+        assert_eq!(kind("turbo3+window@0k"), turbo(Some(0), Some(Side::K)));
         assert_eq!(kind("spectral-12.8"), Ok(Kind::Spectral { ratio: 12.8, bits: 0.0, flat: false }));
         assert_eq!(kind("spectral-2b"), Ok(Kind::Spectral { ratio: 8.0, bits: 2.0, flat: false }));
         assert_eq!(kind("spectral-4-flat"), Ok(Kind::Spectral { ratio: 4.0, bits: 0.0, flat: true }));
-        for wrong in ["", "f16+window", "f16-norot", "turbo3", "q9_0", "spectral-1", "spectral-x", "spectral-9b", "spectral-nan"] {
+        for wrong in ["", "f16+window", "f16-norot", "turbo3", "q9_0", "spectral-1", "spectral-x", "spectral-9b", "spectral-nan", "turbo3+window@", "turbo3+window3", "turbo3+window@x"] {
             assert!(kind(wrong).is_err(), "{wrong}");
         }
         for name in DEFAULT.split(',') {
@@ -175,15 +231,29 @@ mod tests {
     }
 
     #[test]
+    fn families_differ_in_size_only() {
+        let family = |name: &str| name.parse::<Setting>().unwrap().family();
+        assert_eq!(family("f16"), None);
+        assert_eq!(family("q8_0+window"), family("q4_0+window"));
+        assert_ne!(family("q4_0+window"), family("q4_0-norot+window"));
+        assert_ne!(family("spectral-8"), family("spectral-8-flat"));
+        assert_eq!(family("turbo3+window@1"), None);
+    }
+
+    #[test]
     fn nominal_sizes_are_those_of_the_formats() {
         let layers = [LayerInfo { n_head: 4, n_head_kv: 2, d_k: 128, d_v: 128, scale: 0.0, softcap: 0.0, rope: None }];
+        let nominal = |codec, ctx, window, sinks| super::nominal((codec, Part::default()), &layers, ctx, window, sinks);
         // Without exact rows a q4_0 row of 128 elements has 4 blocks of 18 bytes.
-        let q4 = nominal(Codec::Q4 { rotate: true }, &layers, 1000, 0, 0);
+        let q4 = nominal(Codec::Q4 { rotate: true }, 1000, 0, 0);
         assert_eq!(q4.bytes, (64 * 2 * 2 * 256 + 936 * 2 * 2 * 4 * 18) as f64);
         assert_eq!(q4.code_bits, 4.0);
-        let exact = nominal(Codec::Turbo { bits: 2 }, &layers, 100, 128, 4);
+        let exact = nominal(Codec::Turbo { bits: 2 }, 100, 128, 4);
         assert_eq!(exact.bytes, (100 * 2 * 2 * 256) as f64);
         // Rank 16 of 128 and 32 of 128 in int8.
-        assert_eq!(nominal(Codec::Prototype, &layers, 4096, 128, 4).code_bits, 1.5);
+        assert_eq!(nominal(Codec::Prototype, 4096, 128, 4).code_bits, 1.5);
+        // The values alone.
+        let values = super::nominal((Codec::Q4 { rotate: true }, Part { layer: None, side: Some(Side::V) }), &layers, 1000, 0, 0);
+        assert_eq!((values.bytes, values.code_bits), ((1000 * 2 * 256 + 64 * 2 * 256 + 936 * 2 * 4 * 18) as f64, 10.0));
     }
 }

@@ -5,7 +5,10 @@
 use serde::Serialize;
 
 use super::corpus::Needle;
+use super::curve::{self, Beside, Curve, Point};
+use super::scenario::AFTER;
 use crate::tool::judge::{mean, quantile, Positions};
+use crate::tool::law::{self, Terms};
 
 /// Bins of position and of depth.
 pub const BINS: usize = 8;
@@ -17,7 +20,7 @@ pub struct Summary {
     pub version: &'static str,
     /// The model.
     pub model: Model,
-    /// Text files, the one of the switch last.
+    /// Text files, behind them the one of the switch and the code.
     pub texts: Vec<Source>,
     /// How it was run.
     pub options: Used,
@@ -79,6 +82,8 @@ pub struct Entry {
     pub name: String,
     /// stock, simulated or spectral.
     pub origin: &'static str,
+    /// What it has in common with settings that differ in their size only.
+    pub family: Option<String>,
     /// Bytes for the whole context: measured, or nominal where simulated.
     pub bytes: f64,
     /// f16 bytes over these.
@@ -94,29 +99,54 @@ pub struct PathResults {
     pub path: String,
     /// One for each setting.
     pub rows: Vec<Row>,
+    /// Divergence on texts against bytes.
+    pub curves: Vec<Curve>,
+    /// The other settings beside the curves of spectral ones.
+    pub equal_bytes: Vec<Beside>,
 }
 
-/// The measures of one setting.
-#[derive(Serialize)]
+impl PathResults {
+    /// Adds the curves to the rows.
+    pub fn of(path: &str, entries: &[Entry], rows: Vec<Row>) -> Self {
+        let point = |(e, r): (&Entry, &Row)| {
+            let kl = r.text.as_ref()?.kl_mean;
+            Some((e.family.clone()?, Point { setting: e.name.clone(), bytes: e.bytes, kl }))
+        };
+        let curves = curve::curves(entries.iter().zip(&rows).filter_map(point));
+        let equal_bytes = curve::beside(&curves, "spectral");
+        Self { path: path.into(), rows, curves, equal_bytes }
+    }
+}
+
+/// The measures of one setting; those that nobody asked for are missing.
+#[derive(Serialize, Default)]
 pub struct Row {
     /// Its name.
     pub setting: String,
     /// On prose.
-    pub text: Divergence,
+    pub text: Option<Divergence>,
     /// Planted facts.
     pub needles: Option<Recall>,
+    /// Near duplicates.
+    pub functions: Option<Recall>,
     /// Greedy generation.
-    pub greedy: Greedy,
+    pub greedy: Option<Greedy>,
     /// On the model's own words.
-    pub continuation: Divergence,
+    pub continuation: Option<Divergence>,
     /// A change of topic.
     pub switch: Option<Switch>,
+    /// Behind beginnings that say nothing.
+    pub beginnings: Vec<Beginning>,
+    /// After tokens were taken back.
+    pub rewinds: Vec<Rewind>,
     /// Relative error of attention outputs, by layer and head.
-    pub heads: Vec<Vec<f64>>,
+    pub heads: Option<Vec<Vec<f64>>>,
+    /// Where the divergence comes from.
+    pub law: Option<Law>,
 }
 
 /// How far next-token distributions are from f16's.
-#[derive(Serialize)]
+#[derive(Clone, Serialize)]
 pub struct Divergence {
     /// Judged positions.
     pub positions: usize,
@@ -234,6 +264,81 @@ impl Switch {
     }
 }
 
+/// A text behind a beginning.
+#[derive(Clone, Serialize)]
+pub struct Beginning {
+    /// Its kind.
+    pub kind: String,
+    /// On the second half of the text.
+    pub divergence: Divergence,
+    /// KL divergence over that without a beginning; none where that is 0.
+    pub ratio: Option<f64>,
+}
+
+impl Beginning {
+    /// Compares with the text that has none.
+    pub fn of(kind: &str, judged: Positions, none: Option<&Beginning>) -> Self {
+        let divergence = Divergence::of(&[judged]);
+        let bare = none.map_or(divergence.kl_mean, |n| n.divergence.kl_mean);
+        let ratio = (bare > 0.0).then(|| divergence.kl_mean / bare);
+        Self { kind: kind.into(), divergence, ratio }
+    }
+}
+
+/// The tokens after some were taken back.
+#[derive(Serialize)]
+pub struct Rewind {
+    /// How many were.
+    pub tokens: usize,
+    /// Mean KL divergence of the tokens after it.
+    pub kl_mean: f64,
+    /// Mean KL divergence of the first of them.
+    pub kl_first: f64,
+    /// Mean KL divergence at each place.
+    pub kl_mean_by_place: Vec<f64>,
+}
+
+impl Rewind {
+    /// From the positions of all places, one after the other.
+    pub fn of(tokens: usize, judged: Positions) -> Self {
+        let places = || judged.kl.chunks_exact(AFTER);
+        Self {
+            tokens,
+            kl_mean: mean(judged.kl.iter().copied()),
+            kl_first: mean(places().map(|p| p[0])),
+            kl_mean_by_place: places().map(|p| mean(p.iter().copied())).collect(),
+        }
+    }
+}
+
+/// Where the divergence on texts comes from, by the law of the residual stream.
+#[derive(Serialize)]
+pub struct Law {
+    /// What the law says: the sum over layers of |e|^2 / |x|^2, on average over some positions.
+    pub says: f64,
+    /// The divergence that was measured, which it is scaled to; none where no text was.
+    pub measured: Option<f64>,
+    /// The law's terms by layer, as they are.
+    pub terms: Vec<Terms>,
+    /// The measured divergence, or what the law says, shared out over layers, heads and sides, in nats.
+    pub shares: Vec<Terms>,
+}
+
+impl Law {
+    /// Scales terms to what was measured.
+    pub fn of(terms: Vec<Terms>, text: Option<&Divergence>) -> Self {
+        let says = terms.iter().map(|t| t.whole).sum();
+        let measured = text.map(|t| t.kl_mean);
+        let shares = law::shares(&terms, measured.unwrap_or(says));
+        Self { says, measured, terms, shares }
+    }
+
+    /// All shares together.
+    pub fn scaled(&self) -> f64 {
+        self.measured.unwrap_or(self.says)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -257,6 +362,17 @@ mod tests {
         let r = Recall::of(&[(&needles, &[1, 0, 1], &[1, 1, 0])]);
         assert_eq!((r.asked, r.found, r.found_of_f16), (3, 2.0 / 3.0, Some(0.5)));
         assert_eq!(r.by_depth, [Some(1.0), Some(0.0), None, None, None, None, None, Some(1.0)]);
+    }
+
+    #[test]
+    fn beginnings_and_rewinds_are_compared() {
+        let none = Beginning::of("none", positions(&[0.5, 0.5]), None);
+        let hello = Beginning::of("hello", positions(&[1.0, 3.0]), Some(&none));
+        assert_eq!((none.ratio, hello.ratio), (Some(1.0), Some(4.0)));
+        let kl = [vec![4.0], vec![1.0; AFTER - 1], vec![2.0], vec![0.0; AFTER - 1]].concat();
+        let r = Rewind::of(200, positions(&kl));
+        assert_eq!((r.kl_first, r.kl_mean_by_place.len()), (3.0, 2));
+        assert_eq!(r.kl_mean, (4.0 + 23.0 + 2.0) / 48.0);
     }
 
     #[test]

@@ -10,19 +10,27 @@
 //   info                                       -> description, hash, n_vocab, n_ctx_train, bos, layers, rope (of the first layer)
 //   tokenize    add_special; text              -> i32 tokens
 //   detokenize  i32 tokens                     -> text
-//   open        n_ctx, n_ubatch, capture, cache: {k, v, rotate} or {ratio, bits, window [, fine] [, basis]}
+//   open        n_ctx, n_ubatch, capture, exact, cache: {k, v, rotate} or {ratio, bits, window [, fine] [, basis]}
 //                                              -> id, bytes_held, code_bits, ratio
+//               exact: rows are kept as they came in, beside the cache, for the errors below
 //   close, clear  id
-//   decode      id, want: none|last|all; i32 tokens -> f32 logits, a row per token
+//   decode      id, want: none|last|all [, judge: tokens of this call, ascending]; i32 tokens -> f32 logits, a row per token
 //   truncate    id, n                             keeps positions 0 .. n-1
 //   rows        id, layer, side: k|v, first, n -> f32 rows
 //   set_rows    id, layer, side, first; f32 rows
 //   captured    id, layer, tensor: queries|keys|values|attention -> f32, a row per token of the last decode
 //               id, layer, tensor: output             -> f32, the rows of the output projection
+//               id, layer, tensor: joined|errors      -> f32, a row per token of judge: the sum that the attention goes into (stock
+//               caches only), and what the codes change in its output: [whole, values][head][element]
+//   branch      id, layer                             -> steps, and the f32 numbers that they need, one after the other: what lies
+//               between the output projection and that sum: {op: add|mul, n}, {op: scale, by, plus}, {op: rms_norm|norm, eps}
 
 #include "llama-cpp.h"
 #include "llama-ext.h"
 #include "llama-kv-spectral.h"
+
+#include "gguf.h"
+#include "kv-spectral-errors.h"
 
 #include <nlohmann/json.hpp>
 
@@ -31,6 +39,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <iostream>
 #include <map>
 #include <memory>
@@ -94,6 +103,18 @@ static size_t get_choice(const json & args, const char * key, const std::vector<
     return it - choices.begin();
 }
 
+// tokens of a call of n, in ascending order
+static std::vector<size_t> get_judged(const json & args, size_t n) {
+    std::vector<size_t> res;
+    for (const auto & value : args.value("judge", json::array())) {
+        if (!value.is_number_unsigned() || value.get<uint64_t>() >= n || (!res.empty() && value.get<uint64_t>() <= res.back())) {
+            throw std::invalid_argument("judge must be ascending numbers below " + std::to_string(n));
+        }
+        res.push_back(value.get<uint64_t>());
+    }
+    return res;
+}
+
 template <typename T>
 static std::vector<T> from_bytes(const bytes & data) {
     if (data.size() % sizeof(T) != 0) {
@@ -136,6 +157,20 @@ static bool is_attention(const ggml_tensor * t) {
 static bool is_spectral_append(const ggml_tensor * t) {
     return t->op == GGML_OP_CUSTOM && strncmp(t->name, "spectral_append", 15) == 0;
 }
+
+// The node that makes the attention of a layer over a compressed cache, and the op in it that reads the cache: arena, q, k, v,
+// plan, mask [, sinks]. Up to 64 tokens there is a second op behind that one.
+static const ggml_tensor * spectral_attention(const ggml_tensor * t) {
+    if (t->op != GGML_OP_CUSTOM) {
+        return nullptr;
+    }
+    if (t->src[0] && strncmp(t->src[0]->name, "spectral_partials", 17) == 0) {
+        return t->src[0];
+    }
+    return !t->view_src && strncmp(t->name, "spectral_prefill", 16) == 0 ? t : nullptr;
+}
+
+enum { SPECTRAL_Q = 1, SPECTRAL_K = 2, SPECTRAL_V = 3, SPECTRAL_MASK = 5, SPECTRAL_SINKS = 6 };
 
 // undoes the Hadamard rotation of quantised values on the result of the attention
 static bool is_back_rotation(const ggml_tensor * t) {
@@ -202,6 +237,83 @@ static const ggml_tensor * find_rope(const ggml_tensor * k) {
     return k && k->op == GGML_OP_ROPE ? k : nullptr;
 }
 
+static bool is_vector(const ggml_tensor * t) {
+    return t->op == GGML_OP_NONE && t->buffer && t->type == GGML_TYPE_F32 && ggml_nelements(t) == t->ne[0];
+}
+
+// What lies between the output projection of a layer and the sum with the residual stream that it goes into.
+struct branch {
+    json               steps = json::array();
+    std::vector<float> numbers;
+    std::string        joint;   // the name of the sum
+    std::string        refusal; // why this is not known; empty if it is
+
+    void add_vector(const char * op, const ggml_tensor * t) {
+        steps.push_back({ { "op", op }, { "n", t->ne[0] } });
+        numbers.resize(numbers.size() + t->ne[0]);
+        ggml_backend_tensor_get(t, numbers.data() + numbers.size() - t->ne[0], 0, ggml_nbytes(t));
+    }
+
+    // takes the node that comes next; false where it is none that can be described
+    bool add_node(const ggml_tensor * t, const ggml_tensor * from) {
+        const ggml_tensor * other = t->src[0] == from ? t->src[1] : t->src[0];
+        float params[2];
+        memcpy(params, t->op_params, sizeof(params));
+
+        switch (t->op) {
+            case GGML_OP_RESHAPE:
+            case GGML_OP_VIEW:
+            case GGML_OP_CONT:
+                return true;
+            case GGML_OP_GET_ROWS: // the tokens with output
+                return t->src[0] == from;
+            case GGML_OP_ADD:
+            case GGML_OP_MUL:
+                if (is_vector(other)) {
+                    add_vector(t->op == GGML_OP_ADD ? "add" : "mul", other);
+                    return true;
+                }
+                return false;
+            case GGML_OP_SCALE:
+                steps.push_back({ { "op", "scale" }, { "by", params[0] }, { "plus", params[1] } });
+                return true;
+            case GGML_OP_NORM:
+            case GGML_OP_RMS_NORM:
+                steps.push_back({ { "op", t->op == GGML_OP_NORM ? "norm" : "rms_norm" }, { "eps", params[0] } });
+                return true;
+            default:
+                return false;
+        }
+    }
+
+    // users: the nodes that read a node
+    branch(const ggml_tensor * projection, const std::map<const ggml_tensor *, std::vector<const ggml_tensor *>> & users) {
+        const auto only_user = [&](const ggml_tensor * t) {
+            const auto it = users.find(t);
+            return it != users.end() && it->second.size() == 1 ? it->second[0] : nullptr;
+        };
+
+        const ggml_tensor * t    = projection;
+        const ggml_tensor * next = only_user(t);
+        while (next && add_node(next, t)) {
+            t    = next;
+            next = only_user(t);
+        }
+        if (!next || next->op != GGML_OP_ADD) {
+            refusal = std::string("what follows the output projection is not known: ") + (next ? ggml_op_name(next->op) : "used more than once");
+            return;
+        }
+        // where attention and feed-forward run side by side there are several sums, one after the other
+        while (const ggml_tensor * sum = only_user(next)) {
+            if (sum->op != GGML_OP_ADD) {
+                break;
+            }
+            next = sum;
+        }
+        joint = next->name;
+    }
+};
+
 //
 // contexts
 //
@@ -212,8 +324,26 @@ struct context {
     llama_context_ptr ctx;
 
     bool capture = false;
+    bool exact   = false;
 
     std::map<int, std::array<std::vector<float>, N_CAPTURES>> captured;
+
+    // what the description of the model says about them
+    json layers;
+
+    // the rows as they came in, if exact
+    std::map<int, exact_rows> rows;
+
+    // tokens of the current ubatch: those that are judged, and those that have an output
+    std::vector<size_t> judged;
+    std::vector<size_t> outputs;
+
+    // of the judged tokens
+    std::map<int, std::vector<float>> errors;
+    std::map<int, std::vector<float>> joined;
+
+    std::map<int, branch>      branches;
+    std::map<std::string, int> joints; // the layers of these sums
 
     // by layer; in a compressed cache the arenas are the keys
     std::map<int, ggml_tensor *> k;
@@ -236,8 +366,10 @@ struct context {
 
     // appends a tensor whose rows are in dimension 0, heads and tokens in the other ones
     void read(capture_kind what, const ggml_tensor * cache, const ggml_tensor * t, int dim_head, int dim_token) {
-        auto & dst = captured[layer_of(cache)][what];
+        read(captured[layer_of(cache)][what], t, dim_head, dim_token);
+    }
 
+    static void read(std::vector<float> & dst, const ggml_tensor * t, int dim_head, int dim_token) {
         const int64_t n = t->ne[0];
         const auto to_float = ggml_get_type_traits(t->type)->to_float;
 
@@ -257,25 +389,106 @@ struct context {
         }
     }
 
+    static void keep(std::vector<ggml_fp16_t> & dst, const std::vector<float> & src, size_t n) {
+        dst.resize(dst.size() + n);
+        ggml_fp32_to_fp16_row(src.data() + src.size() - n, dst.data() + dst.size() - n, n);
+    }
+
+    // forgets the rows of positions from n on
+    void truncate_rows(size_t n) {
+        for (auto & [il, r] : rows) {
+            const auto & l = layers.at(il);
+            r.k.resize(std::min(r.k.size(), n*l.at("n_head_kv").get<size_t>()*l.at("d_k").get<size_t>()));
+            r.v.resize(std::min(r.v.size(), n*l.at("n_head_kv").get<size_t>()*l.at("d_v").get<size_t>()));
+        }
+    }
+
+    attention_view view(int il, const ggml_tensor * q, const ggml_tensor * mask, int dim_head, int dim_token) const {
+        const auto & l = layers.at(il);
+        return { q, mask, dim_head, dim_token, l.at("n_head"), l.at("n_head_kv"), l.at("d_k"), l.at("d_v"), l.at("scale"), l.at("softcap") };
+    }
+
+    void judge_stock(const ggml_tensor * t) {
+        const int il = layer_of(cache_of(t->src[1]));
+        if (!judged.empty() && !t->src[4]) {
+            append(errors[il], errors_of_cache(view(il, t->src[0], t->src[3], 2, 1), rows[il], k.at(il), v.at(il), judged));
+        }
+    }
+
+    void judge_rotation(int il, const ggml_tensor * rotation) {
+        const auto & l = layers.at(il);
+        auto & all = errors[il];
+        rotate_back(all, all.size() - std::min(all.size(), 2*judged.size()*l.at("n_head").get<size_t>()*l.at("d_v").get<size_t>()), rotation);
+    }
+
+    void judge_spectral(const ggml_tensor * t) {
+        const ggml_tensor * op = spectral_attention(t);
+
+        const int il = atoi(strrchr(op->name, '-') + 1);
+
+        std::vector<float> now;
+        read(now, op->src[SPECTRAL_K], 1, 2);
+        keep(rows[il].k, now, now.size());
+        now.clear();
+        read(now, op->src[SPECTRAL_V], 1, 2);
+        keep(rows[il].v, now, now.size());
+
+        if (!judged.empty() && !op->src[SPECTRAL_SINKS]) {
+            attention_replay replay(t, op != t, SPECTRAL_Q, SPECTRAL_MASK);
+            append(errors[il], errors_of_ops(view(il, op->src[SPECTRAL_Q], op->src[SPECTRAL_MASK], 1, 2), rows[il], t, replay, judged));
+        }
+    }
+
+    static void append(std::vector<float> & all, const std::vector<float> & now) {
+        all.insert(all.end(), now.begin(), now.end());
+    }
+
+    // the sum may have the tokens with output only
+    void read_joined(const ggml_tensor * t) {
+        auto & dst = joined[joints.at(t->name)];
+
+        const bool has_all = t->ne[1] != (int64_t) outputs.size();
+        for (const size_t j : judged) {
+            const size_t i = has_all ? j : std::lower_bound(outputs.begin(), outputs.end(), j) - outputs.begin();
+            dst.resize(dst.size() + t->ne[0]);
+            ggml_backend_tensor_get(t, dst.data() + dst.size() - t->ne[0], i*t->nb[1], t->ne[0]*sizeof(float));
+        }
+    }
+
     static bool callback(ggml_tensor * t, bool ask, void * user_data) {
         auto & self = *(context *) user_data;
 
-        const bool stores = t->op == GGML_OP_SET_ROWS && cache_of(t);
+        const bool stores   = t->op == GGML_OP_SET_ROWS && cache_of(t);
+        const bool attends  = self.exact && spectral_attention(t);
+        const bool is_joint = !self.judged.empty() && self.joints.count(t->name) > 0;
 
         if (ask) {
-            return stores || is_attention(t) || is_back_rotation(t) || is_spectral_append(t);
+            return stores || attends || is_joint || is_attention(t) || is_back_rotation(t) || is_spectral_append(t);
         }
 
         if (stores) {
-            self.read(is_key(cache_of(t)) ? KEYS : VALUES, cache_of(t), t->src[0], 2, 1);
+            const capture_kind what = is_key(cache_of(t)) ? KEYS : VALUES;
+            self.read(what, cache_of(t), t->src[0], 2, 1);
+            if (self.exact) {
+                const int il = layer_of(cache_of(t));
+                self.keep(what == KEYS ? self.rows[il].k : self.rows[il].v, self.captured[il][what], ggml_nelements(t->src[0]));
+            }
+        } else if (is_joint) {
+            self.read_joined(t);
+        } else if (attends) {
+            self.judge_spectral(t);
         } else if (is_attention(t)) {
             self.read(QUERIES,   cache_of(t->src[1]), t->src[0], 2, 1);
             self.read(ATTENTION, cache_of(t->src[1]), t, 1, 2);
+            if (self.exact) {
+                self.judge_stock(t);
+            }
         } else if (is_back_rotation(t)) {
             const ggml_tensor * cache = cache_of(t->src[1]->view_src->src[1]);
             auto & dst = self.captured[layer_of(cache)][ATTENTION];
             dst.resize(dst.size() - ggml_nelements(t));
             self.read(ATTENTION, cache, t, 2, 1);
+            self.judge_rotation(layer_of(cache), t->src[0]);
         } else {
             self.read(KEYS,      cache_of(t), t->src[1], 1, 2);
             self.read(VALUES,    cache_of(t), t->src[2], 1, 2);
@@ -292,15 +505,16 @@ struct context {
 //
 
 struct probe {
-    llama_model_ptr model;
-    const int       n_threads;
+    llama_model_ptr   model;
+    const std::string path; // its file
+    const int         n_threads;
 
     json info;
 
     std::map<uint32_t, std::unique_ptr<context>> contexts;
     uint32_t next_id = 0;
 
-    probe(llama_model_ptr && m, int n_threads) : model(std::move(m)), n_threads(n_threads) {
+    probe(llama_model_ptr && m, const std::string & path, int n_threads) : model(std::move(m)), path(path), n_threads(n_threads) {
         info = describe();
     }
 
@@ -449,7 +663,9 @@ struct probe {
         }
 
         auto res = std::make_unique<context>();
-        res->capture = args.at("capture").get<bool>();
+        res->exact   = args.at("exact").get<bool>();
+        res->capture = args.at("capture").get<bool>() || res->exact;
+        res->layers  = info.at("layers");
 
         auto params = base_params(n_ctx, std::min(n_ctx, n_ubatch));
         if (res->capture) {
@@ -482,6 +698,14 @@ struct probe {
         if (!gf) {
             throw failure("the context has no graph");
         }
+        std::map<const ggml_tensor *, std::vector<const ggml_tensor *>> users;
+        for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+            for (const ggml_tensor * src : ggml_graph_node(gf, i)->src) {
+                if (src) {
+                    users[src].push_back(ggml_graph_node(gf, i));
+                }
+            }
+        }
         for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
             if (ggml_tensor * t = cache_of(ggml_graph_node(gf, i))) {
                 (is_key(t) ? res->k : res->v)[layer_of(t)] = t;
@@ -489,6 +713,10 @@ struct probe {
             int il = -1;
             if (ggml_tensor * t = output_projection(ggml_graph_node(gf, i), il)) {
                 res->output[il] = t;
+                const auto & b = res->branches.emplace(il, branch(ggml_graph_node(gf, i), users)).first->second;
+                if (res->capture && b.refusal.empty()) {
+                    res->joints[b.joint] = il;
+                }
             }
         }
 
@@ -548,7 +776,15 @@ struct probe {
                     std::to_string(llama_n_ctx(ctx)));
         }
 
+        const auto judged = get_judged(args, tokens.size());
+        if (!judged.empty() && !c.capture) {
+            throw std::invalid_argument("this context was opened without capture");
+        }
+
         c.captured.clear();
+        c.errors.clear();
+        c.joined.clear();
+        c.truncate_rows(first);
 
         bytes res;
         const size_t n_step = llama_n_ubatch(ctx);
@@ -568,6 +804,22 @@ struct probe {
             if (want == 1 && i + n == tokens.size()) {
                 output[n - 1] = 1;
             }
+            const std::vector<int8_t> wanted = output;
+
+            // the last layer goes on with tokens that have an output only
+            c.judged.clear();
+            for (const size_t j : judged) {
+                if (j >= i && j < i + n) {
+                    c.judged.push_back(j - i);
+                    output[j - i] = 1;
+                }
+            }
+            c.outputs.clear();
+            for (size_t j = 0; j < n; ++j) {
+                if (output[j]) {
+                    c.outputs.push_back(j);
+                }
+            }
 
             llama_batch batch = {};
             batch.n_tokens = n;
@@ -585,7 +837,7 @@ struct probe {
                 throw failure("llama_decode failed with " + std::to_string(err));
             }
             for (size_t j = 0; j < n; ++j) {
-                if (output[j]) {
+                if (wanted[j]) {
                     const char * logits = (const char *) llama_get_logits_ith(ctx, j);
                     res.insert(res.end(), logits, logits + n_vocab*sizeof(float));
                 }
@@ -655,43 +907,83 @@ struct probe {
     }
 
     // [n_embd][n_head*d_v]
-    static bytes get_output(const context & c, uint32_t il) {
+    bytes get_output(const context & c, uint32_t il) const {
         const auto it = c.output.find(il);
         if (it == c.output.end()) {
             throw std::invalid_argument("the output projection of this layer is only seen in the graph of a stock cache");
         }
         const ggml_tensor * wo = it->second;
 
-        ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(wo->buffer));
-        const bool repacked = !ggml_backend_buffer_is_host(wo->buffer) && (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU);
-
         const auto to_float = ggml_get_type_traits(wo->type)->to_float;
-        if (repacked || (!to_float && wo->type != GGML_TYPE_F32)) {
-            throw std::invalid_argument(std::string("the output projection has been repacked for this CPU and cannot be read: ") + wo->name);
+        const auto raw      = read_weights(wo);
+        if (raw.empty() || (!to_float && wo->type != GGML_TYPE_F32)) {
+            throw std::invalid_argument(std::string("the output projection cannot be read: ") + wo->name);
         }
 
-        std::vector<char>  raw(ggml_row_size(wo->type, wo->ne[0]));
         std::vector<float> res(ggml_nelements(wo));
         for (int64_t i = 0; i < wo->ne[1]; ++i) {
-            float * row = res.data() + i*wo->ne[0];
-            ggml_backend_tensor_get(wo, raw.data(), i*wo->nb[1], raw.size());
+            float *      row = res.data() + i*wo->ne[0];
+            const char * src = raw.data() + i*ggml_row_size(wo->type, wo->ne[0]);
             if (to_float) {
-                to_float(raw.data(), row, wo->ne[0]);
+                to_float(src, row, wo->ne[0]);
             } else {
-                memcpy(row, raw.data(), raw.size());
+                memcpy(row, src, wo->ne[0]*sizeof(float));
             }
         }
         return to_bytes(res);
     }
 
+    // the bytes of a weight; none if they cannot be had
+    std::vector<char> read_weights(const ggml_tensor * t) const {
+        std::vector<char> res(ggml_nbytes(t));
+
+        // what a CPU backend has repacked cannot be read back: it is still in the file
+        ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
+        if (ggml_backend_buffer_is_host(t->buffer) || (dev && ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU)) {
+            ggml_backend_tensor_get(t, res.data(), 0, res.size());
+            return res;
+        }
+        const std::unique_ptr<gguf_context, void (*)(gguf_context *)> gguf(gguf_init_from_file(path.c_str(), { true, nullptr }), gguf_free);
+        const int64_t i = gguf ? gguf_find_tensor(gguf.get(), t->name) : -1;
+        if (i < 0 || gguf_get_tensor_type(gguf.get(), i) != t->type || gguf_get_tensor_size(gguf.get(), i) != ggml_nbytes(t)) {
+            return {};
+        }
+        std::ifstream file(path, std::ios::binary);
+        file.seekg(gguf_get_data_offset(gguf.get()) + gguf_get_tensor_offset(gguf.get(), i));
+        return file.read(res.data(), res.size()) ? res : std::vector<char>();
+    }
+
+    json get_branch(const json & args, bytes & out) {
+        const context & c = get(args);
+
+        const auto it = c.branches.find(get_uint(args, "layer"));
+        if (it == c.branches.end()) {
+            throw std::invalid_argument("what lies behind the attention of this layer is only seen in the graph of a stock cache");
+        }
+        if (!it->second.refusal.empty()) {
+            throw std::invalid_argument(it->second.refusal);
+        }
+        out = to_bytes(it->second.numbers);
+        return { { "steps", it->second.steps } };
+    }
+
     bytes get_captured(const json & args) {
         context & c = get(args);
 
-        const auto what = get_choice(args, "tensor", { "queries", "keys", "values", "attention", "output" });
+        const auto what = get_choice(args, "tensor", { "queries", "keys", "values", "attention", "output", "joined", "errors" });
+        const auto il   = get_uint(args, "layer");
         if (what == N_CAPTURES) {
-            return get_output(c, get_uint(args, "layer"));
+            return get_output(c, il);
         }
-        const auto it   = c.captured.find(get_uint(args, "layer"));
+        if (what > N_CAPTURES) {
+            const auto & all = what == N_CAPTURES + 1 ? c.joined : c.errors;
+            const auto   it  = all.find(il);
+            if (it == all.end()) {
+                throw std::invalid_argument("nothing of this layer was judged: no tokens were named, no exact rows are kept, or its attention has sinks");
+            }
+            return to_bytes(it->second);
+        }
+        const auto it   = c.captured.find(il);
         if (it == c.captured.end()) {
             throw std::invalid_argument(c.capture ? "nothing of this layer is captured" : "this context was opened without capture");
         }
@@ -706,6 +998,9 @@ struct probe {
         }
         if (cmd == "open") {
             return open(args);
+        }
+        if (cmd == "branch") {
+            return get_branch(args, out);
         }
         if (cmd == "tokenize") {
             out = tokenize(args, in);
@@ -805,7 +1100,7 @@ int main(int argc, char ** argv) {
     }
 
     try {
-        probe p(std::move(model), n_threads);
+        probe p(std::move(model), path, n_threads);
         while (serve(p)) {
         }
     } catch (const std::exception & e) {
