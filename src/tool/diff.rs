@@ -16,8 +16,10 @@ use serde::Serialize;
 use super::build::{self, Request, Tree};
 use super::fetch::SourceKind;
 use super::judge::{kl, log_softmax};
+use super::law::{self, Law, Token};
 use super::probe::{self, Cache, Context, ContextSpec, Keep, Probe, Tensor, Want};
 use super::random::mix;
+use super::text::{columns, number, or_dash, percent};
 
 /// Candidates that are shown at the first divergence.
 const TOP: usize = 5;
@@ -99,7 +101,9 @@ pub fn run(diff: &Diff) -> Result<ExitCode> {
     for position in prompt.len()..end {
         let mut step = pair.compare(&logits, position, &diff.sampler)?;
         if diff.layers {
-            step.attention_error = Some(pair.attention_errors()?);
+            let seen = pair.look()?;
+            step.attention_error = Some(pair.attention_errors(&seen));
+            pair.seen.extend(seen);
         }
         let is_first = totals.add(&step);
         if is_first {
@@ -115,11 +119,15 @@ pub fn run(diff: &Diff) -> Result<ExitCode> {
         }
         logits = pair.feed(&[step.f16.token], 1)?;
     }
-    let summary = totals.summary();
+    let mut summary = totals.summary();
+    summary.law = pair.law(summary.mean_kl);
     log.write(&summary)?;
     println!("\n{}", summary.text());
     if let Some(errors) = totals.mean_errors() {
         print!("\nrelative error of the attention output, mean of {} steps:\n{}", totals.steps, table(&errors));
+    }
+    if let Some(law) = &summary.law {
+        print!("\n{}", law_table(law));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -129,6 +137,19 @@ struct Pair {
     probe: Probe,
     f16: Context,
     spectral: Context,
+    layers: bool,
+    /// All steps' layers, one after the other.
+    seen: Vec<Seen>,
+}
+
+/// A layer's attention at the last token.
+struct Seen {
+    layer: usize,
+    f16: Vec<f32>,
+    spectral: Vec<f32>,
+    /// The sum that f16's output goes into, and what the codes change in it; empty where that is not known.
+    joined: Vec<f32>,
+    errors: Vec<f32>,
 }
 
 /// What both say about the next token.
@@ -140,10 +161,14 @@ struct Logits {
 impl Pair {
     fn open(diff: &Diff, bin: &Path) -> Result<Self> {
         let mut probe = Probe::start(bin, &diff.model, diff.threads)?;
-        let mut open = |cache| probe.open(&ContextSpec { n_ctx: diff.ctx, n_ubatch: diff.step, cache, keep: Keep::Nothing });
-        let f16 = open(Cache::Stock { k: "f16".into(), v: "f16".into(), rotate: false })?;
-        let spectral = open(Cache::Spectral { ratio: diff.ratio, bits: diff.bits, window: diff.window, fine: None, basis: diff.basis.clone() })?;
-        Ok(Self { probe, f16, spectral })
+        let mut open = |cache, keep| {
+            let keep = if diff.layers { keep } else { Keep::Nothing };
+            probe.open(&ContextSpec { n_ctx: diff.ctx, n_ubatch: diff.step, cache, keep })
+        };
+        let f16 = open(Cache::Stock { k: "f16".into(), v: "f16".into(), rotate: false }, Keep::Tensors)?;
+        let cache = Cache::Spectral { ratio: diff.ratio, bits: diff.bits, window: diff.window, fine: None, basis: diff.basis.clone() };
+        let spectral = open(cache, Keep::ExactRows)?;
+        Ok(Self { probe, f16, spectral, layers: diff.layers, seen: vec![] })
     }
 
     /// Appends tokens to both; returns the log-probabilities after the last one.
@@ -151,8 +176,11 @@ impl Pair {
         let mut feed = |context, name| {
             let mut logits = vec![];
             // One call per step: a context with capture keeps the tensors of a whole call.
-            for piece in tokens.chunks(step) {
-                logits = self.probe.decode(context, piece, Want::Last)?;
+            let pieces = tokens.chunks(step);
+            let last = pieces.len() - 1;
+            for (i, piece) in pieces.enumerate() {
+                let judged = (self.layers && i == last).then_some(piece.len() - 1);
+                logits = self.probe.decode_judged(context, piece, Want::Last, judged.as_slice())?;
             }
             if logits.iter().any(|l| l.is_nan()) {
                 bail!("the logits of the {name} context are not numbers: its cache has failed");
@@ -185,18 +213,44 @@ impl Pair {
         Ok(Divergence { f16: named(&logits.f16)?, spectral: named(&logits.spectral)? })
     }
 
-    /// Relative error of the attention output of the last token by layer and head; a layer without attention is empty.
-    fn attention_errors(&mut self) -> Result<Vec<Vec<f64>>> {
+    /// The attention of the last token in all layers that have one.
+    fn look(&mut self) -> Result<Vec<Seen>> {
         let layers = self.probe.info().layers.clone();
-        let of_layer = |(il, l): (usize, &probe::LayerInfo)| {
-            if l.n_head == 0 {
-                return Ok(vec![]);
-            }
+        let of_layer = |(layer, l): (usize, &probe::LayerInfo)| {
             let [f16, spectral] = [&self.f16, &self.spectral]
-                .map(|c| self.probe.captured(c, il, Tensor::Attention).map(|mut a| a.split_off(a.len() - l.n_head * l.d_v)));
-            Ok(f16?.chunks(l.d_v).zip(spectral?.chunks(l.d_v)).map(|(a, b)| relative_error(a, b)).collect())
+                .map(|c| self.probe.captured(c, layer, Tensor::Attention).map(|mut a| a.split_off(a.len() - l.n_head * l.d_v)));
+            let joined = self.probe.captured(&self.f16, layer, Tensor::Joined).unwrap_or_default();
+            let errors = self.probe.captured(&self.spectral, layer, Tensor::Errors).unwrap_or_default();
+            Ok(Seen { layer, f16: f16?, spectral: spectral?, joined, errors })
         };
-        layers.iter().enumerate().map(of_layer).collect()
+        layers.iter().enumerate().filter(|(_, l)| l.n_head > 0).map(of_layer).collect()
+    }
+
+    /// Relative error of the attention output by layer and head; a layer without attention is empty.
+    fn attention_errors(&self, seen: &[Seen]) -> Vec<Vec<f64>> {
+        let layers = &self.probe.info().layers;
+        let mut errors = vec![vec![]; layers.len()];
+        for s in seen {
+            let heads = |of| <[f32]>::chunks(of, layers[s.layer].d_v);
+            errors[s.layer] = heads(&s.f16).zip(heads(&s.spectral)).map(|(a, b)| relative_error(a, b)).collect();
+        }
+        errors
+    }
+
+    /// Where the divergence of all steps comes from, if they were looked at; with a line where that cannot be told.
+    fn law(&mut self, measured: f64) -> Option<Law> {
+        let tokens: Vec<Token> =
+            self.seen.iter().map(|s| Token { layer: s.layer, attention: &s.f16, joined: &s.joined, errors: &s.errors }).collect();
+        if tokens.is_empty() {
+            return None;
+        }
+        match law::by_layer(&mut self.probe, &self.f16, &tokens) {
+            Ok(terms) => Some(Law::new(terms, Some(measured))),
+            Err(e) => {
+                eprintln!("where the divergence comes from cannot be told: {e:#}");
+                None
+            }
+        }
     }
 }
 
@@ -410,6 +464,24 @@ fn table(errors: &[Vec<f64>]) -> String {
     res
 }
 
+/// A line per layer, the largest first.
+fn law_table(law: &Law) -> String {
+    let mut rows = vec![["layer", "of all", "keys", "most of it"].map(String::from).to_vec()];
+    let heads = law.heads(usize::MAX);
+    for (layer, share) in law.layers(usize::MAX).into_iter().filter(|(_, share)| *share > 0.0) {
+        let keys = law.share(law.shares[layer].keys.iter().sum()) / share;
+        let most = heads.iter().find(|((l, ..), _)| *l == layer).map(|((_, head, side), x)| format!("{} of KV head {head}: {}", side.name(), percent(*x)));
+        rows.push(vec![layer.to_string(), percent(share), percent(keys), or_dash(most)]);
+    }
+    format!(
+        "where the KL divergence of {} comes from, by layer ({} of it from keys; the law of the residual stream says {}):\n{}",
+        number(law.measured.unwrap_or(law.says)),
+        percent(law.keys()),
+        number(law.says),
+        columns(&rows)
+    )
+}
+
 /// The last line of the log.
 #[derive(Serialize)]
 struct Summary {
@@ -419,6 +491,8 @@ struct Summary {
     max_kl_position: usize,
     agreement: f64,
     first_divergence: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    law: Option<Law>,
 }
 
 impl Summary {
@@ -479,6 +553,7 @@ impl Totals {
             max_kl_position: self.max_kl_position,
             agreement: self.same as f64 / n,
             first_divergence: self.first_divergence,
+            law: None,
         }
     }
 

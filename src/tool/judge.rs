@@ -41,6 +41,11 @@ pub struct Positions {
 }
 
 impl Positions {
+    /// The reference beside itself.
+    pub fn same(n: usize) -> Self {
+        Self { kl: vec![0.0; n], same: vec![1; n], nll: vec![0.0; n] }
+    }
+
     /// Judges one position more.
     pub fn push(&mut self, reference: &[f32], got: &[f32], next: Option<i32>) -> Result<()> {
         let (p, q) = (log_softmax(reference), log_softmax(got));

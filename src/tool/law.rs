@@ -1,19 +1,20 @@
 //! The law: which layers, heads and sides of a cache a KL divergence comes from.
 //!
 //! `KL ~ sum over layers of E |e|^2 / |x|^2`: e is what the codes of one layer change in the output of its attention where it
-//! joins the residual stream, x that stream without it. It needs no logits, and it adds up: over layers, over heads, and over
-//! keys and values. Its constant is the model's and the text's, so it says where a divergence comes from better than how large
-//! it is.
+//! joins the residual stream, x that stream with it, as the next norm reads it. (Without it the first layer of some models counts
+//! a hundred or thousands of times too much: their embeddings are short beside what their first attention adds.) The law needs no logits, and it
+//! adds up: over layers, over heads, and over keys and values. Its constant is the model's and the text's, so it says where a
+//! divergence comes from better than how large it is.
 //!
 //! Owns the way from an error of a head to its term. Must not know how errors are found or terms are shown.
 
 use anyhow::{ensure, Result};
 use serde::{Deserialize, Serialize};
 
-use super::probe::{BranchStep, Context, Probe, Tensor};
+use super::probe::{BranchStep, Context, LayerInfo, Probe, Side, Tensor};
 
 /// What lies between the heads of a layer and the residual stream.
-pub struct Branch {
+struct Branch {
     /// `[output][input]`.
     projection: Vec<f32>,
     width: usize,
@@ -27,9 +28,9 @@ enum Step {
     Norm { eps: f32, is_centred: bool },
 }
 
-/// What the attention of a layer joins at one token.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Stream {
+/// The residual stream behind the attention of a layer, at one token.
+#[derive(Clone, Debug, PartialEq)]
+struct Stream {
     /// |x|^2.
     power: f64,
     /// What a norm behind the projection reads; empty where there is none.
@@ -49,7 +50,7 @@ pub struct Terms {
 
 impl Branch {
     /// Asks the graph of a stock context.
-    pub fn read(probe: &mut Probe, context: &Context, layer: usize) -> Result<Self> {
+    fn read(probe: &mut Probe, context: &Context, layer: usize) -> Result<Self> {
         let width = probe.info().layers.get(layer).map_or(0, |l| l.n_head * l.d_v);
         let projection = probe.captured(context, layer, Tensor::Output)?;
         let (steps, numbers) = probe.branch(context, layer)?;
@@ -83,18 +84,16 @@ impl Branch {
     }
 
     /// The stream at a token, from the outputs of all heads and the sum that they go into.
-    pub fn stream(&self, attention: &[f32], joined: &[f32]) -> Result<Stream> {
-        let mut y = self.project(0, attention);
-        ensure!(y.len() == joined.len(), "{} outputs go into a sum of {}", y.len(), joined.len());
-        let projected = if self.is_linear() { vec![] } else { y.clone() };
-        self.steps.iter().for_each(|s| s.apply(&mut y));
-        let power = joined.iter().zip(&y).map(|(s, y)| (f64::from(*s) - f64::from(*y)).powi(2)).sum();
-        Ok(Stream { power, projected })
+    fn stream(&self, attention: &[f32], joined: &[f32]) -> Result<Stream> {
+        let outputs = self.projection.len() / self.width;
+        ensure!(attention.len() == self.width && joined.len() == outputs, "{outputs} outputs go into a sum of {}", joined.len());
+        let projected = if self.is_linear() { vec![] } else { self.project(0, attention) };
+        Ok(Stream { power: joined.iter().map(|x| f64::from(*x).powi(2)).sum(), projected })
     }
 
     /// The terms of a token. `errors` has those of all heads, first whole ones, then the part of the values; what is left is that of
     /// the keys.
-    pub fn terms(&self, stream: &Stream, n_head_kv: usize, errors: &[f32]) -> Result<Terms> {
+    fn terms(&self, stream: &Stream, n_head_kv: usize, errors: &[f32]) -> Result<Terms> {
         ensure!(errors.len() == 2 * self.width && n_head_kv > 0, "{} numbers for the errors of {} outputs", errors.len(), self.width);
         let (whole, values) = errors.split_at(self.width);
         let keys: Vec<f32> = whole.iter().zip(values).map(|(w, v)| w - v).collect();
@@ -172,8 +171,35 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     sums.iter().sum::<f32>() + rest
 }
 
+/// What was seen of a layer at one token.
+pub struct Token<'a> {
+    /// The layer.
+    pub layer: usize,
+    /// The outputs of its heads in the reference.
+    pub attention: &'a [f32],
+    /// The sum that they go into, there.
+    pub joined: &'a [f32],
+    /// What the codes change in these outputs, as the probe tells it.
+    pub errors: &'a [f32],
+}
+
+/// The terms of all layers, on average over their tokens; `context` is a stock one. The ways to the residual stream are read one
+/// after the other: together they are a large part of a model.
+pub fn by_layer(probe: &mut Probe, context: &Context, tokens: &[Token]) -> Result<Vec<Terms>> {
+    let layers = probe.info().layers.clone();
+    let of_layer = |(l, info): (usize, &LayerInfo)| {
+        if info.n_head == 0 {
+            return Ok(Terms::default());
+        }
+        let branch = Branch::read(probe, context, l)?;
+        let terms = |t: &Token| branch.terms(&branch.stream(t.attention, t.joined)?, info.n_head_kv, t.errors);
+        Ok(mean(&tokens.iter().filter(|t| t.layer == l).map(terms).collect::<Result<Vec<_>>>()?))
+    };
+    layers.iter().enumerate().map(of_layer).collect()
+}
+
 /// The mean over tokens; nothing of nothing.
-pub fn mean(tokens: &[Terms]) -> Terms {
+fn mean(tokens: &[Terms]) -> Terms {
     let n = tokens.len().max(1) as f64;
     let each = |of: &dyn Fn(&Terms) -> &Vec<f64>| -> Vec<f64> {
         let heads = tokens.first().map_or(0, |t| of(t).len());
@@ -182,17 +208,62 @@ pub fn mean(tokens: &[Terms]) -> Terms {
     Terms { whole: tokens.iter().map(|t| t.whole).sum::<f64>() / n, keys: each(&|t| &t.keys), values: each(&|t| &t.values) }
 }
 
-/// A layer's part of a measured divergence, in nats: the divergence is shared out over the layers by their terms, and a layer's
-/// part over its heads by theirs.
-pub fn shares(layers: &[Terms], measured: f64) -> Vec<Terms> {
-    let whole: f64 = layers.iter().map(|l| l.whole).sum();
-    let share = |l: &Terms| {
-        let part = if whole > 0.0 { measured * l.whole / whole } else { 0.0 };
-        let parts: f64 = l.keys.iter().chain(&l.values).sum();
-        let scaled = |x: &Vec<f64>| x.iter().map(|x| if parts > 0.0 { part * x / parts } else { 0.0 }).collect();
-        Terms { whole: part, keys: scaled(&l.keys), values: scaled(&l.values) }
-    };
-    layers.iter().map(share).collect()
+/// Where a divergence comes from.
+#[derive(Clone, Debug, Serialize)]
+pub struct Law {
+    /// What the law says: the sum of all layers' terms.
+    pub says: f64,
+    /// The divergence that was measured, if one was.
+    pub measured: Option<f64>,
+    /// The terms by layer, as they are.
+    pub terms: Vec<Terms>,
+    /// What was measured, or else what the law says, in nats: shared out over the layers by their terms, and a layer's part over its
+    /// heads and sides by theirs.
+    pub shares: Vec<Terms>,
+}
+
+impl Law {
+    /// Scales the terms of all layers to what was measured.
+    pub fn new(terms: Vec<Terms>, measured: Option<f64>) -> Self {
+        let says: f64 = terms.iter().map(|l| l.whole).sum();
+        let factor = |of: f64, whole: f64| if whole > 0.0 { of / whole } else { 0.0 };
+        let scale = factor(measured.unwrap_or(says), says);
+        let share = |l: &Terms| {
+            let part = l.whole * scale;
+            let by = factor(part, l.keys.iter().chain(&l.values).sum());
+            let scaled = |x: &[f64]| x.iter().map(|x| x * by).collect();
+            Terms { whole: part, keys: scaled(&l.keys), values: scaled(&l.values) }
+        };
+        let shares = terms.iter().map(share).collect();
+        Self { says, measured, terms, shares }
+    }
+
+    /// A part of the shares over all of them.
+    pub fn share(&self, part: f64) -> f64 {
+        part / self.measured.unwrap_or(self.says).max(f64::MIN_POSITIVE)
+    }
+
+    /// The share of all keys.
+    pub fn keys(&self) -> f64 {
+        self.share(self.shares.iter().flat_map(|l| &l.keys).sum())
+    }
+
+    /// The layers with the largest shares.
+    pub fn layers(&self, n: usize) -> Vec<(usize, f64)> {
+        largest(self.shares.iter().map(|l| self.share(l.whole)).enumerate().collect(), n)
+    }
+
+    /// The heads with the largest shares, by layer, KV head and side.
+    pub fn heads(&self, n: usize) -> Vec<((usize, usize, Side), f64)> {
+        let side = |l: usize, side: Side, of: &[f64]| of.iter().enumerate().map(|(h, x)| ((l, h, side), self.share(*x))).collect::<Vec<_>>();
+        largest(self.shares.iter().enumerate().flat_map(|(l, t)| [side(l, Side::K, &t.keys), side(l, Side::V, &t.values)].concat()).collect(), n)
+    }
+}
+
+fn largest<T>(mut parts: Vec<(T, f64)>, n: usize) -> Vec<(T, f64)> {
+    parts.sort_by(|a, b| b.1.total_cmp(&a.1));
+    parts.truncate(n);
+    parts
 }
 
 #[cfg(test)]
@@ -233,7 +304,7 @@ mod tests {
     fn terms_by_hand() {
         // Two heads of one element, each KV head its own; outputs (a + b, a - b), doubled.
         let branch = Branch::new(vec![1.0, 1.0, 1.0, -1.0], 2, vec![Step::Scale { by: 2.0, plus: 0.0 }]).unwrap();
-        let stream = branch.stream(&[1.0, 2.0], &[6.0 + 3.0, -2.0 + 4.0]).unwrap();
+        let stream = branch.stream(&[1.0, 2.0], &[3.0, 4.0]).unwrap();
         assert_eq!(stream, Stream { power: 25.0, projected: vec![] });
         // Whole errors 3 and 1, of which the values have 1 and 1.
         let t = branch.terms(&stream, 2, &[3.0, 1.0, 1.0, 1.0]).unwrap();
@@ -241,9 +312,10 @@ mod tests {
         assert_eq!(t.whole, (64.0 + 16.0) / 25.0);
         let m = mean(&[t.clone(), Terms { whole: 0.0, keys: vec![0.0; 2], values: vec![0.0; 2] }]);
         assert_eq!((m.whole, m.keys[0]), (1.6, 0.64));
-        let s = shares(&[m, Terms { whole: 0.4, ..Terms::default() }], 0.5);
-        assert_eq!((s[0].whole, s[1].whole), (0.4, 0.1));
-        assert!((s[0].keys[0] - 0.4 * 32.0 / 48.0).abs() < 1e-12);
+        let law = Law::new(vec![m, Terms { whole: 0.4, ..Terms::default() }], Some(0.5));
+        assert_eq!((law.says, law.shares[0].whole, law.shares[1].whole), (2.0, 0.4, 0.1));
+        assert!((law.shares[0].keys[0] - 0.4 * 32.0 / 48.0).abs() < 1e-12 && (law.keys() - 0.8 * 32.0 / 48.0).abs() < 1e-12);
+        assert_eq!((law.layers(1), law.heads(2)[0].0, law.heads(2).len()), (vec![(0, 0.8)], (0, 0, Side::K), 2));
         assert!(branch.terms(&stream, 2, &[0.0; 3]).is_err() && branch.stream(&[1.0, 2.0], &[0.0]).is_err());
     }
 }

@@ -418,6 +418,14 @@ impl Side {
             Side::V => "v",
         }
     }
+
+    /// Its letter.
+    pub fn name(self) -> &'static str {
+        match self {
+            Side::K => "K",
+            Side::V => "V",
+        }
+    }
 }
 
 impl Tensor {

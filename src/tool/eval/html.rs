@@ -7,8 +7,9 @@ use std::fmt::Write;
 use anyhow::Result;
 
 use super::plots::{bars, heat_map, scatter, Mark, Scale};
-use super::summary::{Divergence, Entry, Law, PathResults, Row, Summary, BINS};
+use super::summary::{Divergence, Entry, PathResults, Row, Summary, BINS};
 use super::table::{self, Grid};
+use crate::tool::law::{Law, Terms};
 use crate::tool::text::{number, or_dash, percent};
 
 const STYLE: &str = "
@@ -268,9 +269,8 @@ impl Page<'_> {
 
 /// Shares of the divergence: the layer's, then those of its keys and its values, head by head.
 fn shares(l: &Law) -> Result<String> {
-    let whole = l.scaled().max(f64::MIN_POSITIVE);
     let n = l.shares.iter().map(|t| t.keys.len()).max().unwrap_or(0);
-    let of_layer = |t: &crate::tool::law::Terms| [&[t.whole][..], &t.keys, &t.values].concat().iter().map(|x| x / whole).collect();
+    let of_layer = |t: &Terms| [&[t.whole][..], &t.keys, &t.values].concat().iter().map(|x| l.share(*x)).collect();
     let name = |i: usize| match i {
         0 => "layer".to_string(),
         i if i <= n => format!("K {}", i - 1),

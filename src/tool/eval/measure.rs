@@ -5,11 +5,12 @@
 use anyhow::Result;
 
 use crate::tool::judge::Positions;
+use crate::tool::law::Law;
 
 use super::material::{Material, Scenario};
 use super::scenario::Bench;
 use super::session::Feed;
-use super::summary::{Beginning, Divergence, Greedy, Law, Recall, Rewind, Row, Switch};
+use super::summary::{Beginning, Divergence, Greedy, Recall, Rewind, Row, Switch};
 
 /// All scenarios on one path, whose name is in the labels of the parts.
 pub fn rows(bench: &mut Bench, path: &str, m: &Material, seed: u64) -> Result<Vec<Row>> {
@@ -105,7 +106,7 @@ impl Run<'_, '_> {
         let looks = self.bench.look(&self.label("look"), &self.m.prose[0], self.quarter())?;
         for (row, look) in self.rows.iter_mut().zip(looks) {
             row.heads = Some(look.heads);
-            row.law = (!look.law.is_empty()).then(|| Law::of(look.law, row.text.as_ref()));
+            row.law = (!look.law.is_empty()).then(|| Law::new(look.law, row.text.as_ref().map(|t| t.kl_mean)));
         }
         Ok(())
     }

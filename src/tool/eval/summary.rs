@@ -8,7 +8,7 @@ use super::corpus::Needle;
 use super::curve::{self, Beside, Curve, Point};
 use super::scenario::AFTER;
 use crate::tool::judge::{mean, quantile, Positions};
-use crate::tool::law::{self, Terms};
+use crate::tool::law::Law;
 
 /// Bins of position and of depth.
 pub const BINS: usize = 8;
@@ -141,7 +141,7 @@ pub struct Row {
     pub rewinds: Vec<Rewind>,
     /// Relative error of attention outputs, by layer and head.
     pub heads: Option<Vec<Vec<f64>>>,
-    /// Where the divergence comes from.
+    /// Where the divergence on prose comes from.
     pub law: Option<Law>,
 }
 
@@ -308,34 +308,6 @@ impl Rewind {
             kl_first: mean(places().map(|p| p[0])),
             kl_mean_by_place: places().map(|p| mean(p.iter().copied())).collect(),
         }
-    }
-}
-
-/// Where the divergence on texts comes from, by the law of the residual stream.
-#[derive(Serialize)]
-pub struct Law {
-    /// What the law says: the sum over layers of |e|^2 / |x|^2, on average over some positions.
-    pub says: f64,
-    /// The divergence that was measured, which it is scaled to; none where no text was.
-    pub measured: Option<f64>,
-    /// The law's terms by layer, as they are.
-    pub terms: Vec<Terms>,
-    /// The measured divergence, or what the law says, shared out over layers, heads and sides, in nats.
-    pub shares: Vec<Terms>,
-}
-
-impl Law {
-    /// Scales terms to what was measured.
-    pub fn of(terms: Vec<Terms>, text: Option<&Divergence>) -> Self {
-        let says = terms.iter().map(|t| t.whole).sum();
-        let measured = text.map(|t| t.kl_mean);
-        let shares = law::shares(&terms, measured.unwrap_or(says));
-        Self { says, measured, terms, shares }
-    }
-
-    /// All shares together.
-    pub fn scaled(&self) -> f64 {
-        self.measured.unwrap_or(self.says)
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Owns their words. Must not compute anything but units.
 
-use super::summary::{Entry, Law, PathResults, Recall, Row, Summary, BINS};
+use super::summary::{Entry, PathResults, Recall, Row, Summary, BINS};
 use crate::tool::text::{columns, number, or_dash, percent};
 
 /// A table; each row begins with the origin of its setting.
@@ -148,39 +148,22 @@ const MOST: usize = 5;
 /// Where the divergence comes from.
 pub fn law(s: &Summary, p: &PathResults) -> Grid {
     let text = "The law: KL goes with the sum over layers of |e|^2 / |x|^2, e what the codes change in the output of a layer's attention, x the residual \
-                stream that it joins. Its constant is the model's and the text's: shares are of the measured divergence. A head is a KV head.";
+                stream behind it. Its constant is the model's and the text's: shares are of the measured divergence. A head is a KV head.";
     let head = words(&["setting", "law", "KL", "law/KL", "keys", "layers with most", "heads with most"]);
     of_settings(s, p, "Where the divergence comes from", text, head, &|e, r| {
         let Some(l) = r.law.as_ref().filter(|l| l.says > 0.0) else { return [vec![e.name.clone()], vec!["-".to_string(); 6]].concat() };
-        let keys: f64 = l.shares.iter().flat_map(|t| &t.keys).sum();
+        let layers = l.layers(MOST).into_iter().map(|(layer, share)| format!("{layer}: {}", percent(share)));
+        let heads = l.heads(MOST).into_iter().map(|((layer, head, side), share)| format!("{layer}.{head} {}: {}", side.name(), percent(share)));
         vec![
             e.name.clone(),
             number(l.says),
             or_dash(l.measured.map(number)),
             or_dash(l.measured.filter(|m| *m > 0.0).map(|m| number(l.says / m))),
-            share(keys, l),
-            most(l, l.shares.iter().enumerate().map(|(i, t)| (i.to_string(), t.whole)).collect()),
-            most(l, heads(l)),
+            percent(l.keys()),
+            layers.collect::<Vec<_>>().join(", "),
+            heads.collect::<Vec<_>>().join(", "),
         ]
     })
-}
-
-fn share(part: f64, l: &Law) -> String {
-    format!("{:.0} %", 100.0 * part / l.scaled().max(f64::MIN_POSITIVE))
-}
-
-fn most(l: &Law, mut parts: Vec<(String, f64)>) -> String {
-    parts.sort_by(|a, b| b.1.total_cmp(&a.1));
-    parts.iter().take(MOST).map(|(name, part)| format!("{name}: {}", share(*part, l))).collect::<Vec<_>>().join(", ")
-}
-
-/// `LAYER.HEAD` with the side.
-fn heads(l: &Law) -> Vec<(String, f64)> {
-    let of_layer = |(i, t): (usize, &crate::tool::law::Terms)| {
-        let side = |side: &'static str, of: &[f64]| of.iter().enumerate().map(|(h, x)| (format!("{i}.{h} {side}"), *x)).collect::<Vec<_>>();
-        [side("K", &t.keys), side("V", &t.values)].concat()
-    };
-    l.shares.iter().enumerate().flat_map(of_layer).collect()
 }
 
 /// All that a terminal shows of a path behind the main table.
