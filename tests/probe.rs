@@ -13,10 +13,16 @@ use serde_json::{json, Value};
 mod tool {
     #[expect(dead_code, reason = "only the wording of failures is used")]
     pub mod cmd;
+    #[path = "bench/gguf.rs"]
+    pub mod gguf;
+    pub mod law;
+    #[expect(dead_code, reason = "names for tables")]
     pub mod probe;
 }
 
-use tool::probe::{Cache, Context, ContextSpec, Keep, Probe, Side, Tensor, Want, TOOL};
+use tool::gguf::{self, Kind, Value as Metadata};
+use tool::law::{by_layer, Token};
+use tool::probe::{BranchStep, Cache, Context, ContextSpec, Keep, Probe, Side, Tensor, Want, TOOL};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
@@ -231,6 +237,175 @@ fn captured_tensors_are_those_of_the_attention() {
     }
 }
 
+/// Attention outputs and errors of three of the last tokens of a text, in the first layer, where all caches get the same rows.
+fn judged(probe: &mut Probe, cache: Cache, n_ubatch: u32, keep: Keep) -> [Vec<f32>; 2] {
+    let tokens = prompt(probe, 1500);
+    let context = probe.open(&ContextSpec { keep, ..spec(cache, n_ubatch) }).unwrap();
+    probe.decode(&context, &tokens[..1280], Want::None).unwrap();
+    let logits = probe.decode_judged(&context, &tokens[1280..], Want::Last, &[0, 90, 219]).unwrap();
+    assert_eq!(logits.len(), 4096);
+    let attention = probe.captured(&context, 0, Tensor::Attention).unwrap();
+    let attention = [0, 90, 219].map(|t| attention[t * 512..][..512].to_vec()).concat();
+    let errors = if keep == Keep::ExactRows { probe.captured(&context, 0, Tensor::Errors).unwrap() } else { vec![] };
+    probe.close(&context).unwrap();
+    [attention, errors]
+}
+
+#[test]
+fn errors_are_what_the_codes_change() {
+    let mut probe = start();
+    let [exact, _] = judged(&mut probe, stock("f16", true), 64, Keep::Tensors);
+    let norm = |x: &[f32]| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt() / f64::from(norm_of(&exact));
+    let mixed = |k: &str, v: &str, rotate| Cache::Stock { k: k.into(), v: v.into(), rotate };
+    // Whole errors and the part of the values, over the exact output: at least, and at most.
+    let none = (0.0, 0.004);
+    for (cache, n_ubatch, whole_range, values_range) in [
+        (stock("f16", true), 64, none, none),
+        (stock("q4_0", true), 64, (0.02, 0.3), (0.01, 0.3)),
+        (mixed("f16", "q4_0", true), 64, (0.02, 0.3), (0.02, 0.3)),
+        (mixed("f16", "q4_0", false), 128, (0.02, 0.3), (0.02, 0.3)),
+        (mixed("q4_0", "f16", true), 64, (0.005, 0.3), none),
+        (spectral(2048), 64, none, none),
+        (spectral(2048), 100, none, none),
+        (spectral(2048), 1, none, none),
+        (spectral(128), 64, (0.005, 0.3), (0.002, 0.2)),
+        (spectral(128), 100, (0.005, 0.3), (0.002, 0.2)),
+    ] {
+        let [got, errors] = judged(&mut probe, cache.clone(), n_ubatch, Keep::ExactRows);
+        let halves = |i: usize| errors.chunks(512).skip(i).step_by(2).flatten().copied().collect::<Vec<_>>();
+        let (whole, values) = (halves(0), halves(1));
+        let difference: Vec<f32> = got.iter().zip(&exact).map(|(g, e)| g - e).collect();
+        let missed: Vec<f32> = whole.iter().zip(&difference).map(|(w, d)| w - d).collect();
+        println!("{cache:?}, -ub {n_ubatch}: whole {:.5}, values {:.5}, missed {:.5}", norm(&whole), norm(&values), norm(&missed));
+        assert!(norm(&missed) < 0.004, "{cache:?}, -ub {n_ubatch}");
+        for (x, range) in [(&whole, whole_range), (&values, values_range)] {
+            assert!((range.0..range.1).contains(&norm(x)), "{cache:?}, -ub {n_ubatch}: {}", norm(x));
+        }
+        if matches!(&cache, Cache::Stock { k, .. } if k == "f16") {
+            assert!(relative(&whole, &values) < 1e-3 || whole_range == none, "all of it comes from the values");
+        }
+    }
+}
+
+fn norm_of(x: &[f32]) -> f32 {
+    x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt() as f32
+}
+
+#[test]
+fn the_residual_stream_is_found_behind_a_norm_or_without_one() {
+    let olmo = scratch("olmo2.gguf");
+    std::fs::write(&olmo, random_olmo2()).unwrap();
+    for (path, n_steps) in [(Path::new(&model()), 0), (&olmo, 2)] {
+        let mut probe = Probe::start(bin(), path, 1).unwrap();
+        let context = probe.open(&ContextSpec { keep: Keep::Tensors, ..spec(stock("f16", true), 64) }).unwrap();
+        let mut tokens: Vec<i32> = (0..100).map(|i| i * 7 % 60).collect();
+        (tokens[3], tokens[70], tokens[99]) = (5, 5, 5);
+        probe.decode_judged(&context, &tokens, Want::None, &[3, 70, 99]).unwrap();
+        let (steps, numbers) = probe.branch(&context, 0).unwrap();
+        assert_eq!(steps.len(), n_steps, "{steps:?}");
+        let all = |probe: &mut Probe, layer, tensor| probe.captured(&context, layer, tensor).unwrap();
+        let (joined, last) = (all(&mut probe, 0, Tensor::Joined), all(&mut probe, 1, Tensor::Joined));
+        let (attention, projection) = (all(&mut probe, 0, Tensor::Attention), all(&mut probe, 0, Tensor::Output));
+        let (width, outputs) = (attention.len() / 100, joined.len() / 3);
+        // What the sum was made of is the embedding, the same for the same token.
+        let streams = [3, 70, 99].into_iter().zip(joined.chunks(outputs)).map(|(t, joined)| {
+            let of_row = |row: &[f32]| row.iter().zip(&attention[t * width..]).map(|(a, b)| a * b).sum::<f32>();
+            let mut y: Vec<f32> = projection.chunks(width).map(of_row).collect();
+            if let [BranchStep::RmsNorm { eps }, BranchStep::Mul { n }] = steps[..] {
+                assert_eq!(n, outputs);
+                let root = (norm_of(&y).powi(2) / n as f32 + eps).sqrt();
+                y.iter_mut().zip(&numbers).for_each(|(y, g)| *y *= g / root);
+            }
+            joined.iter().zip(y).map(|(j, y)| j - y).collect::<Vec<_>>()
+        });
+        let streams: Vec<Vec<f32>> = streams.collect();
+        assert!(streams[1..].iter().all(|s| largest(s, &streams[0]) < 0.02 * norm_of(&joined[..outputs])), "{}", path.display());
+        assert!(relative(&joined[..outputs], &joined[outputs..2 * outputs]) > 0.02, "the sums differ");
+        // The last layer goes on with fewer tokens.
+        probe.clear(&context).unwrap();
+        probe.decode_judged(&context, &tokens, Want::All, &[70]).unwrap();
+        assert_eq!(all(&mut probe, 1, Tensor::Joined), last[outputs..2 * outputs]);
+    }
+    std::fs::remove_file(olmo).unwrap();
+}
+
+#[test]
+fn terms_fall_with_the_bits() {
+    let mut probe = start();
+    let tokens = prompt(&mut probe, 1500);
+    let f16 = probe.open(&ContextSpec { keep: Keep::Tensors, ..spec(stock("f16", true), 64) }).unwrap();
+    let feed = |probe: &mut Probe, context: &Context| {
+        probe.decode(context, &tokens[..1440], Want::None).unwrap();
+        probe.decode_judged(context, &tokens[1440..], Want::None, &[59]).unwrap();
+    };
+    feed(&mut probe, &f16);
+    let mut whole = vec![];
+    for kind in ["q4_0", "q8_0"] {
+        let coded = probe.open(&ContextSpec { keep: Keep::ExactRows, ..spec(stock(kind, true), 64) }).unwrap();
+        feed(&mut probe, &coded);
+        let seen: Vec<[Vec<f32>; 3]> = (0..3)
+            .map(|l| {
+                let attention = probe.captured(&f16, l, Tensor::Attention).unwrap();
+                let attention = attention[attention.len() - 512..].to_vec();
+                [attention, probe.captured(&f16, l, Tensor::Joined).unwrap(), probe.captured(&coded, l, Tensor::Errors).unwrap()]
+            })
+            .collect();
+        let tokens: Vec<Token> =
+            seen.iter().enumerate().map(|(layer, [attention, joined, errors])| Token { layer, attention, joined, errors }).collect();
+        let terms = by_layer(&mut probe, &f16, &tokens).unwrap();
+        assert!(terms.iter().all(|t| t.keys.len() == 2 && t.values.len() == 2 && t.whole > 0.0), "{terms:?}");
+        whole.push(terms.iter().map(|t| t.whole).sum::<f64>());
+    }
+    // 4 bits more: 256 times less.
+    assert!(whole[0] < 0.1 && whole[0] / whole[1] > 50.0, "{whole:?}");
+}
+
+/// Two layers of random weights, with a norm behind the attention.
+fn random_olmo2() -> Vec<u8> {
+    let n = Metadata::U32;
+    let metadata = [
+        ("general.architecture", Metadata::Text("olmo2")),
+        ("olmo2.context_length", n(2048)),
+        ("olmo2.embedding_length", n(64)),
+        ("olmo2.block_count", n(2)),
+        ("olmo2.feed_forward_length", n(96)),
+        ("olmo2.attention.head_count", n(2)),
+        ("olmo2.attention.head_count_kv", n(1)),
+        ("olmo2.attention.layer_norm_rms_epsilon", Metadata::F32(1e-5)),
+        ("olmo2.rope.freq_base", Metadata::F32(10000.0)),
+        ("olmo2.vocab_size", n(64)),
+        ("tokenizer.ggml.model", Metadata::Text("no_vocab")),
+    ];
+    let tensor = |name: String, columns, rows| gguf::Tensor { name, columns, rows, kind: Kind::F32 };
+    let mut tensors = vec![("token_embd", 64, 64), ("output", 64, 64), ("output_norm", 64, 1)];
+    let layer = [
+        ("attn_q", 64, 64),
+        ("attn_k", 64, 32),
+        ("attn_v", 64, 32),
+        ("attn_output", 64, 64),
+        ("attn_q_norm", 64, 1),
+        ("attn_k_norm", 32, 1),
+        ("post_attention_norm", 64, 1),
+        ("ffn_gate", 64, 96),
+        ("ffn_up", 64, 96),
+        ("ffn_down", 96, 64),
+        ("post_ffw_norm", 64, 1),
+    ];
+    let mut all: Vec<_> = tensors.drain(..).map(|(name, columns, rows)| tensor(format!("{name}.weight"), columns, rows)).collect();
+    for i in 0..2 {
+        all.extend(layer.map(|(name, columns, rows)| tensor(format!("blk.{i}.{name}.weight"), columns, rows)));
+    }
+    let (mut out, mut state) = (vec![], 1u32);
+    let fill = |_: &gguf::Tensor, row: &mut [f32]| {
+        row.iter_mut().for_each(|x| {
+            state = state.wrapping_mul(1664525).wrapping_add(1013904223);
+            *x = (state >> 8) as f32 / (1 << 23) as f32 - 1.0;
+        });
+    };
+    gguf::write(&mut out, &metadata, &all, fill).unwrap();
+    out
+}
+
 fn capture(probe: &mut Probe, context: &Context, layer: usize) -> [Vec<f32>; 4] {
     [Tensor::Queries, Tensor::Keys, Tensor::Values, Tensor::Attention].map(|t| probe.captured(context, layer, t).unwrap())
 }
@@ -287,6 +462,11 @@ fn what_cannot_be_done_is_refused_with_a_reason() {
         (probe.set_rows(&f16, 0, Side::V, 0, &[0.0; 255]), "256 elements"),
         (probe.captured(&f16, 0, Tensor::Keys).map(drop), "without capture"),
         (probe.captured(&coded, 0, Tensor::Output).map(drop), "stock cache"),
+        (probe.branch(&coded, 0).map(drop), "stock cache"),
+        (probe.captured(&f16, 0, Tensor::Errors).map(drop), "no exact rows"),
+        (probe.decode_judged(&f16, &[1], Want::None, &[0]).map(drop), "without capture"),
+        (probe.decode_judged(&f16, &[1, 2], Want::None, &[1, 1]).map(drop), "ascending numbers below 2"),
+        (probe.decode_judged(&f16, &[1, 2], Want::None, &[2]).map(drop), "ascending numbers below 2"),
         (probe.open(&spec(stock("q3_k", true), 512)).map(drop), "k must be one of f32, f16"),
         (probe.open(&spec(Cache::Spectral { ratio: 65.0, bits: 0.0, window: 1, fine: None, basis: None }, 512)).map(drop), "1 to 64"),
         (probe.open(&spec(Cache::Spectral { ratio: 0.0, bits: 0.0, window: 1, fine: None, basis: None }, 512)).map(drop), "1 to 64"),
