@@ -470,7 +470,8 @@ fn law_table(law: &Law) -> String {
     let heads = law.heads(usize::MAX);
     for (layer, share) in law.layers(usize::MAX).into_iter().filter(|(_, share)| *share > 0.0) {
         let keys = law.share(law.shares[layer].keys.iter().sum()) / share;
-        let most = heads.iter().find(|((l, ..), _)| *l == layer).map(|((_, head, side), x)| format!("{} of KV head {head}: {}", side.name(), percent(*x)));
+        let most =
+            heads.iter().find(|((l, ..), _)| *l == layer).map(|((_, head, side), x)| format!("{} of KV head {head}: {}", side.name(), percent(*x)));
         rows.push(vec![layer.to_string(), percent(share), percent(keys), or_dash(most)]);
     }
     format!(

@@ -32,7 +32,10 @@ impl Functions {
 
     /// Each question's place, counted through to its answer.
     pub fn needles(&self) -> Vec<Needle> {
-        let behind = |q: &Question| Needle { planted: q.needle.planted, answer: q.needle.answer.start + self.tokens.len()..q.needle.answer.end + self.tokens.len() };
+        let behind = |q: &Question| Needle {
+            planted: q.needle.planted,
+            answer: q.needle.answer.start + self.tokens.len()..q.needle.answer.end + self.tokens.len(),
+        };
         self.questions.iter().map(behind).collect()
     }
 }

@@ -156,7 +156,11 @@ impl Page<'_> {
 
     fn marks(&self, x: &dyn Fn(&Entry, &Row) -> f64, y: &dyn Fn(&Row) -> f64) -> Vec<Mark<'_>> {
         let mark = |(e, r): &(&'_ Entry, &'_ Row)| (x(e, r), y(r));
-        self.both.iter().map(|b| (b, mark(b))).map(|(b, (x, y))| Mark { name: &b.0.name, origin: b.0.origin, family: b.0.family.as_deref(), x, y }).collect()
+        self.both
+            .iter()
+            .map(|b| (b, mark(b)))
+            .map(|(b, (x, y))| Mark { name: &b.0.name, origin: b.0.origin, family: b.0.family.as_deref(), x, y })
+            .collect()
     }
 
     fn bars(&self, of: &dyn Fn(&Row) -> f64) -> Result<String> {
@@ -213,7 +217,8 @@ impl Page<'_> {
         let words =
             "<h3>The model's own words</h3>\n<p>Mean KL divergence on what f16 itself said, sampled at temperature 0.8, after a quarter of a text.</p>\n";
         let bars = self.bars(&|r| r.continuation.as_ref().map_or(0.0, |d| d.kl_mean))?;
-        let rows = self.both.iter().filter_map(|(e, r)| Some((e.origin.to_string(), [vec![e.name.clone()], cells(r.continuation.as_ref()?)].concat())));
+        let rows =
+            self.both.iter().filter_map(|(e, r)| Some((e.origin.to_string(), [vec![e.name.clone()], cells(r.continuation.as_ref()?)].concat())));
         Ok(words.to_string() + &bars + &grid(&head, rows))
     }
 
@@ -257,9 +262,10 @@ impl Page<'_> {
         if !self.is_measured(|r| r.heads.is_some()) {
             return Ok(String::new());
         }
-        let mut out = "<h3>Attention outputs by layer and head</h3>\n<p>Relative error before the output projection, on some positions of the first text. \
+        let mut out =
+            "<h3>Attention outputs by layer and head</h3>\n<p>Relative error before the output projection, on some positions of the first text. \
                        A layer's error contains what earlier layers pass on.</p>\n"
-            .to_string();
+                .to_string();
         for (e, heads) in self.both.iter().filter(|(e, _)| e.name != "f16").filter_map(|(e, r)| Some((e, r.heads.as_ref()?))) {
             out += &folded(&e.name, &by_layer(heads, |h| format!("head {h}"), Scale::Error)?);
         }

@@ -77,11 +77,8 @@ impl Bench<'_> {
     }
 
     fn law(&mut self, reference: &[Seen], seen: &[Seen]) -> Result<Vec<Terms>> {
-        let tokens: Vec<Token> = reference
-            .iter()
-            .zip(seen)
-            .map(|(r, s)| Token { layer: r.layer, attention: &r.attention, joined: &r.more, errors: &s.more })
-            .collect();
+        let tokens: Vec<Token> =
+            reference.iter().zip(seen).map(|(r, s)| Token { layer: r.layer, attention: &r.attention, joined: &r.more, errors: &s.more }).collect();
         let spec = ContextSpec { n_ctx: 256, n_ubatch: 1, cache: Setting::reference().cache(0), keep: Keep::Nothing };
         let context = self.probe.open(&spec)?;
         let terms = law::by_layer(self.probe, &context, &tokens);

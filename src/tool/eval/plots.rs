@@ -208,7 +208,10 @@ mod tests {
 
     #[test]
     fn plots_hold_what_can_be_drawn() {
-        let marks = [Mark { name: "f16", origin: "stock", family: None, x: 96.0, y: 0.0 }, Mark { name: "<q4>", origin: "stock", family: Some("stock"), x: 27.0, y: 0.01 }];
+        let marks = [
+            Mark { name: "f16", origin: "stock", family: None, x: 96.0, y: 0.0 },
+            Mark { name: "<q4>", origin: "stock", family: Some("stock"), x: 27.0, y: 0.01 },
+        ];
         let svg = scatter(&marks, "MiB", "KL").unwrap();
         assert!(svg.starts_with("<svg") && svg.contains("&lt;q4&gt;") && !svg.contains("f16"), "{svg}");
         assert!(scatter(&[], "x", "y").is_ok());

@@ -222,7 +222,20 @@ mod tests {
         assert_eq!(kind("spectral-12.8"), Ok(Kind::Spectral { ratio: 12.8, bits: 0.0, flat: false }));
         assert_eq!(kind("spectral-2b"), Ok(Kind::Spectral { ratio: 8.0, bits: 2.0, flat: false }));
         assert_eq!(kind("spectral-4-flat"), Ok(Kind::Spectral { ratio: 4.0, bits: 0.0, flat: true }));
-        for wrong in ["", "f16+window", "f16-norot", "turbo3", "q9_0", "spectral-1", "spectral-x", "spectral-9b", "spectral-nan", "turbo3+window@", "turbo3+window3", "turbo3+window@x"] {
+        for wrong in [
+            "",
+            "f16+window",
+            "f16-norot",
+            "turbo3",
+            "q9_0",
+            "spectral-1",
+            "spectral-x",
+            "spectral-9b",
+            "spectral-nan",
+            "turbo3+window@",
+            "turbo3+window3",
+            "turbo3+window@x",
+        ] {
             assert!(kind(wrong).is_err(), "{wrong}");
         }
         for name in DEFAULT.split(',') {

@@ -24,7 +24,14 @@ fn words(names: &[&str]) -> Vec<String> {
 }
 
 /// One row for each setting, without columns that nothing was measured for.
-fn of_settings(s: &Summary, p: &PathResults, title: &'static str, text: &'static str, head: Vec<String>, cells: &dyn Fn(&Entry, &Row) -> Vec<String>) -> Grid {
+fn of_settings(
+    s: &Summary,
+    p: &PathResults,
+    title: &'static str,
+    text: &'static str,
+    head: Vec<String>,
+    cells: &dyn Fn(&Entry, &Row) -> Vec<String>,
+) -> Grid {
     let mut rows: Vec<(&'static str, Vec<String>)> = s.settings.iter().zip(&p.rows).map(|(e, r)| (e.origin, cells(e, r))).collect();
     let has: Vec<bool> = (0..head.len()).map(|i| rows.iter().any(|(_, cells)| cells[i] != "-")).collect();
     let keep = |cells: Vec<String>| cells.into_iter().zip(&has).filter(|(_, has)| **has).map(|(c, _)| c).collect();
@@ -35,7 +42,20 @@ fn of_settings(s: &Summary, p: &PathResults, title: &'static str, text: &'static
 /// The main table.
 pub fn main(s: &Summary, p: &PathResults) -> Grid {
     let head = words(&[
-        "setting", "MiB", "of f16", "bits", "KL mean", "2nd half", "99 %", "99.9 %", "same top-1", "NLL", "needles", "functions", "greedy", "own words",
+        "setting",
+        "MiB",
+        "of f16",
+        "bits",
+        "KL mean",
+        "2nd half",
+        "99 %",
+        "99.9 %",
+        "same top-1",
+        "NLL",
+        "needles",
+        "functions",
+        "greedy",
+        "own words",
         "switch",
     ]);
     of_settings(s, p, "Settings", "", head, &|entry, row| {
@@ -147,7 +167,8 @@ const MOST: usize = 5;
 
 /// Where the divergence comes from.
 pub fn law(s: &Summary, p: &PathResults) -> Grid {
-    let text = "The law: KL goes with the sum over layers of |e|^2 / |x|^2, e what the codes change in the output of a layer's attention, x the residual \
+    let text =
+        "The law: KL goes with the sum over layers of |e|^2 / |x|^2, e what the codes change in the output of a layer's attention, x the residual \
                 stream behind it. Its constant is the model's and the text's: shares are of the measured divergence. A head is a KV head.";
     let head = words(&["setting", "law", "KL", "law/KL", "keys", "layers with most", "heads with most"]);
     of_settings(s, p, "Where the divergence comes from", text, head, &|e, r| {
