@@ -24,6 +24,8 @@ impl Logits {
         let why = || format!("cannot create {}", path.display());
         let writer = BufWriter::new(File::create(&path).with_context(why)?);
         let reader = BufReader::with_capacity(1 << 20, File::open(&path).with_context(why)?);
+        // Where an open file can go, an interruption leaves nothing behind.
+        let _ = fs::remove_file(&path);
         Ok(Self { path, writer, reader, row: vec![0.0; vocabulary] })
     }
 
