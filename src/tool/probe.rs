@@ -222,6 +222,21 @@ pub enum BranchStep {
     },
 }
 
+/// How the weights of a model are stored when they are widened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Weights {
+    /// 16 bits; what is multiplied with them is rounded to f16.
+    F16,
+    /// 32 bits; nothing is rounded.
+    F32,
+}
+
+/// Writes a model with wider weights: what is multiplied with quantised ones is quantised too.
+pub fn widen(bin_dir: &Path, model: &Path, weights: Weights, out: &Path) -> Result<()> {
+    let option = if weights == Weights::F16 { "--f16" } else { "--f32" };
+    cmd::output(Command::new(bin_dir.join(TOOL)).arg("-m").arg(model).arg(option).arg(out)).map(drop)
+}
+
 /// A running `llama-kv-spectral-probe` with a model.
 pub struct Probe {
     wire: Wire,

@@ -33,7 +33,7 @@ use super::build::{self, Request, Tree};
 use super::fetch::SourceKind;
 use super::fsutil;
 use super::layout::Layout;
-use super::probe::{self, Probe};
+use super::probe::{self, Probe, Weights};
 use super::{model, texts};
 
 use material::{Material, Scenario};
@@ -76,6 +76,15 @@ impl Way {
     }
 }
 
+/// Weights wider than those in the file.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Widened {
+    /// 2 bytes each.
+    F16,
+    /// 4 bytes each: no rounding at all.
+    F32,
+}
+
 /// What to compare, and how.
 #[derive(Args)]
 pub struct Options {
@@ -94,7 +103,7 @@ pub struct Options {
     /// Texts, taken from the files in turn
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
     texts: u16,
-    /// Settings to compare, comma-separated: stock types (q4_0, q4_0-norot), simulated ones behind an exact window
+    /// Settings to compare, comma-separated: stock types (f32, q4_0, q4_0-norot), simulated ones behind an exact window
     /// (q4_0+window, turbo3+window, prototype+window), these for a part of the cache (turbo3+window@LAYER, @k, @v, @LAYERk),
     /// spectral-RATIO, spectral-BITSb, and these with -flat: one rate for rows of all ages
     #[arg(long, value_delimiter = ',', default_value = DEFAULT, hide_default_value = true)]
@@ -133,6 +142,10 @@ pub struct Options {
     /// Tokens that are taken back, comma-separated
     #[arg(long, value_delimiter = ',', default_value = "200,1000")]
     rewind: Vec<usize>,
+    /// Widen the weights first, into a file beside the finished parts: what is multiplied with quantised weights is quantised too,
+    /// and this rounding alone makes a KL divergence that hides small ones (the setting f32 shows how large it is)
+    #[arg(long, value_enum)]
+    weights: Option<Widened>,
     /// Of names, codes, places and samples
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -172,7 +185,8 @@ pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCod
     let bin = build::ensure(&Request { tree: Tree::Patched, targets: vec![probe::TOOL], source, jobs })?;
     let threads = o.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
     let model = fsutil::sha256(&o.model)?;
-    let mut probe = Probe::start(&bin, &o.model, threads)?;
+    let weights = widened(o, &bin, &dir, &model)?;
+    let mut probe = Probe::start(&bin, weights.as_ref().unwrap_or(&o.model), threads)?;
     if o.ctx as usize > probe.info().n_ctx_train {
         // Only the code rate follows from the context size; positions stay below the length of the texts.
         eprintln!(
@@ -182,7 +196,8 @@ pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCod
             o.length
         );
     }
-    let parts = Parts::open(&dir.join("parts"), &common(&model, &bin, threads)?.iter().map(Vec::as_slice).collect::<Vec<_>>())?;
+    let weights_name = o.weights.and_then(|w| w.to_possible_value()).map(|w| w.get_name().to_string());
+    let parts = Parts::open(&dir.join("parts"), &common(&format!("{model} {weights_name:?}"), &bin, threads)?.iter().map(Vec::as_slice).collect::<Vec<_>>())?;
 
     let files = o.files.iter().map(|f| read(&mut probe, f)).collect::<Result<Vec<_>>>()?;
     let mut one = |file: &Option<PathBuf>| file.as_ref().map(|f| read(&mut probe, f)).transpose();
@@ -225,6 +240,7 @@ pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCod
             sinks: o.sinks.into(),
             seed: o.seed,
             step: o.step,
+            weights: weights_name,
             threads,
         },
         settings: entries,
@@ -237,6 +253,24 @@ pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCod
         println!("{}", path.display());
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The file with wider weights, if these are asked for; made on the first call.
+fn widened(o: &Options, bin: &Path, dir: &Path, model: &str) -> Result<Option<PathBuf>> {
+    let (weights, name) = match o.weights {
+        None => return Ok(None),
+        Some(Widened::F16) => (Weights::F16, "f16"),
+        Some(Widened::F32) => (Weights::F32, "f32"),
+    };
+    let path = dir.join(format!("{}-{name}.gguf", &model[..16]));
+    if !path.is_file() {
+        eprintln!("writing {}", path.display());
+        fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        let part = path.with_extension("part");
+        probe::widen(bin, &o.model, weights, &part)?;
+        fs::rename(&part, &path).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(Some(path))
 }
 
 /// f16 first, then each setting once.

@@ -71,6 +71,8 @@ pub struct Used {
     pub seed: u64,
     /// Tokens of an ubatch on the decode path.
     pub step: u32,
+    /// How the weights were widened, if they were.
+    pub weights: Option<String>,
     /// Threads of llama.cpp.
     pub threads: usize,
 }

@@ -205,6 +205,11 @@ impl Grid {
 
 fn path(s: &Summary, p: &PathResults) -> String {
     let o = &s.options;
+    let rounding = if p.rows.iter().any(|r| r.setting == "f32") {
+        "\nThe row f32 is rounding and nothing else: less than its KL divergence cannot be told (--weights f32 makes it small).\n"
+    } else {
+        ""
+    };
     let more: String = more(s, p).iter().map(|g| format!("\n{}. {}\n\n{}", g.title, g.words, g.text())).collect();
     format!(
         "\n{} path, {} texts of {} tokens in a context of {}, KL divergence to f16 in nats\n\n{}{more}",
@@ -212,7 +217,7 @@ fn path(s: &Summary, p: &PathResults) -> String {
         o.texts,
         o.length,
         o.ctx,
-        main(s, p).text()
+        main(s, p).text() + rounding
     )
 }
 

@@ -2,6 +2,7 @@
 // the KV cache and tensors of the attention in reach. What is asked and why is the affair of the other end.
 //
 //   llama-kv-spectral-probe -m MODEL [-t THREADS]
+//   llama-kv-spectral-probe -m MODEL --f16|--f32 FILE    writes the model with wider weights, and ends
 //
 // Commands come on stdin and are answered in order on stdout: one line with a JSON object, followed by as many bytes as its
 // "bytes" says (numbers in the byte order of the machine). A command that fails is answered with {"error": "..."} and changes
@@ -1067,6 +1068,8 @@ static bool serve(probe & p) {
 
 int main(int argc, char ** argv) {
     std::string path;
+    std::string wide;
+    llama_ftype ftype = LLAMA_FTYPE_ALL_F32;
     int n_threads = 1;
 
     for (int i = 1; i + 1 < argc; i += 2) {
@@ -1074,6 +1077,9 @@ int main(int argc, char ** argv) {
             path = argv[i + 1];
         } else if (strcmp(argv[i], "-t") == 0) {
             n_threads = std::max(1, atoi(argv[i + 1]));
+        } else if (strcmp(argv[i], "--f16") == 0 || strcmp(argv[i], "--f32") == 0) {
+            wide  = argv[i + 1];
+            ftype = strcmp(argv[i], "--f16") == 0 ? LLAMA_FTYPE_MOSTLY_F16 : LLAMA_FTYPE_ALL_F32;
         }
     }
     if (path.empty()) {
@@ -1090,6 +1096,14 @@ int main(int argc, char ** argv) {
     llama_log_set(log_callback, nullptr);
     ggml_backend_load_all();
     llama_backend_init();
+
+    if (!wide.empty()) {
+        auto params = llama_model_quantize_default_params();
+        params.nthread          = n_threads;
+        params.ftype            = ftype;
+        params.allow_requantize = true;
+        return llama_model_quantize(path.c_str(), wide.c_str(), &params) == 0 ? 0 : 1;
+    }
 
     auto params = llama_model_default_params();
     params.n_gpu_layers = 0;
