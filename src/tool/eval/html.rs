@@ -75,8 +75,9 @@ pub fn page(s: &Summary) -> Result<String> {
             <li><b>stock</b>: llama.cpp's cache types as they ship, with its Hadamard rotation unless named <code>-norot</code>; they have no exact window. \
             <b>simulated</b>: an f16 cache whose rows are replaced by their round trip through a codec once they are behind the window; sizes are nominal, \
             the codec at its best. <b>spectral</b>: the cache itself, all bytes counted.</li>\
-            <li><b>f32</b> shows rounding and nothing else. What is multiplied with quantised weights is quantised too, so that the smallest change \
-            moves all that comes after it: a KL divergence below this row's cannot be told from it. <code>--weights f32</code> makes it small.</li>\
+            <li><b>rounding+window</b> changes the last bit of each number of f16 rows. What is multiplied with quantised weights is quantised too, so \
+            that the smallest change moves all that comes after it: a KL divergence below this row's cannot be told from rounding. \
+            <code>--weights f32</code> makes it small.</li>\
             <li>A spectral cache keeps all rows exact until its first fit, after 1024 rows (less in a context of less than 2048), and the prototype codes \
             512 rows at once: the column <i>2nd half</i> has only the second half of the judged positions.</li>\
             <li>A spectral cache gives young rows more bits than old ones, by the size of its context: texts that are much shorter than the context \

@@ -81,7 +81,7 @@ impl Way {
 pub enum Widened {
     /// 2 bytes each.
     F16,
-    /// 4 bytes each: no rounding at all.
+    /// 4 bytes each: as exact as it gets.
     F32,
 }
 
@@ -103,7 +103,7 @@ pub struct Options {
     /// Texts, taken from the files in turn
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
     texts: u16,
-    /// Settings to compare, comma-separated: stock types (f32, q4_0, q4_0-norot), simulated ones behind an exact window
+    /// Settings to compare, comma-separated: stock types (q4_0, q4_0-norot), simulated ones behind an exact window
     /// (q4_0+window, turbo3+window, prototype+window), these for a part of the cache (turbo3+window@LAYER, @k, @v, @LAYERk),
     /// spectral-RATIO, spectral-BITSb, and these with -flat: one rate for rows of all ages
     #[arg(long, value_delimiter = ',', default_value = DEFAULT, hide_default_value = true)]
@@ -143,7 +143,7 @@ pub struct Options {
     #[arg(long, value_delimiter = ',', default_value = "200,1000")]
     rewind: Vec<usize>,
     /// Widen the weights first, into a file beside the finished parts: what is multiplied with quantised weights is quantised too,
-    /// and this rounding alone makes a KL divergence that hides small ones (the setting f32 shows how large it is)
+    /// and this rounding alone makes a KL divergence that hides small ones (the setting rounding+window shows how large it is)
     #[arg(long, value_enum)]
     weights: Option<Widened>,
     /// Of names, codes, places and samples
@@ -197,7 +197,8 @@ pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCod
         );
     }
     let weights_name = o.weights.and_then(|w| w.to_possible_value()).map(|w| w.get_name().to_string());
-    let parts = Parts::open(&dir.join("parts"), &common(&format!("{model} {weights_name:?}"), &bin, threads)?.iter().map(Vec::as_slice).collect::<Vec<_>>())?;
+    let parts =
+        Parts::open(&dir.join("parts"), &common(&format!("{model} {weights_name:?}"), &bin, threads)?.iter().map(Vec::as_slice).collect::<Vec<_>>())?;
 
     let files = o.files.iter().map(|f| read(&mut probe, f)).collect::<Result<Vec<_>>>()?;
     let mut one = |file: &Option<PathBuf>| file.as_ref().map(|f| read(&mut probe, f)).transpose();

@@ -12,7 +12,8 @@ use crate::tool::probe::{Cache, LayerInfo, Side};
 use super::codec::Codec;
 
 /// All settings that are compared unless a list is given.
-pub const DEFAULT: &str = "f16,f32,q8_0,q4_0,q4_0-norot,q8_0+window,q4_0+window,q4_0-norot+window,turbo4+window,turbo3+window,turbo2+window,\
+pub const DEFAULT: &str =
+    "f16,rounding+window,q8_0,q4_0,q4_0-norot,q8_0+window,q4_0+window,q4_0-norot+window,turbo4+window,turbo3+window,turbo2+window,\
                            prototype+window,spectral-4,spectral-8,spectral-8-flat,spectral-12.8,spectral-4b-flat,spectral-3b-flat,spectral-2b-flat";
 
 /// Quantised types that llama.cpp stores a KV cache in.
@@ -104,7 +105,7 @@ impl FromStr for Setting {
             }
         } else {
             let (ggml_type, rotate) = name.strip_suffix("-norot").map_or((name, true), |t| (t, false));
-            if !(name == "f16" || name == "f32" || STOCK_TYPES.contains(&ggml_type)) {
+            if !(name == "f16" || STOCK_TYPES.contains(&ggml_type)) {
                 return Err(format!("there is no setting `{name}`; the default list is {DEFAULT}"));
             }
             Kind::Stock { ggml_type: ggml_type.into(), rotate }
@@ -148,13 +149,14 @@ impl Setting {
     pub fn family(&self) -> Option<String> {
         let rotation = |rotate: bool| if rotate { "" } else { "-norot" };
         match &self.kind {
-            Kind::Stock { ggml_type, .. } if ggml_type.starts_with('f') => None,
+            Kind::Stock { ggml_type, .. } if ggml_type == "f16" => None,
             Kind::Stock { rotate, .. } => Some(format!("stock{}", rotation(*rotate))),
             Kind::Simulated { part, .. } if *part != Part::default() => None,
             Kind::Simulated { codec, .. } => Some(match codec {
                 Codec::Q8 { rotate } | Codec::Q4 { rotate } => format!("stock{}+window", rotation(*rotate)),
                 Codec::Turbo { .. } => "turbo+window".into(),
                 Codec::Prototype => "prototype+window".into(),
+                Codec::Rounding => return None,
             }),
             Kind::Spectral { flat, .. } => Some(if *flat { "spectral-flat" } else { "spectral" }.into()),
         }
@@ -163,7 +165,6 @@ impl Setting {
     /// Code bits of an element of a stock cache, without the steps of its blocks.
     pub fn stock_code_bits(&self) -> f64 {
         match &self.kind {
-            Kind::Stock { ggml_type, .. } if ggml_type == "f32" => 32.0,
             Kind::Stock { ggml_type, .. } if ggml_type != "f16" => ggml_type.chars().find_map(|c| c.to_digit(10)).map_or(16.0, f64::from),
             _ => 16.0,
         }
@@ -227,7 +228,6 @@ mod tests {
             "",
             "f16+window",
             "f16-norot",
-            "f32-norot",
             "turbo3",
             "q9_0",
             "spectral-1",

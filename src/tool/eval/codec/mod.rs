@@ -9,6 +9,7 @@ mod truncated;
 mod turbo;
 
 use anyhow::Result;
+use half::f16;
 use spectral_kv::rope::Rope;
 
 use crate::tool::probe::{LayerInfo, Side};
@@ -34,6 +35,8 @@ pub enum Codec {
     },
     /// Rank 16 and 32, int8.
     Prototype,
+    /// f16, each number replaced by its neighbour: what the smallest change does.
+    Rounding,
 }
 
 impl Codec {
@@ -49,6 +52,7 @@ impl Codec {
             "turbo3" => Codec::Turbo { bits: 3 },
             "turbo4" => Codec::Turbo { bits: 4 },
             "prototype" => Codec::Prototype,
+            "rounding" => Codec::Rounding,
             _ => return None,
         })
     }
@@ -68,6 +72,7 @@ impl Codec {
             Codec::Q4 { .. } => 4.0 * d as f64,
             Codec::Turbo { bits } => f64::from(*bits) * d as f64,
             Codec::Prototype => 8.0 * rank(side).min(d) as f64,
+            Codec::Rounding => 16.0 * d as f64,
         }
     }
 
@@ -76,6 +81,7 @@ impl Codec {
         let side_data = match self {
             Codec::Q8 { .. } | Codec::Q4 { .. } => 16.0 * (d / blocks::BLOCK) as f64,
             Codec::Turbo { .. } => 16.0,
+            Codec::Rounding => 0.0,
             Codec::Prototype => (16.0 * (rank(side).min(d) * d) as f64 + 32.0) / truncated::ROWS as f64,
         };
         self.code_bits(side, d) + side_data
@@ -119,6 +125,7 @@ impl Coder {
                     turbo.round_trip(head);
                 }
             }),
+            Codec::Rounding => rows.iter_mut().for_each(|x| *x = neighbour(*x)),
             Codec::Prototype => {
                 let rope = matches!(side, Side::K).then_some(rope);
                 for h in 0..layer.n_head_kv {
@@ -131,6 +138,11 @@ impl Coder {
     }
 }
 
+/// The f16 number that differs in the last bit.
+fn neighbour(x: f32) -> f32 {
+    f16::from_bits(f16::from_f32(x).to_bits() ^ 1).to_f32()
+}
+
 fn each_head(rows: &mut [f32], d: usize, rotation: Option<usize>, quantise: fn(&mut [f32])) {
     for head in rows.chunks_exact_mut(d) {
         match rotation {
@@ -140,6 +152,19 @@ fn each_head(rows: &mut [f32], d: usize, rotation: Option<usize>, quantise: fn(&
                 hadamard::rotate(head, size);
             }
             None => quantise(head),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_neighbour_is_next_and_mutual() {
+        for x in [1.0f32, -0.3, 1000.0, 6e-8, 0.0] {
+            let (x, y) = (f16::from_f32(x), neighbour(x));
+            assert!((y - x.to_f32()).abs() <= x.to_f32().abs() / 1024.0 + 6e-8 && y != x.to_f32() && neighbour(y) == x.to_f32(), "{x} {y}");
         }
     }
 }
