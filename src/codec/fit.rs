@@ -20,9 +20,9 @@ use crate::simd::{Kernels, MatMut, MatRef, Widths};
 use faer::{Mat, Side};
 
 /// Bits that a half gets for an error four times as large: 1 would make all errors alike, but those of a short sample are not all of a model's.
-pub const POWER: f64 = 0.6;
+pub const POWER: f64 = 0.7;
 /// Bits per element that no half has less of: insurance for heads that wake up later.
-pub const LEAST: f64 = 0.75;
+pub const LEAST: f64 = 0.5;
 /// Most bits per element of a half.
 const MOST: f64 = 8.0;
 /// Least eigenvalue of a weight matrix, as a share of its mean eigenvalue.

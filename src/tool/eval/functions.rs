@@ -1,7 +1,6 @@
 //! Near duplicates: functions of one line with two-word names, spread over source code, and half of them asked for.
 //!
-//! Every first word comes with every second one, so each name shares a word with a fifth of the others. Must not know who
-//! answers.
+//! Words come several times, so that each name shares one with about eight others. Must not know who answers.
 
 use anyhow::{bail, Result};
 
@@ -12,8 +11,14 @@ use crate::tool::random::Random;
 const FUNCTIONS: usize = 100;
 /// Those that are asked for.
 const ASKED: usize = 50;
-const FIRST: [&str; 10] = ["blue", "green", "silver", "golden", "quiet", "broken", "hidden", "frozen", "ancient", "little"];
-const SECOND: [&str; 10] = ["river", "stone", "garden", "window", "bridge", "forest", "tower", "market", "island", "mirror"];
+const FIRST: [&str; 20] = [
+    "blue", "green", "silver", "golden", "quiet", "broken", "hidden", "frozen", "ancient", "little", "bright", "hollow", "purple", "rapid", "wooden",
+    "gentle", "narrow", "distant", "lucky", "velvet",
+];
+const SECOND: [&str; 20] = [
+    "river", "stone", "garden", "window", "bridge", "forest", "tower", "market", "island", "mirror", "candle", "harbor", "meadow", "rocket",
+    "pencil", "basket", "valley", "orchard", "lantern", "engine",
+];
 
 /// Code with functions in it, and questions that each come right behind it.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,7 +56,8 @@ pub struct Question {
 
 /// Spreads functions over the beginning of `code`, `length` tokens together.
 pub fn spread(tokenizer: &mut dyn Tokenizer, code: &str, start: &[i32], random: &mut Random, length: usize) -> Result<Functions> {
-    let names: Vec<String> = random.order(FUNCTIONS).iter().map(|i| format!("{}_{}", FIRST[i / SECOND.len()], SECOND[i % SECOND.len()])).collect();
+    let pairs = random.order(FIRST.len() * SECOND.len());
+    let names: Vec<String> = pairs.iter().take(FUNCTIONS).map(|i| format!("{}_{}", FIRST[i / SECOND.len()], SECOND[i % SECOND.len()])).collect();
     let numbers: Vec<String> = random.order(9000).iter().take(FUNCTIONS).map(|i| (1000 + i).to_string()).collect();
     let mut functions = vec![];
     for (name, number) in names.iter().zip(&numbers) {
@@ -81,7 +87,10 @@ pub fn spread(tokenizer: &mut dyn Tokenizer, code: &str, start: &[i32], random: 
     }
     let mut questions = vec![];
     for i in random.order(FUNCTIONS).into_iter().take(ASKED) {
-        let (mut question, answer) = asked(tokenizer, &format!("\nassert {}() == {}\n", names[i], numbers[i]), "==", &numbers[i])?;
+        let text = format!("\nassert {}() == {}\n", names[i], numbers[i]);
+        // A space of its own belongs to the question.
+        let asked = |mark, tokenizer: &mut dyn Tokenizer| asked(tokenizer, &text, mark, &numbers[i]);
+        let (mut question, answer) = asked("== ", tokenizer).or_else(|_| asked("==", tokenizer))?;
         question.truncate(answer.end);
         questions.push(Question { tokens: question, needle: Needle { planted: places[i], answer } });
     }
@@ -108,7 +117,7 @@ mod tests {
             let function = Bytes.decode(&f.tokens[q.needle.planted..][..45.min(f.tokens.len() - q.needle.planted)]).unwrap();
             let (name, number) = function.strip_prefix("def ").unwrap().split_once("(): return ").unwrap();
             assert_eq!(Bytes.decode(&q.tokens).unwrap(), format!("\nassert {name}() == {}", &number[..4]));
-            assert_eq!(Bytes.decode(&q.tokens[q.needle.answer.clone()]).unwrap(), format!(" {}", &number[..4]));
+            assert_eq!(Bytes.decode(&q.tokens[q.needle.answer.clone()]).unwrap(), number[..4]);
         }
         assert!(spread(&mut Bytes, &code, &[], &mut Random::new(1, 3), 3000).is_err());
         assert!(spread(&mut Bytes, &code[..3000], &[], &mut Random::new(1, 3), 9000).is_err());
