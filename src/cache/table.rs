@@ -709,11 +709,11 @@ impl Table {
         let g = self.geometry.clone();
         let was_empty = self.location.iter().all(|l| *l == NOWHERE);
         let fitted = self.fitted || saved_fitted;
-        let waits = self.live[g.tiles..].iter().any(|l| *l != 0);
+        let waited = self.live[g.tiles..].iter().rposition(|l| *l != 0).map_or(0, |last| last + 1);
         let mut r = Restore {
             fitted,
             adopt: saved_fitted && !self.fitted,
-            adopt_plain: !waits,
+            adopt_plain: waited == 0,
             was_empty,
             slots: vec![None; new.len()],
             rows: vec![NOWHERE; new.len()],
@@ -735,7 +735,7 @@ impl Table {
             r.turns[i] = turns[i].wrapping_add(pos).wrapping_sub(anchor);
             r.row_turns[i] = anchor.wrapping_sub(pos);
         }
-        let limit = if waits { g.tiles_beside(g.waiting) } else { g.tiles };
+        let limit = if waited > 0 { g.tiles_beside(waited) } else { g.tiles };
         let mut holes: [_; BANDS + 1] = std::array::from_fn(|band| {
             let tiles = g.band(band).filter(|t| *t < limit || *t >= g.tiles);
             let (whole, partial): (Vec<usize>, Vec<usize>) = tiles.partition(|t| self.live[*t] == 0);
@@ -772,20 +772,22 @@ impl Table {
         }
     }
 
-    /// The places of the queries kept for the fit.
+    /// The places of the queries that are kept, for a fit and as recent ones, and how many there were.
     pub fn queries_to_bytes(&self) -> Vec<u8> {
-        let places = self.queries.iter().map(|q| q.unwrap_or((-1, -1)));
-        self.seen.to_le_bytes().into_iter().chain(places.flat_map(|(pos, seq)| [pos.to_le_bytes(), seq.to_le_bytes()]).flatten()).collect()
+        let counts = [self.seen, self.recorded].map(u64::to_le_bytes).into_iter().flatten();
+        let places = self.queries.iter().chain(&self.recent).map(|q| q.unwrap_or((-1, -1)));
+        counts.chain(places.flat_map(|(pos, seq)| [pos.to_le_bytes(), seq.to_le_bytes()]).flatten()).collect()
     }
 
     /// Take over what [`Table::queries_to_bytes`] gave, as queries of `seq` if one is given.
     pub fn queries_from_bytes(&mut self, bytes: &[u8], as_seq: Option<i32>) -> Result<()> {
-        let Some((seen, places)) = bytes.split_first_chunk::<8>().filter(|(_, p)| p.len() == 8 * QUERY_SLOTS) else {
+        let Some((counts, places)) = bytes.split_first_chunk::<16>().filter(|(_, p)| p.len() == 8 * (QUERY_SLOTS + RECENT_QUERIES)) else {
             return Err(Error::Data("state: the list of queries has another length".into()));
         };
-        self.seen = u64::from_le_bytes(*seen);
+        let long = |b: &[u8]| u64::from_le_bytes(b.try_into().expect("invariant: eight bytes"));
+        (self.seen, self.recorded) = (long(&counts[..8]), long(&counts[8..]));
         let int = |b: &[u8]| i32::from_le_bytes(b.try_into().expect("invariant: four bytes"));
-        for (q, p) in self.queries.iter_mut().zip(places.chunks_exact(8)) {
+        for (q, p) in self.queries.iter_mut().chain(&mut self.recent).zip(places.chunks_exact(8)) {
             let (pos, seq) = (int(&p[..4]), int(&p[4..]));
             *q = (pos >= 0).then_some((pos, as_seq.unwrap_or(seq)));
         }

@@ -90,6 +90,7 @@ fn write_head(
     let bases = if fitted { &arena[r.bases.clone()] } else { &[] };
     out.extend(bases);
     out.extend(&arena[r.plain.clone()]);
+    out.extend(&arena[r.recent.clone()]);
     let rows = ExactRows::new(l.shape(), &arena[r.exact.clone()])?;
     let pieces = Pieces::new(g, l.index(), head, &arena[r.record.clone()], bases)?;
     for at in located {
@@ -138,6 +139,7 @@ impl<'a> Reader<'a> {
 struct SavedHead<'a> {
     bases: &'a [u8],
     plain: &'a [u8],
+    recent: &'a [u8],
     /// How rows of each band are coded, and last those that waited.
     forms: [TileForm; BANDS + 1],
     rows: Vec<&'a [u8]>,
@@ -213,7 +215,7 @@ fn parse_head<'a>(
 ) -> Result<SavedHead<'a>> {
     let h = l.shape();
     let bases = r.take(if fitted { ranges.bases.len() } else { 0 })?;
-    let plain = r.take(ranges.plain.len())?;
+    let (plain, recent) = (r.take(ranges.plain.len())?, r.take(ranges.recent.len())?);
     let waiting = g.waiting_piece(l.index(), head).1;
     let forms = if fitted { saved_forms(h, bases, waiting)? } else { std::array::from_fn(|_| waiting.clone()) };
     let mut row = |c: &Option<usize>| match c {
@@ -225,7 +227,7 @@ fn parse_head<'a>(
     };
     let rows = coded.iter().map(&mut row).collect::<Result<_>>()?;
     let queries = r.take(if with_queries { ranges.queries.len() } else { 0 })?;
-    Ok(SavedHead { bases, plain, forms, rows, queries })
+    Ok(SavedHead { bases, plain, recent, forms, rows, queries })
 }
 
 /// How rows of a state are coded that has these bases.
@@ -259,7 +261,7 @@ pub fn read(table: &mut Table, layers: &[&Layer], arena: &mut [u8], all: Cells, 
         first_head += heads.len();
     }
     table.commit_restore(&place, cells);
-    if place.was_empty && !place.fitted {
+    if place.was_empty {
         // A sequence may come back under another number.
         let first = cells.first().map(|c| all.seq[*c as usize]);
         let one = first.filter(|s| cells.iter().all(|c| all.seq[*c as usize] == *s));
@@ -290,6 +292,9 @@ fn adopt_head(arena: &mut [u8], r: &HeadRanges, saved: &SavedHead, place: &Resto
     }
     if place.adopt_plain {
         arena[r.plain.clone()].copy_from_slice(saved.plain);
+    }
+    if place.was_empty {
+        arena[r.recent.clone()].copy_from_slice(saved.recent);
     }
     if place.was_empty && !place.fitted && !saved.queries.is_empty() {
         arena[r.queries.clone()].copy_from_slice(saved.queries);

@@ -444,7 +444,7 @@ static void damaged_plans(struct stream *s, size_t n_new) {
             memcpy(copy, s->arena, s->arena_bytes);
             plan[i] = s->plan[i];
             for (int k = 0; k < 5; k++)
-                CHECK(status[k] == SKV_STATUS_OK || status[k] == SKV_STATUS_DATA || status[k] == SKV_STATUS_ARGUMENT);
+                CHECK(status[k] == SKV_STATUS_OK || status[k] == SKV_STATUS_DATA || status[k] == SKV_STATUS_ARGUMENT || status[k] == SKV_STATUS_STATE);
         }
     free(plan);
     free(c.partials);

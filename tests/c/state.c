@@ -56,14 +56,14 @@ static double difference(const float *a, const float *b) {
     return head_error(a, wide);
 }
 
-/* Rows are the same bit for bit; attention sums them in the order of their slots, which differs. */
+/* Rows are the same bit for bit; attention sums them in the order of their slots and rounds tiles together to 16 bits, which differs. */
 static void same_contents(struct stream *a, struct stream *b, int32_t position) {
     static uint16_t k[2][N_CELLS * KV_ROW], v[2][N_CELLS * KV_ROW];
     float left[Q_ROW], right[Q_ROW];
     for (int layer = 0; layer < N_LAYERS; layer++) {
         look(a, layer, position, -1, left);
         look(b, layer, position, -1, right);
-        CHECK(difference(left, right) < 1e-6);
+        CHECK(difference(left, right) < 1e-5);
         struct input none = make_input(0, a, NULL, 0);
         rebuild_layer(a, layer, &none, 1, k[0], v[0]);
         rebuild_layer(b, layer, &none, 1, k[1], v[1]);
@@ -162,8 +162,11 @@ static void states_fit_beside_other_rows(size_t present, size_t saved) {
     float own[N_LAYERS][Q_ROW], theirs[N_LAYERS][Q_ROW], out[Q_ROW];
     open_stream(&s);
     open_stream(&host);
-    store(&s, 0, saved, 0, 0, 2);
-    store(&host, 0, present, 0, 1, 2);
+    /* The last step of 560 rows comes after the first fit: what waits for one has room for few sequences. */
+    store(&s, 0, saved - 20, 0, 0, 2);
+    store(&s, (uint32_t)saved - 20, 20, (int32_t)saved - 20, 0, 2);
+    store(&host, 0, present - 20, 0, 1, 2);
+    store(&host, (uint32_t)present - 20, 20, (int32_t)present - 20, 1, 2);
     struct saved state = save(&s, 0);
     for (int layer = 0; layer < N_LAYERS; layer++) {
         look(&s, layer, (int32_t)saved, 0, theirs[layer]);

@@ -138,6 +138,10 @@ static bytes to_bytes(const std::vector<T> & data) {
 // the cache tensor that a node writes or views, or null
 static ggml_tensor * cache_of(const ggml_tensor * t) {
     ggml_tensor * root = t->view_src;
+    // all layers of a compressed cache are parts of one tensor
+    if (root && strcmp(root->name, "cache_kv_spectral") == 0) {
+        root = t->src[0];
+    }
     return root && (strncmp(root->name, "cache_k_l", 9) == 0 || strncmp(root->name, "cache_v_l", 9) == 0) ? root : nullptr;
 }
 
