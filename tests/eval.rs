@@ -14,7 +14,7 @@ const SETTINGS: &str = "f16,q8_0,q4_0,q4_0+window,turbo2+window,spectral-2b,spec
 fn eval(out: &Path, args: &str, files: &[(&str, &Path)]) -> (Vec<u8>, String) {
     let mut eval = Command::new(env!("CARGO_BIN_EXE_spectral-kv"));
     eval.args("eval -t 1 --texts 1".split(' ')).args(args.split(' ')).args(["-m", &format!("{ROOT}/tests/models/bench-a-f16.gguf")]);
-    files.iter().for_each(|(option, file)| drop(eval.arg(option).arg(file)));
+    files.iter().for_each(|(option, file)| _ = eval.arg(option).arg(file));
     let result = eval.arg("-o").arg(out).stdin(Stdio::null()).output().unwrap();
     assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
     (std::fs::read(out.join("eval.json")).unwrap(), String::from_utf8(result.stdout).unwrap())

@@ -100,7 +100,7 @@ fn keys_are_rotated_as_described() {
     let mut probe = start();
     let rope = probe.info().rope.clone();
     let context = probe.open(&ContextSpec { keep: Keep::Tensors, ..spec(stock("f16", true), 64) }).unwrap();
-    probe.decode(&context, &[200; 64], Want::None).unwrap();
+    probe.decode(&context, &[200; 64], Want::None, &[]).unwrap();
     let keys = probe.captured(&context, 0, Tensor::Keys).unwrap();
     let (d, row) = (128, 256);
     assert_eq!((rope.n_rot, rope.offset, rope.freq_factors.len()), (d, 0, 0));
@@ -126,8 +126,8 @@ fn contexts_do_not_know_each_other() {
     let tokens = prompt(&mut probe, 700);
     let alone = |probe: &mut Probe, cache| {
         let context = probe.open(&spec(cache, 512)).unwrap();
-        let logits = probe.decode(&context, &tokens, Want::Last).unwrap();
-        let next = probe.decode(&context, &tokens[..3], Want::All).unwrap();
+        let logits = probe.decode(&context, &tokens, Want::Last, &[]).unwrap();
+        let next = probe.decode(&context, &tokens[..3], Want::All, &[]).unwrap();
         probe.close(&context).unwrap();
         [logits, next].concat()
     };
@@ -137,15 +137,15 @@ fn contexts_do_not_know_each_other() {
     assert!(largest(&want[2], &want[3]) > 0.0, "the rotation changes what q4_0 loses");
 
     let open: Vec<_> = caches.iter().map(|c| probe.open(&spec(c.clone(), 512)).unwrap()).collect();
-    let first: Vec<_> = open.iter().map(|c| probe.decode(c, &tokens, Want::Last).unwrap()).collect();
+    let first: Vec<_> = open.iter().map(|c| probe.decode(c, &tokens, Want::Last, &[]).unwrap()).collect();
     for (i, context) in open.iter().enumerate() {
-        let next = probe.decode(context, &tokens[..3], Want::All).unwrap();
+        let next = probe.decode(context, &tokens[..3], Want::All, &[]).unwrap();
         assert!([first[i].clone(), next].concat() == want[i], "context {i}");
     }
     // A cleared context is a new one.
     for (i, context) in open.iter().enumerate() {
         probe.clear(context).unwrap();
-        assert!(probe.decode(context, &tokens, Want::Last).unwrap() == first[i], "context {i}");
+        assert!(probe.decode(context, &tokens, Want::Last, &[]).unwrap() == first[i], "context {i}");
     }
 }
 
@@ -170,9 +170,9 @@ fn rows_can_be_read_and_replaced() {
     let mut probe = start();
     let tokens = prompt(&mut probe, 300);
     let context = probe.open(&spec(stock("f16", true), 128)).unwrap();
-    probe.decode(&context, &tokens[..299], Want::None).unwrap();
+    probe.decode(&context, &tokens[..299], Want::None, &[]).unwrap();
     let last = |probe: &mut Probe| {
-        let logits = probe.decode(&context, &tokens[299..], Want::Last).unwrap();
+        let logits = probe.decode(&context, &tokens[299..], Want::Last, &[]).unwrap();
         probe.truncate(&context, 299).unwrap();
         logits
     };
@@ -211,9 +211,9 @@ fn captured_tensors_are_those_of_the_attention() {
         (stock("q8_0", false), 64, 0.03),
     ] {
         let context = probe.open(&ContextSpec { keep: Keep::Tensors, ..spec(cache.clone(), n_ubatch) }).unwrap();
-        probe.decode(&context, &tokens[..200], Want::None).unwrap();
+        probe.decode(&context, &tokens[..200], Want::None, &[]).unwrap();
         let long: Vec<_> = (0..3).map(|l| capture(&mut probe, &context, l)).collect();
-        probe.decode(&context, &tokens[200..], Want::None).unwrap();
+        probe.decode(&context, &tokens[200..], Want::None, &[]).unwrap();
         let short: Vec<_> = (0..3).map(|l| capture(&mut probe, &context, l)).collect();
         for (layer, (long, short)) in long.iter().zip(&short).enumerate() {
             assert_eq!(long.each_ref().map(Vec::len), [512, 256, 256, 512].map(|n| 200 * n));
@@ -241,8 +241,8 @@ fn captured_tensors_are_those_of_the_attention() {
 fn judged(probe: &mut Probe, cache: Cache, n_ubatch: u32, keep: Keep) -> [Vec<f32>; 2] {
     let tokens = prompt(probe, 1500);
     let context = probe.open(&ContextSpec { keep, ..spec(cache, n_ubatch) }).unwrap();
-    probe.decode(&context, &tokens[..1280], Want::None).unwrap();
-    let logits = probe.decode_judged(&context, &tokens[1280..], Want::Last, &[0, 90, 219]).unwrap();
+    probe.decode(&context, &tokens[..1280], Want::None, &[]).unwrap();
+    let logits = probe.decode(&context, &tokens[1280..], Want::Last, &[0, 90, 219]).unwrap();
     assert_eq!(logits.len(), 4096);
     let attention = probe.captured(&context, 0, Tensor::Attention).unwrap();
     let attention = [0, 90, 219].map(|t| attention[t * 512..][..512].to_vec()).concat();
@@ -300,7 +300,7 @@ fn the_residual_stream_is_found_behind_a_norm_or_without_one() {
         let context = probe.open(&ContextSpec { keep: Keep::Tensors, ..spec(stock("f16", true), 64) }).unwrap();
         let mut tokens: Vec<i32> = (0..100).map(|i| i * 7 % 60).collect();
         (tokens[3], tokens[70], tokens[99]) = (5, 5, 5);
-        probe.decode_judged(&context, &tokens, Want::None, &[3, 70, 99]).unwrap();
+        probe.decode(&context, &tokens, Want::None, &[3, 70, 99]).unwrap();
         let (steps, numbers) = probe.branch(&context, 0).unwrap();
         assert_eq!(steps.len(), n_steps, "{steps:?}");
         let all = |probe: &mut Probe, layer, tensor| probe.captured(&context, layer, tensor).unwrap();
@@ -323,7 +323,7 @@ fn the_residual_stream_is_found_behind_a_norm_or_without_one() {
         assert!(relative(&joined[..outputs], &joined[outputs..2 * outputs]) > 0.02, "the sums differ");
         // The last layer goes on with fewer tokens.
         probe.clear(&context).unwrap();
-        probe.decode_judged(&context, &tokens, Want::All, &[70]).unwrap();
+        probe.decode(&context, &tokens, Want::All, &[70]).unwrap();
         assert_eq!(all(&mut probe, 1, Tensor::Joined), last[outputs..2 * outputs]);
     }
     std::fs::remove_file(olmo).unwrap();
@@ -335,8 +335,8 @@ fn terms_fall_with_the_bits() {
     let tokens = prompt(&mut probe, 1500);
     let f16 = probe.open(&ContextSpec { keep: Keep::Tensors, ..spec(stock("f16", true), 64) }).unwrap();
     let feed = |probe: &mut Probe, context: &Context| {
-        probe.decode(context, &tokens[..1440], Want::None).unwrap();
-        probe.decode_judged(context, &tokens[1440..], Want::None, &[59]).unwrap();
+        probe.decode(context, &tokens[..1440], Want::None, &[]).unwrap();
+        probe.decode(context, &tokens[1440..], Want::None, &[59]).unwrap();
     };
     feed(&mut probe, &f16);
     let mut whole = vec![];
@@ -430,8 +430,8 @@ fn a_window_as_long_as_the_context_is_f16() {
     let tokens = prompt(&mut probe, 1500);
     let mut run = |cache| {
         let context = probe.open(&spec(cache, 512)).unwrap();
-        probe.decode(&context, &tokens[..1450], Want::None).unwrap();
-        tokens[1450..].iter().flat_map(|t| probe.decode(&context, &[*t], Want::Last).unwrap()).collect::<Vec<_>>()
+        probe.decode(&context, &tokens[..1450], Want::None, &[]).unwrap();
+        tokens[1450..].iter().flat_map(|t| probe.decode(&context, &[*t], Want::Last, &[]).unwrap()).collect::<Vec<_>>()
     };
     let (f16, exact, coded) = (run(stock("f16", true)), run(spectral(2048)), run(spectral(128)));
     let (near, far) = (relative(&f16, &exact), relative(&f16, &coded));
@@ -445,15 +445,15 @@ fn what_cannot_be_done_is_refused_with_a_reason() {
     let coded = probe.open(&spec(spectral(128), 512)).unwrap();
     let closed = probe.open(&spec(stock("q8_0", true), 512)).unwrap();
     probe.close(&closed).unwrap();
-    probe.decode(&f16, &[1, 2, 3], Want::None).unwrap();
-    probe.decode(&coded, &[1, 2, 3], Want::None).unwrap();
+    probe.decode(&f16, &[1, 2, 3], Want::None, &[]).unwrap();
+    probe.decode(&coded, &[1, 2, 3], Want::None, &[]).unwrap();
 
     let refusals = [
-        (probe.decode(&f16, &[4096], Want::Last).map(drop), "token 4096"),
-        (probe.decode(&f16, &[-1], Want::Last).map(drop), "token -1"),
-        (probe.decode(&f16, &[], Want::Last).map(drop), "0 tokens"),
-        (probe.decode(&f16, &[1; 2046], Want::Last).map(drop), "2046 tokens at position 3 of 2048"),
-        (probe.decode(&closed, &[1], Want::Last).map(drop), "no context"),
+        (probe.decode(&f16, &[4096], Want::Last, &[]).map(drop), "token 4096"),
+        (probe.decode(&f16, &[-1], Want::Last, &[]).map(drop), "token -1"),
+        (probe.decode(&f16, &[], Want::Last, &[]).map(drop), "0 tokens"),
+        (probe.decode(&f16, &[1; 2046], Want::Last, &[]).map(drop), "2046 tokens at position 3 of 2048"),
+        (probe.decode(&closed, &[1], Want::Last, &[]).map(drop), "no context"),
         (probe.truncate(&f16, 4), "only 3 positions"),
         (probe.rows(&f16, 0, Side::K, 2, 2).map(drop), "only 3 positions"),
         (probe.rows(&f16, 3, Side::K, 0, 1).map(drop), "f16"),
@@ -464,9 +464,9 @@ fn what_cannot_be_done_is_refused_with_a_reason() {
         (probe.captured(&coded, 0, Tensor::Output).map(drop), "stock cache"),
         (probe.branch(&coded, 0).map(drop), "stock cache"),
         (probe.captured(&f16, 0, Tensor::Errors).map(drop), "no exact rows"),
-        (probe.decode_judged(&f16, &[1], Want::None, &[0]).map(drop), "without capture"),
-        (probe.decode_judged(&f16, &[1, 2], Want::None, &[1, 1]).map(drop), "ascending numbers below 2"),
-        (probe.decode_judged(&f16, &[1, 2], Want::None, &[2]).map(drop), "ascending numbers below 2"),
+        (probe.decode(&f16, &[1], Want::None, &[0]).map(drop), "without capture"),
+        (probe.decode(&f16, &[1, 2], Want::None, &[1, 1]).map(drop), "ascending numbers below 2"),
+        (probe.decode(&f16, &[1, 2], Want::None, &[2]).map(drop), "ascending numbers below 2"),
         (probe.open(&spec(stock("q3_k", true), 512)).map(drop), "k must be one of f32, f16"),
         (probe.open(&spec(Cache::Spectral { ratio: 65.0, bits: 0.0, window: 1, fine: None, basis: None }, 512)).map(drop), "1 to 64"),
         (probe.open(&spec(Cache::Spectral { ratio: 0.0, bits: 0.0, window: 1, fine: None, basis: None }, 512)).map(drop), "1 to 64"),
@@ -478,7 +478,7 @@ fn what_cannot_be_done_is_refused_with_a_reason() {
     }
     let output = probe.captured(&f16, 0, Tensor::Output).unwrap();
     assert!(output.len().is_multiple_of(512) && output.chunks(512).all(|row| row.iter().any(|x| *x != 0.0)), "{} numbers", output.len());
-    assert_eq!(probe.decode(&f16, &[4], Want::All).unwrap().len(), 4096, "it goes on");
+    assert_eq!(probe.decode(&f16, &[4], Want::All, &[]).unwrap().len(), 4096, "it goes on");
     let e = Probe::start(bin(), Path::new("/nowhere.gguf"), 1).err().unwrap().to_string();
     assert!(e.contains("exit status: 1") && e.contains("/nowhere.gguf"), "{e}");
 }
@@ -547,7 +547,7 @@ fn a_calibrated_cache_codes_from_the_start_and_stays_near() {
     let tokens: Vec<i32> = probe.tokenize(&text, true).unwrap()[..800].to_vec();
     let mut run = |cache| {
         let context = probe.open(&spec(cache, 64)).unwrap();
-        let logits = probe.decode(&context, &tokens, Want::All).unwrap();
+        let logits = probe.decode(&context, &tokens, Want::All, &[]).unwrap();
         probe.close(&context).unwrap();
         logits.chunks(4096).map(log_softmax).collect::<Vec<_>>()
     };

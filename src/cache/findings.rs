@@ -4,7 +4,7 @@
 //! a head is analysed.
 
 use super::geometry::{overhead_bytes, Geometry};
-use crate::codec::fit::{share, HeadSpectrum, LEAST};
+use crate::codec::fit::{relative_errors, share, HeadSpectrum, LEAST};
 use crate::config::{BANDS, TILE};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -107,7 +107,13 @@ fn code_bytes(g: &Geometry, band: usize, layers: usize) -> usize {
 /// The shares of all heads of some layers, of the part of a tile that is theirs by their elements: by the errors that coding makes.
 pub fn shares(g: &Geometry, layers: Range<usize>, found: &[&HeadSpectrum]) -> Vec<Share> {
     let heads: Vec<_> = layers.clone().flat_map(|l| std::iter::repeat_n(g.layers[l], g.layers[l].n_head_kv)).collect();
-    let errors: Vec<(f64, usize)> = heads.iter().zip(found).flat_map(|(h, f)| [(f.errors[0], h.d_k), (f.errors[1], h.d_v)]).collect();
+    let mut left = found;
+    let mut errors: Vec<(f64, usize)> = Vec::new();
+    for layer in &g.layers[layers.clone()] {
+        let (own, rest) = left.split_at(layer.n_head_kv);
+        errors.extend(relative_errors(own).into_iter().flat_map(|[k, v]| [(k, layer.d_k), (v, layer.d_v)]));
+        left = rest;
+    }
     let elements: usize = errors.iter().map(|e| e.1).sum();
     let mut out = vec![Share::default(); heads.len()];
     for band in 0..BANDS {

@@ -98,6 +98,6 @@ impl<'a> Step<'a> {
 
     /// Squared norm of the residual stream at a token.
     pub(super) fn residual_power(&self, token: usize) -> f32 {
-        self.residual.map_or(1.0, |(rows, n)| rows.head(token, 0, n).iter().map(|x| x * x).sum())
+        self.residual.map_or(0.0, |(rows, n)| rows.head(token, 0, n).iter().map(|x| x * x).sum())
     }
 }

@@ -7,7 +7,7 @@ use super::geometry::HeadRanges;
 use super::input::Step;
 use super::layer::Layer;
 use super::plan::{Plan, SealRow, Source};
-use crate::codec::fit::{self, HeadRows, HeadSpectrum, Place, Sample};
+use crate::codec::fit::{self, HeadRows, HeadSpectrum, Place, Residual, Sample};
 use crate::codec::{self, Basis, TileWork, FINE_ROWS, NO_ROW};
 use crate::config::{BANDS, TILE};
 use crate::error::{argument, Result};
@@ -32,7 +32,7 @@ impl Layer {
             rows: &rows,
             turns: &turns,
             queries: &queries,
-            residual: &residual,
+            residual: if residual.iter().all(|x| *x > 0.0) { Residual::Before(&residual) } else { Residual::Unknown },
             projection,
             scale: self.scoring.scale,
             softcap: self.scoring.softcap,

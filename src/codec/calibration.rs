@@ -6,11 +6,11 @@
 //!
 //! Layout, little-endian: magic, version, model hash, number of layers; per layer whether it was analysed, its heads, its rope; per head K and V (the
 //! mean of K in f32, variances in f64, both matrices as row scales in f32 and f16 with rows scaled to a largest element of 1, which is as
-//! precise as what a cache stores) and both errors in f64; CRC-32 of all that.
+//! precise as what a cache stores), both errors, the output and the stream in f64; CRC-32 of all that.
 
 use super::anchor;
 use super::basis::row_scale;
-use super::fit::{analyse, HeadRows, HeadSpectrum, Place, Sample, Transform};
+use super::fit::{analyse, HeadRows, HeadSpectrum, Place, Residual, Sample, Transform};
 use crate::attention::Scoring;
 use crate::config::{Config, Heads, LayerShape, TILE};
 use crate::error::{argument, Error, Result};
@@ -19,7 +19,7 @@ use crate::simd;
 use half::f16;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"SKVBASIS");
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 /// Bits per element at which errors are measured: what caches will have, about. Which heads have large ones depends little on it.
 const BITS: f64 = 2.0;
 const MAX_LAYERS: usize = 4096;
@@ -54,7 +54,7 @@ pub struct Text {
     pub q_positions: Vec<i32>,
     /// `[query][query head][d_k]`.
     pub q: Vec<f16>,
-    /// `|x|^2` of the residual stream that each query's attention is added to; nothing where that is not known.
+    /// `|x|^2` of the residual stream behind the attention of each query; nothing where that is not known.
     pub residual: Vec<f32>,
 }
 
@@ -96,7 +96,7 @@ impl CalibratedLayer {
             rows: &rows,
             turns: &turns,
             queries: &queries,
-            residual: &residual,
+            residual: if known { Residual::After(&residual) } else { Residual::Unknown },
             projection: model.projection,
             scale: model.scoring.scale,
             softcap: model.scoring.softcap,
@@ -189,7 +189,7 @@ impl Calibration {
                     put_matrix(&mut out, &t.encode, t.variance.len());
                     put_matrix(&mut out, &t.decode, t.variance.len());
                 }
-                head.errors.iter().for_each(|e| out.extend(e.to_le_bytes()));
+                head.errors.iter().chain([&head.output, &head.stream]).for_each(|e| out.extend(e.to_le_bytes()));
             }
         }
         out.extend(crc32fast::hash(&out).to_le_bytes());
@@ -296,8 +296,8 @@ impl<'a> Reader<'a> {
         let mut heads = Vec::new();
         for _ in 0..n_head_kv {
             let (k, v) = (self.transform(d_k as usize, true)?, self.transform(d_v as usize, false)?);
-            let errors = self.f64s(2)?;
-            heads.push(HeadSpectrum { k, v, errors: [errors[0], errors[1]] });
+            let numbers = self.f64s(4)?;
+            heads.push(HeadSpectrum { k, v, errors: [numbers[0], numbers[1]], output: numbers[2], stream: numbers[3] });
         }
         Ok(CalibratedLayer { shape, rope, heads })
     }

@@ -11,7 +11,7 @@
 //! fit: with rates by age a change of topic after the first one costs less than it costs stock types. Must not know about arenas.
 
 use super::bits::allocate;
-use super::measure;
+use super::measure::{measure, Measured};
 use super::{encode_tile, Basis, Fine, TileForm, TileWork};
 use crate::config::{Heads, ANCHOR_GRID, BANDS, TILE};
 use crate::error::{Error, Result};
@@ -68,8 +68,8 @@ pub struct Sample<'a> {
     pub turns: &'a [i32],
     /// Where each query stands.
     pub queries: &'a [Place],
-    /// `|x|^2` of the residual stream that each query's attention is added to; empty for 1.
-    pub residual: &'a [f32],
+    /// The residual stream where the queries are.
+    pub residual: Residual<'a>,
     /// Rows of the output projection, `n_head * d_v` each; empty for identity.
     pub projection: &'a [f32],
     /// Scale of the scores.
@@ -86,6 +86,27 @@ pub struct Sample<'a> {
     pub bits: f64,
 }
 
+/// What is known of the residual stream: squared norms, by query.
+#[derive(Debug, Clone, Copy)]
+pub enum Residual<'a> {
+    /// Nothing: errors are in proportion to what attention gives.
+    Unknown,
+    /// Before attention is added to it.
+    Before(&'a [f32]),
+    /// With attention in it.
+    After(&'a [f32]),
+}
+
+impl Residual<'_> {
+    /// The squared norm at a query, 1 where it is not known.
+    pub fn power(&self, query: usize) -> f64 {
+        match self {
+            Residual::Unknown => 1.0,
+            Residual::Before(x) | Residual::After(x) => x.get(query).map_or(1.0, |x| f64::from(*x).max(1e-30)),
+        }
+    }
+}
+
 /// What a sample says about a KV head.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HeadSpectrum {
@@ -93,8 +114,12 @@ pub struct HeadSpectrum {
     pub k: Transform,
     /// Values.
     pub v: Transform,
-    /// Relative errors that coding keys alone, and values alone, makes in the residual stream: `E[|e|^2 / |x|^2]`.
+    /// Errors that coding keys alone, and values alone, makes in the residual stream: `E[|e|^2 / |x|^2]` for the `x` of the sample.
     pub errors: [f64; 2],
+    /// What of the stream is not in that `x`: what the head adds to it, in the same measure.
+    pub output: f64,
+    /// What of the stream is that `x`: 1, or 0 when it is not known.
+    pub stream: f64,
 }
 
 struct Moments {
@@ -353,8 +378,13 @@ pub fn analyse(kernels: &Kernels, g: &Heads, rope: &Rope, s: &Sample, head: usiz
     let v = transform(directions(kernels, &fitted(&own.v, g.d_v), g.d_v), &identity)?;
     let bases = [&k, &v].map(|t| basis(t, [s.bits; BANDS]));
     let (dk, dv) = changes(kernels, s, rope, (&bases[0], &bases[1]), &framed, own);
-    let errors = measure::errors(kernels, g, s, head, own, &dk, &dv);
-    Ok(HeadSpectrum { k, v, errors })
+    let Measured { errors, output } = measure(kernels, g, s, head, own, &dk, &dv);
+    let (output, stream) = match s.residual {
+        Residual::Unknown => (output, 0.0),
+        Residual::Before(_) => (output, 1.0),
+        Residual::After(_) => (0.0, 1.0),
+    };
+    Ok(HeadSpectrum { k, v, errors, output, stream })
 }
 
 impl HeadSpectrum {
@@ -363,6 +393,13 @@ impl HeadSpectrum {
         let rates = |of: usize, t: &Transform| basis(t, bits.map(|b| b[of] as f64 / t.variance.len() as f64));
         (rates(0, &self.k), rates(1, &self.v))
     }
+}
+
+/// The relative errors that the heads of a layer make in the residual stream behind it, keys and values of each. What heads add to it is taken to be
+/// uncorrelated: only sizes are known here.
+pub fn relative_errors(layer: &[&HeadSpectrum]) -> Vec<[f64; 2]> {
+    let stream = layer.iter().map(|h| h.stream).fold(0.0, f64::max) + layer.iter().map(|h| h.output).sum::<f64>();
+    layer.iter().map(|h| h.errors.map(|e| e / stream.max(1e-30))).collect()
 }
 
 /// Bits per element of halves of heads, given for each its relative error at an equal rate and its elements: `bits` in the mean over all elements, at
@@ -501,7 +538,7 @@ mod tests {
                 rows: &self.rows,
                 turns: &self.turns,
                 queries: &self.queries,
-                residual: &self.residual,
+                residual: Residual::Before(&self.residual),
                 projection: &self.projection,
                 scale: 0.4,
                 softcap,
@@ -513,13 +550,13 @@ mod tests {
         }
     }
 
-    /// What [`measure::errors`] says, in f64 and one row at a time. `head` 1 of the layer.
-    fn brute(c: &Case, s: &Sample, change_k: &[f32], change_v: &[f32]) -> [f64; 2] {
+    /// What [`measure`] says, in f64 and one row at a time. `head` 1 of the layer.
+    fn brute(c: &Case, s: &Sample, change_k: &[f32], change_v: &[f32]) -> [f64; 3] {
         let (dk, dv, n) = (16, 8, c.rows.len());
         let mut positions: Vec<i32> = c.rows.iter().map(|r| r.pos).collect();
         positions.sort_unstable();
         let later: Vec<usize> = (0..c.queries.len()).filter(|q| c.queries[*q].pos >= positions[n / 2]).collect();
-        let mut sums = [0.0; 2];
+        let mut sums = [0.0; 3];
         for q in &later {
             let place = c.queries[*q];
             let sees = |r: usize| c.rows[r].seq == place.seq && c.rows[r].pos <= place.pos;
@@ -539,8 +576,9 @@ mod tests {
                 (0..dv).map(|j| (0..n).map(|r| p[r] * value(r, j)).sum::<f64>() / total).collect()
             };
             for (i, sum) in sums.iter_mut().enumerate() {
+                let exact = if i < 2 { 1.0 } else { 0.0 };
                 let error: Vec<f64> = (0..2)
-                    .flat_map(|a| output(a, i == 0, i == 1).into_iter().zip(output(a, false, false)).map(|(x, y)| x - y).collect::<Vec<_>>())
+                    .flat_map(|a| output(a, i == 0, i == 1).into_iter().zip(output(a, false, false)).map(|(x, y)| x - exact * y).collect::<Vec<_>>())
                     .collect();
                 let e: f64 = c.projection.chunks_exact(32).map(|w| (0..16).map(|j| f64::from(w[16 + j]) * error[j]).sum::<f64>().powi(2)).sum();
                 *sum += e / f64::from(c.residual[*q]);
@@ -560,9 +598,11 @@ mod tests {
             let bases = [&found.k, &found.v].map(|t| basis(t, [2.0; BANDS]));
             let (dk, dv) = changes(kernels(), &s, &c.rope, (&bases[0], &bases[1]), &framed, &c.own);
             let want = brute(&c, &s, &dk, &dv);
-            for (got, want) in found.errors.iter().zip(want) {
-                assert!(want > 1e-6 && (got / want - 1.0).abs() < 1e-3, "{sequences}: {:?} {want:?}", found.errors);
+            for (got, want) in found.errors.iter().chain([&found.output]).zip(want) {
+                assert!(want > 1e-6 && (got / want - 1.0).abs() < 1e-3, "{sequences}: {found:?} {want:?}");
             }
+            let after = analyse(kernels(), &c.g, &c.rope, &Sample { residual: Residual::After(&c.residual), ..c.sample(softcap) }, 1, &c.own).unwrap();
+            assert_eq!((after.errors, after.output, found.stream, after.stream), (found.errors, 0.0, 1.0, 1.0));
             // Finer rows have smaller errors; more bits make all smaller.
             let rms = |x: &[f32], row: usize, d: usize| x[row * d..(row + 1) * d].iter().map(|x| x * x).sum::<f32>().sqrt();
             assert!(rms(&dk, 40, 16) < 0.3 * rms(&dk, 42, 16) && rms(&dv, 41, 8) < 0.3 * rms(&dv, 42, 8));
@@ -572,11 +612,33 @@ mod tests {
     }
 
     #[test]
+    fn errors_are_relative_to_the_stream_behind_the_attention() {
+        fn head(c: &Case, residual: Residual, head: usize) -> HeadSpectrum {
+            analyse(kernels(), &c.g, &c.rope, &Sample { residual, ..c.sample(0.0) }, head, &c.own).unwrap()
+        }
+        let c = case(1);
+        let small: Vec<f32> = c.residual.iter().map(|x| x * 1e-6).collect();
+        let relative = |residual: Residual| {
+            let heads = [head(&c, residual, 0), head(&c, residual, 1)];
+            relative_errors(&[&heads[0], &heads[1]])
+        };
+        // A stream that is nothing beside its attention is as if it were not known.
+        let (unknown, nothing) = (relative(Residual::Unknown), relative(Residual::Before(&small)));
+        for (a, b) in unknown.as_flattened().iter().zip(nothing.as_flattened()) {
+            assert!((0.5..2.0).contains(&(a / b)) && *a < 0.5, "{unknown:?} {nothing:?}");
+        }
+        let large: Vec<f32> = c.residual.iter().map(|x| x * 1e6).collect();
+        let errors = head(&c, Residual::Before(&large), 1).errors;
+        assert!(relative(Residual::Before(&large))[1].iter().zip(errors).all(|(a, b)| (a / b - 1.0).abs() < 1e-3));
+        assert_eq!(relative(Residual::After(&c.residual))[1], head(&c, Residual::After(&c.residual), 1).errors);
+    }
+
+    #[test]
     fn a_sample_that_sees_nothing_coded_has_no_errors() {
         let c = case(1);
         let s = Sample { window: 1000, ..c.sample(0.0) };
         assert_eq!(analyse(kernels(), &c.g, &c.rope, &s, 0, &c.own).unwrap().errors, [0.0; 2]);
-        let s = Sample { queries: &[], residual: &[], ..c.sample(0.0) };
+        let s = Sample { queries: &[], ..c.sample(0.0) };
         let own = HeadRows { q: vec![], ..case(1).own };
         assert_eq!(analyse(kernels(), &c.g, &c.rope, &s, 0, &own).unwrap().errors, [0.0; 2]);
     }

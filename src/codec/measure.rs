@@ -1,7 +1,8 @@
 //! What changes in the rows of a head do to the residual stream, over the queries of a sample.
 //!
-//! `KL(next token) ~ sum over layers of E |e|^2 / |x|^2`, where `e` is the error that attention adds to the residual stream `x`, behind the output
-//! projection. Such errors add up over heads, keys and values, so each is measured by itself. Must not know how rows are coded.
+//! `KL(next token) ~ sum over layers of E |e|^2 / |x|^2`, where `e` is the error that attention adds to the residual stream, behind the output
+//! projection, and `x` that stream with attention in it: in the first layer of some models it is little else. Such errors add up over heads, keys
+//! and values, so each is measured by itself. Must not know how rows are coded.
 
 use super::fit::{HeadRows, Place, Sample};
 use crate::config::{Heads, TILE};
@@ -124,50 +125,66 @@ fn projected(kernels: &Kernels, projection: &[f32], outputs: &[f32], n: usize, w
     work.chunks_exact(m).take(tokens).map(squares).collect()
 }
 
-/// `E[|e|^2 / |x|^2]` for changes of the keys and of the values of KV head `head`, each by itself: rows in a query's window and sinks do not change.
-pub fn errors(kernels: &Kernels, g: &Heads, s: &Sample, head: usize, own: &HeadRows, change_k: &[f32], change_v: &[f32]) -> [f64; 2] {
+/// What a head does to the residual stream, and what changes of its rows do; see [`measure`].
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Measured {
+    /// `E[|e|^2 / |x|^2]` for what changes of the keys alone, and of the values alone, make of the head's output.
+    pub errors: [f64; 2],
+    /// The same for the output itself.
+    pub output: f64,
+}
+
+/// What changes of the keys and of the values of KV head `head` do, each by itself: rows in a query's window and sinks do not change.
+pub fn measure(kernels: &Kernels, g: &Heads, s: &Sample, head: usize, own: &HeadRows, change_k: &[f32], change_v: &[f32]) -> Measured {
     let (n, group, chosen) = (s.rows.len(), g.group(), later(s));
     if n == 0 || chosen.is_empty() {
-        return [0.0; 2];
+        return Measured::default();
     }
     let (keys, changes) = (panels(kernels, &own.k, g.d_k), panels(kernels, &change_k[..n * g.d_k], g.d_k));
     let most = TOKENS * group;
     let (mut p, mut changed) = (vec![0.0; most * n], vec![0.0; most * n]);
     let (mut queries, mut outputs, mut work) = (Vec::new(), vec![0.0; most * g.d_v], Vec::new());
-    let (mut states, projection) = (vec![Seen::Not; n], projection(g, s, head));
-    let mut sums = [0.0f64; 2];
+    let (mut states, projection) = (vec![Seen::Not; TOKENS * n], projection(g, s, head));
+    let mut sums = [0.0f64; 3];
     for tokens in chosen.chunks(TOKENS) {
         queries.clear();
         tokens.iter().for_each(|t| queries.extend_from_slice(&own.q[t * group * g.d_k..][..group * g.d_k]));
         let outputs = &mut outputs[..tokens.len() * group * g.d_v];
+        let mut add = |sum: &mut f64, p: &[f32], rows: &[f32]| {
+            weigh(kernels, p, n, &rows[..n * g.d_v], g.d_v, outputs);
+            for (token, power) in tokens.iter().zip(projected(kernels, &projection, outputs, group * g.d_v, &mut work)) {
+                *sum += power / s.residual.power(*token);
+            }
+        };
+        for (token, states) in tokens.iter().zip(states.chunks_exact_mut(n)) {
+            states.iter_mut().zip(s.rows).for_each(|(state, row)| *state = seen(s, &s.queries[*token], row));
+        }
         scores(kernels, &queries, &keys, g.d_k, &mut p, n);
         scores(kernels, &queries, &changes, g.d_k, &mut changed, n);
-        for (i, (p, changed)) in p.chunks_exact_mut(n).zip(changed.chunks_exact_mut(n)).enumerate().take(tokens.len() * group) {
-            if i % group == 0 {
-                states.iter_mut().zip(s.rows).for_each(|(state, row)| *state = seen(s, &s.queries[tokens[i / group]], row));
-            }
-            for ((changed, p), seen) in changed.iter_mut().zip(&*p).zip(&states) {
+        let rows = p.chunks_exact_mut(n).zip(changed.chunks_exact_mut(n)).take(tokens.len() * group);
+        for (i, (p, changed)) in rows.enumerate() {
+            let states = &states[i / group * n..][..n];
+            for ((changed, p), seen) in changed.iter_mut().zip(&*p).zip(states) {
                 *changed = if *seen == Seen::Coded { p + *changed } else { *p };
             }
-            softmax(kernels, s, &states, p);
-            softmax(kernels, s, &states, changed);
-            for ((changed, p), seen) in changed.iter_mut().zip(&mut *p).zip(&states) {
-                *changed -= *p;
-                *p = if *seen == Seen::Coded { *p } else { 0.0 };
-            }
+            softmax(kernels, s, states, p);
+            softmax(kernels, s, states, changed);
+            changed.iter_mut().zip(&*p).for_each(|(changed, p)| *changed -= p);
         }
-        for (sum, (p, rows)) in sums.iter_mut().zip([(&changed, &own.v[..]), (&p, change_v)]) {
-            weigh(kernels, p, n, &rows[..n * g.d_v], g.d_v, outputs);
-            for (token, error) in tokens.iter().zip(projected(kernels, &projection, outputs, group * g.d_v, &mut work)) {
-                *sum += error / s.residual.get(*token).map_or(1.0, |x| f64::from(*x).max(1e-30));
-            }
+        add(&mut sums[0], &changed, &own.v);
+        add(&mut sums[2], &p, &own.v);
+        for (i, p) in p.chunks_exact_mut(n).enumerate().take(tokens.len() * group) {
+            p.iter_mut().zip(&states[i / group * n..]).filter(|(_, seen)| **seen != Seen::Coded).for_each(|(p, _)| *p = 0.0);
         }
+        add(&mut sums[1], &p, change_v);
     }
-    sums.map(|sum| sum / chosen.len() as f64)
+    let [k, v, output] = sums.map(|sum| sum / chosen.len() as f64);
+    Measured { errors: [k, v], output }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::fit::Residual;
     use super::*;
     use crate::config::LayerShape;
     use crate::simd::kernels;
@@ -181,7 +198,7 @@ mod tests {
             rows: &[],
             turns: &[],
             queries: &[],
-            residual: &[],
+            residual: Residual::Unknown,
             projection: &whole,
             scale: 1.0,
             softcap: 0.0,

@@ -15,7 +15,7 @@ use spectral_kv::rope::RopeParams;
 
 use super::build::{self, Request, Tree};
 use super::fetch::SourceKind;
-use super::probe::{self, Cache, Context, ContextSpec, Keep, LayerInfo, Probe, Tensor, Want};
+use super::probe::{self, BranchStep, Cache, Context, ContextSpec, Keep, LayerInfo, Probe, Tensor, Want};
 use super::rope;
 
 /// Tokens that go through the graph at once.
@@ -62,6 +62,16 @@ pub fn run(c: &Calibrate) -> Result<ExitCode> {
         probe.clear(&context)?;
         for (layer, text) in layers.iter_mut().zip(collect(&mut probe, &context, &info.layers, text)?) {
             layer.push(text);
+        }
+    }
+    for (il, layer) in layers.iter_mut().enumerate().filter(|(il, _)| info.layers[*il].n_head_kv > 0) {
+        let scale = joined_scale(&mut probe, &context, il).unwrap_or_else(|e| {
+            eprintln!("layer {}: errors are held against what its attention gives, not against the residual stream: {e:#}", il + 1);
+            None
+        });
+        for text in layer {
+            text.residual.iter_mut().for_each(|x| *x /= scale.unwrap_or(1.0).powi(2));
+            text.residual.truncate(if scale.is_some() { text.residual.len() } else { 0 });
         }
     }
     let mut calibration = Calibration { model_hash: info.hash, layers: vec![] };
@@ -117,23 +127,37 @@ fn choose(probe: &mut Probe, files: &[String], c: &Calibrate) -> Result<Vec<Vec<
     Ok(texts)
 }
 
+/// How much larger the output of the projection is in the residual stream; nothing where there is more than a factor in between.
+fn joined_scale(probe: &mut Probe, context: &Context, layer: usize) -> Result<Option<f32>> {
+    let mut scale = 1.0;
+    for step in probe.branch(context, layer)?.0 {
+        match step {
+            BranchStep::Add { .. } => {}
+            BranchStep::Scale { by, .. } => scale *= by,
+            step => bail!("{step:?} lies between"),
+        }
+    }
+    Ok(Some(scale).filter(|s| *s != 0.0))
+}
+
 /// Runs one text; returns its rows in each layer, empty ones for layers without attention.
 fn collect(probe: &mut Probe, context: &Context, layers: &[LayerInfo], tokens: &[i32]) -> Result<Vec<Text>> {
     let mut texts: Vec<Text> = layers.iter().map(|_| Text { k: vec![], v: vec![], q_positions: vec![], q: vec![], residual: vec![] }).collect();
     let stride = tokens.len().div_ceil(QUERY_SLOTS);
     for (step, piece) in tokens.chunks(STEP).enumerate() {
-        probe.decode(context, piece, Want::None)?;
+        let kept: Vec<usize> = (0..piece.len()).filter(|i| (step * STEP + i).is_multiple_of(stride)).collect();
+        probe.decode(context, piece, Want::None, &kept)?;
         for (il, (layer, text)) in layers.iter().zip(&mut texts).enumerate().filter(|(_, (l, _))| l.n_head_kv > 0) {
             text.k.extend(to_f16(&probe.captured(context, il, Tensor::Keys)?));
             text.v.extend(to_f16(&probe.captured(context, il, Tensor::Values)?));
             let queries = probe.captured(context, il, Tensor::Queries)?;
-            for (i, q) in queries.chunks_exact(layer.n_head * layer.d_k).enumerate() {
-                let position = step * STEP + i;
-                if position.is_multiple_of(stride) {
-                    text.q_positions.push(position as i32);
-                    text.q.extend(to_f16(q));
-                }
+            let n = layer.n_head * layer.d_k;
+            for i in &kept {
+                text.q_positions.push((step * STEP + i) as i32);
+                text.q.extend(to_f16(&queries[i * n..(i + 1) * n]));
             }
+            let joined = probe.captured(context, il, Tensor::Joined).unwrap_or_default();
+            text.residual.extend(joined.chunks_exact((joined.len() / kept.len().max(1)).max(1)).map(|x| x.iter().map(|x| x * x).sum::<f32>()));
         }
     }
     Ok(texts)

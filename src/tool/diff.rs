@@ -180,7 +180,7 @@ impl Pair {
             let last = pieces.len() - 1;
             for (i, piece) in pieces.enumerate() {
                 let judged = (self.layers && i == last).then_some(piece.len() - 1);
-                logits = self.probe.decode_judged(context, piece, Want::Last, judged.as_slice())?;
+                logits = self.probe.decode(context, piece, Want::Last, judged.as_slice())?;
             }
             if logits.iter().any(|l| l.is_nan()) {
                 bail!("the logits of the {name} context are not numbers: its cache has failed");

@@ -301,12 +301,9 @@ impl Probe {
 
     /// Appends tokens at the context's position, in ubatches. Returns the wanted logits, `n_vocab` per token. After an error
     /// the context is where it was, or empty where that cannot be.
-    pub fn decode(&mut self, context: &Context, tokens: &[i32], want: Want) -> Result<Vec<f32>> {
-        self.decode_judged(context, tokens, want, &[])
-    }
-
-    /// The same, and judges some of the tokens, given by their places among them in ascending order.
-    pub fn decode_judged(&mut self, context: &Context, tokens: &[i32], want: Want, judged: &[usize]) -> Result<Vec<f32>> {
+    ///
+    /// `judged` are places of tokens among these, in ascending order.
+    pub fn decode(&mut self, context: &Context, tokens: &[i32], want: Want, judged: &[usize]) -> Result<Vec<f32>> {
         let want = match want {
             Want::None => "none",
             Want::Last => "last",

@@ -185,7 +185,7 @@ impl<'a> Session<'a> {
     }
 
     fn decode(&mut self, tokens: &[i32], want: Want, judged: &[usize]) -> Result<Vec<f32>> {
-        let logits = self.probe.decode_judged(&self.context, tokens, want, judged)?;
+        let logits = self.probe.decode(&self.context, tokens, want, judged)?;
         self.n += tokens.len();
         self.bar.inc(tokens.len() as u64);
         if let Some(s) = &mut self.simulation {
