@@ -651,7 +651,7 @@ mod tests {
         let rope = Rope::new(&RopeParams::plain(Pairing::Halves, d, 10000.0), d).unwrap();
         let (mean, scale): (Vec<f32>, Vec<f32>) = (noise(d, 3), (0..d).map(deviation).collect());
         let fitted = HeadBases::of(basis(d, k, mean.clone()), basis(d, v, vec![]));
-        let bases = [fitted, HeadBases::of(Basis::diagonal(&mean, &scale), Basis::diagonal(&[], &scale))];
+        let bases = [fitted, HeadBases::of(Basis::diagonal(&mean, &scale, 8), Basis::diagonal(&[], &scale, 8))];
         let eight = bases[1].k.widths[0];
         let forms = [TileForm::new(k, v, d, d, Fine::Residuals), TileForm::new(eight, eight, d, d, Fine::Marks)];
         let draw = |seed: usize, mean: &[f32]| -> Vec<f32> {

@@ -146,26 +146,48 @@ pub fn exact_row_mut<'a>(h: &Heads, exact: &'a mut [u8], slot: usize) -> Result<
     f16s_mut(&mut exact[slot * h.row_bytes()..(slot + 1) * h.row_bytes()])
 }
 
-/// Queries of a head's group that are kept in some slots, and the squared norms behind them; `kept` is a head's range of queries.
-pub fn queries_mut(kept: &mut [u8]) -> Result<(&mut [f16], &mut [f32])> {
+/// Write a query of the group `group` to slot `slot` of `slots`: as whole numbers in proportion to its largest element. `kept` has the queries of a
+/// KV head, all scales first.
+pub fn put_query(kept: &mut [u8], (slots, group): (usize, usize), slot: usize, query: &[f32]) {
+    let (scales, codes) = kept.split_at_mut(4 * slots * group);
+    let (d, at) = (query.len() / group, slot * group);
+    for ((x, scale), codes) in query.chunks_exact(d).zip(scales[4 * at..].chunks_exact_mut(4)).zip(codes[at * d..].chunks_exact_mut(d)) {
+        let largest = x.iter().fold(f32::MIN_POSITIVE, |a, x| a.max(x.abs())) / 127.0;
+        scale.copy_from_slice(&largest.to_le_bytes());
+        codes.iter_mut().zip(x).for_each(|(code, x)| *code = (x / largest).round() as i8 as u8);
+    }
+}
+
+/// What [`put_query`] wrote.
+pub fn query(kept: &[u8], (slots, group): (usize, usize), slot: usize, out: &mut [f32]) {
+    let (scales, codes) = kept.split_at(4 * slots * group);
+    let (d, at) = (out.len() / group, slot * group);
+    for ((out, scale), codes) in out.chunks_exact_mut(d).zip(scales[4 * at..].chunks_exact(4)).zip(codes[at * d..].chunks_exact(d)) {
+        let scale = f32::from_le_bytes(scale.try_into().expect("invariant: four bytes"));
+        out.iter_mut().zip(codes).for_each(|(out, code)| *out = scale * f32::from(*code as i8));
+    }
+}
+
+/// The queries for a fit, and the squared norms of the residual stream behind them; `kept` is a head's range of queries.
+pub fn queries_mut(kept: &mut [u8]) -> Result<(&mut [u8], &mut [f32])> {
     let (queries, norms) = kept.split_at_mut(kept.len() - 4 * QUERY_SLOTS);
     let norms = bytemuck::try_cast_slice_mut(norms).map_err(|e| Error::Data(format!("norms are not aligned: {e}")))?;
-    Ok((f16s_mut(queries)?, norms))
+    Ok((queries, norms))
 }
 
 /// [`queries_mut`], to read.
-pub fn queries(kept: &[u8]) -> Result<(&[f16], &[f32])> {
+pub fn queries(kept: &[u8]) -> Result<(&[u8], &[f32])> {
     let (queries, norms) = kept.split_at(kept.len() - 4 * QUERY_SLOTS);
     let norms = bytemuck::try_cast_slice(norms).map_err(|e| Error::Data(format!("norms are not aligned: {e}")))?;
-    Ok((f16s(queries)?, norms))
+    Ok((queries, norms))
 }
 
-/// What waiting rows are coded relative to: mean and scale of keys, scale of values. Zeros before the first tile of them.
-pub fn plain(h: &Heads, bytes: &[u8]) -> (Basis, Basis) {
+/// What waiting rows are coded relative to, in so many bits: mean and scale of keys, scale of values. Zeros before the first tile of them.
+pub fn plain(h: &Heads, bytes: &[u8], bits: u32) -> (Basis, Basis) {
     let float = |b: &[u8]| f32::from_le_bytes(b.try_into().expect("invariant: four bytes"));
     let all: Vec<f32> = bytes.chunks_exact(4).map(float).collect();
     let (mean, scales) = all.split_at(h.d_k);
-    (Basis::diagonal(mean, &scales[..h.d_k]), Basis::diagonal(&[], &scales[h.d_k..h.d_k + h.d_v]))
+    (Basis::diagonal(mean, &scales[..h.d_k], bits), Basis::diagonal(&[], &scales[h.d_k..h.d_k + h.d_v], bits))
 }
 
 /// Set [`plain`].

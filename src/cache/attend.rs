@@ -64,7 +64,7 @@ impl Loaded {
             self.fitted.load(&arena[r.bases.clone()], g.d_k, g.d_v)?;
         }
         if plan.tiles().any(|t| t.tile >= first) {
-            let (k, v) = arena::plain(g, &arena[r.plain.clone()]);
+            let (k, v) = arena::plain(g, &arena[r.plain.clone()], layer.geometry().waiting_bits);
             self.plain = HeadBases::of(k, v);
         }
         Ok(())

@@ -75,12 +75,11 @@ impl Findings {
         (*sum, *n) = (*sum + ratio.max(1e-9).ln(), *n + 1);
     }
 
-    /// The geometric mean of the ratios noted for a stream, once there are as many as `least`; they begin anew then.
-    pub fn take_drift(&self, stream: i32, least: usize) -> Option<f64> {
-        let mut drift = self.drift.lock().unwrap_or_else(|e| e.into_inner());
-        let (sum, n) = *drift.get(&stream).filter(|(_, n)| *n >= least)?;
-        drift.remove(&stream);
-        Some((sum / n as f64).exp())
+    /// The geometric mean of the ratios noted for a stream, and how many they are.
+    pub fn drift(&self, stream: i32) -> Option<(f64, usize)> {
+        let drift = self.drift.lock().unwrap_or_else(|e| e.into_inner());
+        let (sum, n) = drift.get(&stream)?;
+        Some(((sum / *n as f64).exp(), *n))
     }
 
     /// Forget what was noted for a stream.

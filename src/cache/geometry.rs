@@ -24,9 +24,14 @@ use crate::simd::Widths;
 use std::ops::Range;
 
 /// Rows that a basis is best fitted on, of one sequence.
-const FIT_ROWS: usize = 1024;
+const FIT_ROWS: usize = 2048;
 /// The fewest, in small contexts.
 const FIT_ROWS_MIN: usize = 512;
+/// Bits per element of rows that wait for a fit: the first that leaves room for as many as a fit needs, or the last. Six cost what is coded finely
+/// more than the last rows of a fit would bring.
+pub const WAITING_BITS: [u32; 2] = [8, 6];
+/// As many as a fit needs.
+const FIT_ROWS_GOOD: usize = 1024;
 /// Bytes of a head's record: number of the last plan it carried out, whether there are bases, the places of its pieces.
 pub const RECORD_BYTES: usize = 64;
 
@@ -38,6 +43,8 @@ const BAND_FACTOR: f64 = 6.0;
 const FINE_SHARE: usize = 64;
 /// The least that overheads may leave of the rate a ratio stands for: in short contexts quality comes first.
 const LEAST_RATE: f64 = 0.7;
+/// And in bits per element, where a ratio stands for as many: with fewer a model says other things.
+const LEAST_BITS: f64 = 1.7;
 /// Code bits per element that a tile has at least.
 const LEAST_CODES: f64 = 0.25;
 
@@ -56,6 +63,8 @@ pub struct Geometry {
     pub band_tiles: [usize; BANDS],
     /// Tiles of rows that wait for a fit, numbered behind the others.
     pub waiting: usize,
+    /// Bits per element of these.
+    pub waiting_bits: u32,
     /// The layers.
     pub layers: Vec<Heads>,
     /// Bytes of one stream.
@@ -92,11 +101,11 @@ pub struct HeadRanges {
     pub bases: Range<usize>,
     /// Of waiting rows: mean and scale of K, scale of V, f32.
     pub plain: Range<usize>,
-    /// Recent queries, f16.
+    /// Recent queries, see [`super::arena::put_query`].
     pub recent: Range<usize>,
     /// Exact rows, f16.
     pub exact: Range<usize>,
-    /// Queries for a fit, f16, then the squared norms of the residual stream at their tokens, f32. At the end of the pool.
+    /// Queries for a fit, then the squared norms of the residual stream at their tokens, f32. At the end of the pool.
     pub queries: Range<usize>,
 }
 
@@ -136,14 +145,9 @@ fn rates(mean: f64, band_tiles: &[usize; BANDS]) -> [f64; BANDS] {
     at(low)
 }
 
-/// Widths of `n` coefficients of 8 bits.
-fn bytes_each(n: usize) -> Widths {
-    Widths { counts: [n, 0, 0, 0, 0, 0, 0] }
-}
-
-/// Bytes of a head's tile of waiting rows.
-fn waiting_bytes(h: &Heads) -> usize {
-    TileForm::new(bytes_each(h.d_k), bytes_each(h.d_v), h.d_k, h.d_v, Fine::Marks).bytes()
+/// How a head's waiting rows are coded.
+pub fn waiting_form(h: &Heads, bits: u32) -> TileForm {
+    TileForm::new(Widths::equal(h.d_k, bits), Widths::equal(h.d_v, bits), h.d_k, h.d_v, Fine::Marks)
 }
 
 /// The most that a head's piece of a tile has beside its codes.
@@ -154,7 +158,7 @@ pub fn overhead_bytes(h: &Heads) -> usize {
 }
 
 fn query_bytes(h: &Heads, slots: usize) -> usize {
-    align(slots * h.group() * h.d_k * 2, 64)
+    align(slots * h.group() * (h.d_k + 4), 64)
 }
 
 /// Host bytes of the table of one stream ([`super::Table`]).
@@ -197,6 +201,7 @@ impl Geometry {
             tiles: 0,
             band_tiles: [0; BANDS],
             waiting: 0,
+            waiting_bits: WAITING_BITS[0],
             layers,
             arena_bytes: 0,
             block_bytes: [0; BANDS],
@@ -235,15 +240,18 @@ impl Geometry {
         } else {
             let target = (c.n_cells as usize * self.f16_row_bytes()) as f64 / f64::from(c.ratio) - table_bytes(self) as f64;
             let left = target - (self.pool.start + 255) as f64;
-            (left / self.tiles as f64 * 8.0 / block_elements).max(LEAST_RATE * 16.0 / f64::from(c.ratio))
+            let nominal = 16.0 / f64::from(c.ratio);
+            (left / self.tiles as f64 * 8.0 / block_elements).max(nominal.min(LEAST_BITS.max(LEAST_RATE * nominal)))
         };
         rates(mean.clamp(least, MAX_BITS), &self.band_tiles).map(|bits| (bits.max(least) * block_elements / 8.0) as usize)
     }
 
-    /// As many rows may wait for a fit as the end of the pool has room for; the pool grows where that is too few.
+    /// As many rows may wait for a fit as the end of the pool has room for; the pool grows where that is too few. Who asks for a rate, and not for a
+    /// ratio, has room for a good fit.
     fn find_room_to_wait(&mut self) {
         let window = (self.config.window + self.config.sinks) as usize;
-        let least = (FIT_ROWS_MIN.saturating_sub(window)).div_ceil(TILE).min(self.waiting);
+        let rows = if self.config.bits > 0.0 { FIT_ROWS_GOOD } else { FIT_ROWS_MIN };
+        let least = (rows.saturating_sub(window)).div_ceil(TILE).min(self.waiting);
         // When they are coded, their step's own rows are, too.
         let step = (self.config.n_tokens.min(self.config.n_cells) as usize).div_ceil(TILE) + self.config.n_seqs as usize;
         let need = |g: &Self, n: usize| {
@@ -251,7 +259,13 @@ impl Geometry {
             g.tile_end(filled) - g.pool.start + g.queries_bytes() + n * g.waiting_block()
         };
         let most = self.waiting;
-        self.waiting = (least..=most).rev().find(|n| need(self, *n) <= self.pool.len()).unwrap_or(least);
+        for bits in WAITING_BITS {
+            self.waiting_bits = bits;
+            self.waiting = (least..=most).rev().find(|n| need(self, *n) <= self.pool.len()).unwrap_or(least);
+            if self.waiting == most || self.waiting * TILE + window >= FIT_ROWS_GOOD {
+                break;
+            }
+        }
         self.fit_rows = self.fit_rows.min(self.waiting * TILE + window);
         let need = need(self, self.waiting);
         if need > self.pool.len() {
@@ -280,7 +294,7 @@ impl Geometry {
 
     /// Bytes of a tile of waiting rows, all heads.
     pub fn waiting_block(&self) -> usize {
-        self.layers.iter().map(|h| h.n_head_kv * waiting_bytes(h)).sum()
+        self.layers.iter().map(|h| h.n_head_kv * self.waiting_piece_bytes(h)).sum()
     }
 
     /// Lay out heads and pool.
@@ -323,7 +337,7 @@ impl Geometry {
 
     /// Where queries for a fit begin.
     fn queries_offset(&self) -> usize {
-        // f16 and f32 are read from there.
+        // Norms in f32 are read from there.
         (self.pool.end - self.queries_bytes()) / 64 * 64
     }
 
@@ -341,8 +355,12 @@ impl Geometry {
     /// Where a head's piece begins in each tile of waiting rows, and how those are coded.
     pub fn waiting_piece(&self, layer: usize, head: usize) -> (usize, TileForm) {
         let h = &self.layers[layer];
-        let before: usize = self.layers[..layer].iter().map(|h| h.n_head_kv * waiting_bytes(h)).sum();
-        (before + head * waiting_bytes(h), TileForm::new(bytes_each(h.d_k), bytes_each(h.d_v), h.d_k, h.d_v, Fine::Marks))
+        let before: usize = self.layers[..layer].iter().map(|h| h.n_head_kv * self.waiting_piece_bytes(h)).sum();
+        (before + head * self.waiting_piece_bytes(h), waiting_form(h, self.waiting_bits))
+    }
+
+    fn waiting_piece_bytes(&self, h: &Heads) -> usize {
+        waiting_form(h, self.waiting_bits).bytes()
     }
 
     /// Tiles from the first on that may be filled while the first `waiting` tiles of waiting rows are in use.

@@ -17,7 +17,7 @@ const SEAL: i32 = 2;
 const MOVE_INTS: usize = 3;
 const SEAL_INTS: usize = 2 + 2 * TILE + WITNESSES;
 /// Most rows a fit looks at.
-pub const FIT_ROWS_MAX: usize = 2048;
+pub const FIT_ROWS_MAX: usize = 3072;
 /// The fewest rows that were stored before a step for which its fit is worth replaying.
 const FIT_ROWS_LEAST: usize = 384;
 /// Most queries that tell which rows of a tile draw attention.

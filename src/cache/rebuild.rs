@@ -102,7 +102,8 @@ impl Layer {
         }
         let bases = if plan.fitted { &arena[r.bases.clone()] } else { &[] };
         let pieces = Pieces::new(&self.geometry, self.index, head, &arena[r.record.clone()], bases)?;
-        let (plain, mut fitted) = (arena::plain(g, &arena[r.plain.clone()]), (Basis::default(), Basis::default()));
+        let plain = arena::plain(g, &arena[r.plain.clone()], self.geometry.waiting_bits);
+        let mut fitted = (Basis::default(), Basis::default());
         if plan.fitted {
             let (k, v) = bases.split_at(Basis::bytes_of(g.d_k));
             fitted.0.load(k, g.d_k, false)?;

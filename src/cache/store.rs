@@ -9,8 +9,8 @@ use super::input::{Rows, Step};
 use super::layer::Layer;
 use super::plan::{Change, FillingView, Plan, Source};
 use crate::codec::fit::HeadSpectrum;
-use crate::codec::{self, f16s, f16s_mut, Basis, TileWork, FINE_ROWS};
-use crate::config::{BANDS, TILE};
+use crate::codec::{self, Basis, TileWork, FINE_ROWS};
+use crate::config::{BANDS, QUERY_SLOTS, RECENT_QUERIES, TILE};
 use crate::error::Result;
 use crate::rope::Turn;
 use crate::simd::{self, MatMut, MatRef};
@@ -67,10 +67,10 @@ impl Layer {
                 self.watch(head, bytes, plan, step)?;
             }
             self.store_tokens(head, bytes.get_mut(r.exact), plan, step)?;
-            self.keep_queries(head, f16s_mut(bytes.get_mut(r.recent))?, plan.recents(), step);
+            self.keep_queries(head, (bytes.get_mut(r.recent), RECENT_QUERIES), plan.recents(), step);
             if plan.records().len() > 0 {
                 let (queries, norms) = arena::queries_mut(bytes.get_mut(r.queries))?;
-                self.keep_queries(head, queries, plan.records(), step);
+                self.keep_queries(head, (queries, QUERY_SLOTS), plan.records(), step);
                 plan.records().for_each(|(token, slot)| norms[slot] = step.residual_power(token));
             }
         }
@@ -91,13 +91,14 @@ impl Layer {
         Ok(())
     }
 
-    /// Write the queries of some tokens to their slots.
-    pub(super) fn keep_queries(&self, head: usize, kept: &mut [f16], which: impl Iterator<Item = (usize, usize)>, step: &Step) {
-        let (g, n) = (self.shape(), self.shape().group() * self.shape().d_k);
+    /// Write the queries of some tokens to their slots, of which there are so many.
+    pub(super) fn keep_queries(&self, head: usize, kept: (&mut [u8], usize), which: impl Iterator<Item = (usize, usize)>, step: &Step) {
+        let (g, (kept, slots)) = (self.shape(), kept);
+        let mut query = Vec::with_capacity(g.group() * g.d_k);
         for (token, slot) in which {
-            for (a, out) in kept[slot * n..(slot + 1) * n].chunks_exact_mut(g.d_k).enumerate() {
-                out.convert_from_f32_slice(step.q.head(token, head * g.group() + a, g.d_k));
-            }
+            query.clear();
+            (0..g.group()).for_each(|a| query.extend_from_slice(step.q.head(token, head * g.group() + a, g.d_k)));
+            arena::put_query(kept, (slots, g.group()), slot, &query);
         }
     }
 
@@ -178,7 +179,7 @@ impl Layer {
             arena::set_plain(bytes.get_mut(w.r.plain.clone()), &mean, &scale_k, &scale_v);
         }
         if w.plan.changes().any(|c| fills(&c) || matches!(c, Change::Recode { from, .. } if from >= first)) {
-            s.plain = arena::plain(g, bytes.get(w.r.plain.clone()));
+            s.plain = arena::plain(g, bytes.get(w.r.plain.clone()), self.geometry.waiting_bits);
         }
         Ok(())
     }
@@ -222,12 +223,12 @@ impl Layer {
     fn fine_rows(&self, w: &Work, bytes: &impl Bytes, filling: FillingView, keys: &[f32]) -> Result<Vec<u8>> {
         let (g, kernels) = (self.shape(), simd::kernels());
         let (d, n) = (g.d_k, g.group() * g.d_k);
-        let recent = f16s(bytes.get(w.r.recent.clone()))?;
+        let recent = bytes.get(w.r.recent.clone());
         let (mut mass, mut seen) = ([0.0f32; TILE], false);
         let (mut q, mut scores) = (vec![0.0; n], vec![0.0; g.group() * TILE]);
         for witness in filling.witnesses() {
             match (witness, w.step) {
-                (Source::Slot(slot), _) => (kernels.widen)(&recent[slot * n..(slot + 1) * n], 1.0, &mut q),
+                (Source::Slot(slot), _) => arena::query(recent, (RECENT_QUERIES, g.group()), slot, &mut q),
                 (Source::Token(t), Some(step)) => {
                     q.chunks_exact_mut(d).enumerate().for_each(|(a, q)| q.copy_from_slice(step.q.head(t, w.head * g.group() + a, d)));
                 }

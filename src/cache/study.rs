@@ -9,7 +9,7 @@ use super::layer::Layer;
 use super::plan::{Plan, SealRow, Source};
 use crate::codec::fit::{self, HeadRows, HeadSpectrum, Place, Residual, Sample};
 use crate::codec::{self, Basis, TileWork, FINE_ROWS, NO_ROW};
-use crate::config::{BANDS, TILE};
+use crate::config::{BANDS, QUERY_SLOTS, TILE};
 use crate::error::{argument, Result};
 use crate::rope::Turn;
 use crate::simd;
@@ -93,7 +93,7 @@ impl Layer {
         let (mut kept, mut norms) = (kept.to_vec(), norms.to_vec());
         let recorded: Vec<(usize, usize)> = plan.records().collect();
         if let Some(step) = step {
-            self.keep_queries(head, &mut kept, plan.records(), step);
+            self.keep_queries(head, (&mut kept, QUERY_SLOTS), plan.records(), step);
             recorded.iter().for_each(|(token, slot)| norms[*slot] = step.residual_power(*token));
         }
         let (mut places, mut residual) = (Vec::new(), Vec::new());
@@ -105,7 +105,7 @@ impl Layer {
             residual.push(norms[slot]);
             let at = q.len();
             q.resize(at + n, 0.0);
-            (simd::kernels().widen)(&kept[slot * n..(slot + 1) * n], 1.0, &mut q[at..]);
+            arena::query(&kept, (QUERY_SLOTS, self.shape().group()), slot, &mut q[at..]);
         }
         Ok((places, residual))
     }
@@ -147,7 +147,7 @@ impl CodedRows {
         }
         Ok(CodedRows {
             pieces: Pieces::new(&layer.geometry, layer.index, head, bytes.get(r.record.clone()), bases)?,
-            plain: arena::plain(g, bytes.get(r.plain.clone())),
+            plain: arena::plain(g, bytes.get(r.plain.clone()), layer.geometry.waiting_bits),
             fitted,
             tile: None,
             k: vec![0.0; TILE * g.d_k],

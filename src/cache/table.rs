@@ -40,12 +40,15 @@ const WITNESS_DISTANCE: std::ops::RangeInclusive<i32> = 32..=128;
 const NOWHERE: u32 = u32::MAX;
 const CODED: u32 = 1 << 31;
 
-/// How many times worse than at the fit new rows would be coded before there is another one.
-const DRIFT: f64 = 2.0;
-/// From so many observations of each head.
+/// How many times worse than at the fit new rows would be coded before there is another one, by so many observations of each head. What is much worse
+/// is noticed before the first such row leaves the window.
+const DRIFTS: [(f64, usize); 2] = [(8.0, 4), (2.0, DRIFT_SAMPLES)];
+/// After so many observations of each head they begin anew.
 const DRIFT_SAMPLES: usize = 12;
 /// Most tiles that another fit codes again: that is one step's work.
 const REFIT_TILES: usize = 64;
+/// New tiles for one that is already coded, spread evenly over all of them, that another fit looks at.
+const REFIT_OLD: usize = 4;
 /// Fewest tiles of rows that another fit looks at.
 const REFIT_LEAST: usize = 4;
 
@@ -355,8 +358,13 @@ impl Table {
         if !self.fitted || !g.keeps_queries() || self.refit_room > 0 {
             return;
         }
-        let drift = self.findings.take_drift(self.stream, DRIFT_SAMPLES * g.n_heads());
-        if drift.is_some_and(|d| d > DRIFT) && self.live[g.tiles..].iter().all(|l| *l == 0) {
+        let Some((drift, n)) = self.findings.drift(self.stream) else { return };
+        let is_worse = DRIFTS.iter().any(|(least, samples)| drift > *least && n >= samples * g.n_heads());
+        if n >= DRIFT_SAMPLES * g.n_heads() {
+            self.findings.forget_drift(self.stream);
+        }
+        if is_worse && self.live[g.tiles..].iter().all(|l| *l == 0) {
+            self.findings.forget_drift(self.stream);
             self.refit_room = self.room_for_refit();
             self.seen = 0;
             self.queries.fill(None);
@@ -506,7 +514,8 @@ impl Table {
     fn record(&self, data: &mut PlanData, cells: &Cells, new: &[u32]) {
         let g = &self.geometry;
         if g.keeps_queries() && self.waits() && !(data.fit && data.shared) {
-            let stride = (g.fit_rows / QUERY_SLOTS).max(1) as u64;
+            let rows = if self.fitted { self.refit_room * TILE + g.config.window as usize } else { g.fit_rows };
+            let stride = (rows.min(g.fit_rows) / QUERY_SLOTS).max(1) as u64;
             let at = |i: usize| self.seen + i as u64;
             let kept = (0..new.len()).filter(|i| at(*i).is_multiple_of(stride));
             data.records = kept.map(|i| (i as u32, (at(i) / stride % QUERY_SLOTS as u64) as u32)).collect();
@@ -562,9 +571,9 @@ impl Table {
     /// The rows and queries that there are to fit on.
     fn fit_on(&self, data: &mut PlanData, cells: &Cells, sequences: &[&[Candidate]], new: &[u32]) {
         let g = &self.geometry;
-        // Of old tiles, which other bases coded, as many as of new ones, spread evenly.
+        // Old tiles, which other bases coded, are there already, and what is to come is like the new ones.
         let (old, waiting): (Vec<usize>, Vec<usize>) = (0..self.live.len()).filter(|t| self.live[*t] != 0).partition(|t| *t < g.tiles);
-        let every = old.len().div_ceil(waiting.len().max(1)).max(1);
+        let every = old.len().div_ceil((waiting.len() / REFIT_OLD).max(1)).max(1);
         for tile in old.into_iter().step_by(every).chain(waiting) {
             for row in (tile * TILE..(tile + 1) * TILE).filter(|row| self.row_cell[*row] != NOWHERE) {
                 let cell = self.row_cell[row] as usize;

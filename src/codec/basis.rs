@@ -58,9 +58,9 @@ impl Basis {
         std::array::from_fn(|band| Widths { counts: std::array::from_fn(|i| count(band * Widths::BITS.len() + i)) })
     }
 
-    /// Each element by itself in 8 bits, less `mean` (nothing for values) and divided by `scale`: for rows that wait for a fit. All bands are the
-    /// same.
-    pub fn diagonal(mean: &[f32], scale: &[f32]) -> Self {
+    /// Each element by itself in so many bits, less `mean` (nothing for values) and divided by `scale`: for rows that wait for a fit. All bands are
+    /// the same.
+    pub fn diagonal(mean: &[f32], scale: &[f32], bits: u32) -> Self {
         let d = scale.len();
         let diagonal = |x: &dyn Fn(f32) -> f32| {
             let mut matrix = vec![0.0; d * d];
@@ -70,7 +70,7 @@ impl Basis {
         let largest = row_scale(scale);
         Basis {
             d,
-            widths: [Widths { counts: std::array::from_fn(|i| if Widths::BITS[i] == 8 { d } else { 0 }) }; BANDS],
+            widths: [Widths::equal(d, bits); BANDS],
             mean: mean.to_vec(),
             encode: diagonal(&|scale| if scale > 0.0 { scale.recip() } else { 0.0 }),
             decode: diagonal(&|scale| scale),

@@ -706,7 +706,7 @@ mod tests {
     fn rows_that_wait_keep_eight_bits_and_their_marks() {
         let scale: Vec<f32> = (0..D).map(|j| deviation(j) * 50.0).collect();
         let (mean, (k, v)) = (noise(D, 1), bases());
-        let plain = (Basis::diagonal(&mean, &scale), Basis::diagonal(&[], &scale));
+        let plain = (Basis::diagonal(&mean, &scale, 8), Basis::diagonal(&[], &scale, 8));
         let (rows_k, rows_v) = rows(&mean);
         let eight = plain.0.widths[0];
         let waiting = TileForm::new(eight, eight, D, D, Fine::Marks);

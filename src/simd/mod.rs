@@ -67,6 +67,11 @@ impl Widths {
     /// The widths that are stored, in their order.
     pub const BITS: [u32; 7] = [8, 6, 5, 4, 3, 2, 1];
 
+    /// `n` coefficients of `bits` each.
+    pub fn equal(n: usize, bits: u32) -> Self {
+        Widths { counts: Self::BITS.map(|b| if b == bits { n } else { 0 }) }
+    }
+
     /// Those of `cut` bits and more, and the others: what is wide comes first.
     pub fn parts(&self, cut: u32) -> [Widths; 2] {
         let part = |wide: bool| Widths { counts: std::array::from_fn(|i| if (Self::BITS[i] >= cut) == wide { self.counts[i] } else { 0 }) };

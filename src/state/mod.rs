@@ -9,7 +9,7 @@
 //! rows are coded relative to, and its rows: exact ones in f16, packed codes of others; queries; CRC-32 of all that. Must not know C.
 
 use crate::cache::arena::{self, ExactRows, Pieces};
-use crate::cache::geometry::HeadRanges;
+use crate::cache::geometry::{waiting_form, HeadRanges, WAITING_BITS};
 use crate::cache::{Cells, Geometry, Layer, Location, Restore, Table};
 use crate::codec::{self, Basis, Fine, TileForm};
 use crate::config::{Heads, BANDS, TILE};
@@ -19,7 +19,7 @@ use crate::simd;
 use half::f16;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"SKVSTATE");
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 const EXACT: u8 = 1;
 /// Plus the band; [`BANDS`] for rows that wait.
 const CODED: u8 = 2;
@@ -62,12 +62,13 @@ pub fn write(table: &Table, layers: &[&Layer], arena: &[u8], cells: &[u32]) -> R
     }
     let with_queries = !fitted && g.keeps_queries();
     out.extend(u32::from(with_queries).to_le_bytes());
+    out.extend(g.waiting_bits.to_le_bytes());
     for l in layers {
         for (head, r) in arena::heads(g, l.index()).into_iter().enumerate() {
             write_head(g, l, head, &r, arena, fitted, &located, &mut out)?;
             if with_queries {
                 let (queries, norms) = arena::queries(&arena[r.queries])?;
-                out.extend(queries.iter().flat_map(|x| x.to_le_bytes()).chain(norms.iter().flat_map(|x| x.to_le_bytes())));
+                out.extend(queries.iter().copied().chain(norms.iter().flat_map(|x| x.to_le_bytes())));
             }
         }
     }
@@ -140,6 +141,7 @@ struct SavedHead<'a> {
     bases: &'a [u8],
     plain: &'a [u8],
     recent: &'a [u8],
+    waiting_bits: u32,
     /// How rows of each band are coded, and last those that waited.
     forms: [TileForm; BANDS + 1],
     rows: Vec<&'a [u8]>,
@@ -194,20 +196,21 @@ fn parse<'a>(table: &Table, layers: &[&Layer], n: usize, bytes: &'a [u8]) -> Res
     }
     let mut heads = Vec::with_capacity(layers.len());
     let with_queries = r.u32()? != 0;
+    let waiting_bits = r.u32()?;
+    if !WAITING_BITS.contains(&waiting_bits) {
+        return bad("waiting rows of an unknown kind");
+    }
     for l in layers {
         let ranges = arena::heads(table.geometry(), l.index());
-        let head = |(head, ranges): (usize, &HeadRanges)| parse_head(&mut r, table.geometry(), l, head, ranges, fitted, &coded, with_queries);
-        heads.push(ranges.iter().enumerate().map(head).collect::<Result<Vec<_>>>()?);
+        let head = |ranges: &HeadRanges| parse_head(&mut r, (l, waiting_bits), ranges, fitted, &coded, with_queries);
+        heads.push(ranges.iter().map(head).collect::<Result<Vec<_>>>()?);
     }
     Ok(Saved { fitted, coded, bases, layers: heads, queries: r.bytes })
 }
 
-#[expect(clippy::too_many_arguments, reason = "a head, and what is known of all heads")]
 fn parse_head<'a>(
     r: &mut Reader<'a>,
-    g: &Geometry,
-    l: &Layer,
-    head: usize,
+    (l, waiting_bits): (&Layer, u32),
     ranges: &HeadRanges,
     fitted: bool,
     coded: &[Option<usize>],
@@ -216,7 +219,7 @@ fn parse_head<'a>(
     let h = l.shape();
     let bases = r.take(if fitted { ranges.bases.len() } else { 0 })?;
     let (plain, recent) = (r.take(ranges.plain.len())?, r.take(ranges.recent.len())?);
-    let waiting = g.waiting_piece(l.index(), head).1;
+    let waiting = waiting_form(h, waiting_bits);
     let forms = if fitted { saved_forms(h, bases, waiting)? } else { std::array::from_fn(|_| waiting.clone()) };
     let mut row = |c: &Option<usize>| match c {
         Some(band) => {
@@ -227,7 +230,7 @@ fn parse_head<'a>(
     };
     let rows = coded.iter().map(&mut row).collect::<Result<_>>()?;
     let queries = r.take(if with_queries { ranges.queries.len() } else { 0 })?;
-    Ok(SavedHead { bases, plain, recent, forms, rows, queries })
+    Ok(SavedHead { bases, plain, recent, waiting_bits, forms, rows, queries })
 }
 
 /// How rows of a state are coded that has these bases.
@@ -307,7 +310,7 @@ fn of(both: &[(Basis, Basis); 2], band: usize) -> (&Basis, &Basis) {
     (k, v)
 }
 
-fn load(h: &Heads, bases: &[u8], plain: &[u8]) -> Result<[(Basis, Basis); 2]> {
+fn load(h: &Heads, bases: &[u8], plain: &[u8], waiting_bits: u32) -> Result<[(Basis, Basis); 2]> {
     let mut fitted = (Basis::default(), Basis::default());
     if !bases.is_empty() {
         // In a state nothing is aligned.
@@ -316,7 +319,7 @@ fn load(h: &Heads, bases: &[u8], plain: &[u8]) -> Result<[(Basis, Basis); 2]> {
         fitted.0.load(k, h.d_k, true)?;
         fitted.1.load(v, h.d_v, true)?;
     }
-    Ok([fitted, arena::plain(h, plain)])
+    Ok([fitted, arena::plain(h, plain, waiting_bits)])
 }
 
 #[expect(clippy::too_many_arguments, reason = "a head, what is saved of it and where it goes")]
@@ -331,11 +334,11 @@ fn restore_head(
     place: &Restore,
 ) -> Result<()> {
     let (h, kernels) = (l.shape(), simd::kernels());
-    let (bases, plain) = (arena[r.bases.clone()].to_vec(), arena[r.plain.clone()].to_vec());
+    let (bases, plain, waiting_bits) = (arena[r.bases.clone()].to_vec(), arena[r.plain.clone()].to_vec(), table.geometry().waiting_bits);
     let bases = if place.fitted { &bases[..] } else { &[] };
     let pieces = Pieces::new(table.geometry(), l.index(), head, &arena[r.record.clone()], bases)?;
-    let (here, there) = (load(h, bases, &plain)?, load(h, own.bases, own.plain)?);
-    let same = |band: usize| if band == BANDS { plain == own.plain } else { bases == own.bases };
+    let (here, there) = (load(h, bases, &plain, waiting_bits)?, load(h, own.bases, own.plain, own.waiting_bits)?);
+    let same = |band: usize| if band == BANDS { plain == own.plain && waiting_bits == own.waiting_bits } else { bases == own.bases };
     let (mut turn, mut row, mut work) = (Turn::default(), vec![0.0f32; h.elements()], codec::TileWork::default());
     for (i, bytes) in own.rows.iter().enumerate() {
         if let Some(slot) = place.slots[i] {
