@@ -43,8 +43,9 @@ const BAND_FACTOR: f64 = 6.0;
 const FINE_SHARE: usize = 64;
 /// The least that overheads may leave of the rate a ratio stands for: in short contexts quality comes first.
 const LEAST_RATE: f64 = 0.7;
-/// And in bits per element, where a ratio stands for as many: with fewer a model says other things.
-const LEAST_BITS: f64 = 1.7;
+/// Bits per element with which a model begins to say other things: of these and of fewer, overheads may take less, the larger a part they are of
+/// what a ratio allows and the less there is to save.
+const FEW_BITS: f64 = 2.0;
 /// Code bits per element that a tile has at least.
 const LEAST_CODES: f64 = 0.25;
 
@@ -240,8 +241,9 @@ impl Geometry {
         } else {
             let target = (c.n_cells as usize * self.f16_row_bytes()) as f64 / f64::from(c.ratio) - table_bytes(self) as f64;
             let left = target - (self.pool.start + 255) as f64;
-            let nominal = 16.0 / f64::from(c.ratio);
-            (left / self.tiles as f64 * 8.0 / block_elements).max(nominal.min(LEAST_BITS.max(LEAST_RATE * nominal)))
+            let (nominal, overheads) = (16.0 / f64::from(c.ratio), (1.0 - left / target).clamp(0.0, 1.0));
+            let few = nominal.min(FEW_BITS) * (LEAST_RATE + (1.0 - LEAST_RATE) * overheads);
+            (left / self.tiles as f64 * 8.0 / block_elements).max(few.max(LEAST_RATE * nominal))
         };
         rates(mean.clamp(least, MAX_BITS), &self.band_tiles).map(|bits| (bits.max(least) * block_elements / 8.0) as usize)
     }

@@ -10,7 +10,7 @@ of a step, and chunks.
 
 Text, tokens and judged positions are those of llama-perplexity: the files of TEXT one after another, BOS in front where the
 model asks for one; chunk i is tokens [2048 i, 2048 (i + 1)), its first one replaced by BOS where there is one, judged from 1024
-to 2046. Tokens up to the step behind the fit see exact rows.
+to 2046. Tokens up to the fit, which is in the step behind that of its last row, see exact rows.
 
 Weights as the file has them, in f32; attention in f32, fits in f64; rows are really quantised, but codes are not packed and
 bases not rounded.
@@ -39,8 +39,8 @@ CODEC = dict(
     widths=[0, 1, 2, 3, 4, 5, 6, 8], key_cut=4, value_cut=3, mixed=16.0, gain_octaves=16.0, gain_bend=5.0, again_from=6,
     # Fine rows: how many of a tile, bits of their residual, steps tried for it, and whose attention chooses them.
     fine_rows=2, fine_bits=4, fine_steps=[0.7, 0.85, 1.0, 1.2, 1.5, 2.0], witness_stride=8, witness_distance=[32, 128],
-    # Fits: rows (in a context of LENGTH and at these rates more find no room to wait), and queries that are kept of them.
-    fit=512, queries=64, distances=[64, 128, 192, 320, 512, 768, 1024, 1536, 2048], distance_share=4,
+    # Fits: rows, and queries that are kept of them.
+    fit=1024, queries=64, distances=[64, 128, 192, 320, 512, 768, 1024, 1536, 2048],
     damp=1e-3, other=1e-3, power=0.7, least=0.5, most=8.0,
 )
 C = argparse.Namespace(**CODEC)
@@ -399,10 +399,9 @@ class Spectral:
         keys, at = model.rotate(k, torch.arange(n) - anchor), self.kept(n)
         moment = torch.zeros(model.d, model.d)
         for i, distance in enumerate(C.distances):
-            # A query is seen from some of the distances. Rows there lie in frames of anchors before and behind them.
-            some = torch.arange(len(at))[-i % C.distance_share::C.distance_share]
-            scatter = (some * 37 + i * 23 + h * 11) % C.frame - C.frame // 2 + C.tile // 2
-            y = model.rotate(q[h * model.group:(h + 1) * model.group, at[some]], distance + scatter).reshape(-1, model.d)
+            # Rows there lie in frames of anchors before and behind them.
+            scatter = (torch.arange(len(at)) * 37 + i * 23 + h * 11) % C.frame - C.frame // 2 + C.tile // 2
+            y = model.rotate(q[h * model.group:(h + 1) * model.group, at], distance + scatter).reshape(-1, model.d)
             moment += y.T @ y
         return Transform(keys[C.sinks:], moment), Transform(v[C.sinks:])
 
@@ -446,7 +445,7 @@ class Spectral:
 # ---------------------------------------------------------------- what is judged
 def run(model, tokens, bits, step):
     """KL divergence to exact, and agreement about the likeliest token, in a chunk: of some spectral caches, and of a stock one."""
-    pos, start = torch.arange(LENGTH), C.fit + step
+    pos, start = torch.arange(LENGTH), -(-C.fit // step) * step
     x, trace = model.weights["token_embd.weight"][torch.tensor(tokens)], []
     for layer in range(model.layers):
         q, k, v = model.qkv(layer, x)
