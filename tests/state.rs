@@ -60,7 +60,8 @@ fn snapshot(s: &Stream) -> (String, Vec<u8>) {
 #[test]
 fn an_empty_stream_continues_where_the_saved_one_stopped() {
     // Before the fit, right before it, right behind it, and far behind it.
-    for n in [1, 90, 640, 699, 700, 760, 1000] {
+    let fit = stream().table.geometry().fit_rows;
+    for n in [1, 90, fit - 1, fit + 100, fit + 200, 1000] {
         for seq in [0, 3] {
             let mut a = filled(1, n);
             let saved = a.cells_of(0);
@@ -68,7 +69,7 @@ fn an_empty_stream_continues_where_the_saved_one_stopped() {
             let mut b = stream();
             let restored = carry(&a, &saved, &mut b, seq);
             assert!(a.bits(&saved) == b.bits(&restored), "{n} rows as sequence {seq}");
-            assert!(a.table.is_fitted() == (n >= 640) && b.table.is_fitted() == a.table.is_fitted());
+            assert!(a.table.is_fitted() == (n > fit) && b.table.is_fitted() == a.table.is_fitted());
             assert_eq!(b.save(&b.live()).unwrap().len(), a.save(&saved).unwrap().len());
             b.check(NEAR);
             // What a study has found is not in a state: both look again.
@@ -160,7 +161,7 @@ fn every_band_comes_back_as_it_was() {
     let state = a.save(&cells).unwrap();
     c.restore(&free, &rows(&a, &cells), &state).unwrap();
     assert!(c.bits(&others) == beside);
-    assert!(c.error_of(&free) < 0.2, "{}", c.error_of(&free));
+    assert!(c.error_of(&free) < 0.22, "{}", c.error_of(&free));
     c.append(3, 0, 100, 50).unwrap();
 }
 

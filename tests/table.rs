@@ -467,17 +467,17 @@ fn after_a_fit_short_steps_code_a_tile_of_what_waited_and_long_ones_all() {
 #[test]
 fn bases_that_no_longer_fit_what_comes_are_fitted_again() {
     for step in [1, 32, 64] {
-        let mut s = stream_of(&Config { n_seqs: 1, n_tokens: 64, window: 64, bits: 3.0, fine_rows: 0, ..config(6000) });
+        let mut s = stream_of(&Config { n_seqs: 1, n_tokens: 64, window: 64, bits: 3.0, fine_rows: 0, ..config(12000) });
         s.monotonous = true;
-        s.append(1, 0, 1150, 50).unwrap();
+        s.append(1, 0, 2250, 50).unwrap();
         assert!(s.table.is_fitted() && s.layers[0].counters.read().fits == 1);
         s.monotonous = false;
-        s.append(2, 0, 900, step).unwrap();
+        s.append(2, 0, 2400, step).unwrap();
         assert_eq!((s.layers[0].counters.read().fits, s.layers[1].counters.read().fits), (2, 2), "steps of {step}");
         s.append(3, 0, 300, step).unwrap();
         assert_eq!(s.waiting(), 0);
         let cells = s.cells_of(0);
-        let errors = [&cells[4..1000], &cells[1150..1300], &cells[1500..]].map(|cells| s.error_of(cells));
+        let errors = [&cells[4..2100], &cells[2250..2400], &cells[2600..]].map(|cells| s.error_of(cells));
         assert!(errors[0] < 0.1 && errors[2] < 0.5, "steps of {step}: {errors:?}");
     }
 }
@@ -515,7 +515,7 @@ fn next_study(s: &mut Stream) -> plan::Study {
 fn a_study_is_not_known_to_a_copy_nor_to_what_comes_after_a_clear() {
     let mut s = stream();
     s.append(1, 0, 400, 25).unwrap();
-    s.append(2, 0, 131, 1).unwrap();
+    s.append(2, 0, s.table.geometry().fit_rows - 401, 1).unwrap();
     let known = next_study(&mut s);
     assert!(known.id > 0 && known.to >= 2);
     s.table = s.table.copied();
@@ -534,7 +534,7 @@ fn layers_are_told_of_a_study_that_is_given_up() {
     for clear in [|s: &mut Stream| s.remove(0, &s.cells_of(0)), |s: &mut Stream| (s.rows.fill(None), s.table.reset()).1] {
         let mut s = stream();
         s.append(1, 0, 400, 25).unwrap();
-        s.append(2, 0, 130, 1).unwrap();
+        s.append(2, 0, s.table.geometry().fit_rows - 402, 1).unwrap();
         let known = next_study(&mut s);
         assert!(known.id > 0);
         clear(&mut s);
@@ -550,7 +550,7 @@ fn layers_are_told_of_a_study_that_is_given_up() {
 fn layers_are_told_of_a_study_that_is_over() {
     let mut s = stream();
     s.append(1, 0, 400, 25).unwrap();
-    s.append(2, 0, 130, 1).unwrap();
+    s.append(2, 0, s.table.geometry().fit_rows - 402, 1).unwrap();
     let known = next_study(&mut s);
     s.append(3, 0, 60, 1).unwrap();
     assert!(s.table.is_fitted() && known.id > 0);
@@ -672,8 +672,8 @@ fn an_aborted_fit_with_few_rows_before_it_says_that_all_is_lost() {
     for done in 0..=2 {
         let mut s = stream();
         s.append(1, 0, 20, 20).unwrap();
-        let cells = s.free()[..600].to_vec();
-        let places: Vec<_> = (0..600).map(|i| (20 + i, 0)).collect();
+        let cells = s.free()[..700].to_vec();
+        let places: Vec<_> = (0..700).map(|i| (20 + i, 0)).collect();
         assert!(matches!(s.abort(2, &cells, &places, done), Err(Error::State(_))));
         assert!(!s.table.is_fitted() && (0..1100).all(|c| s.table.locate(c).is_none()));
         s.rows.iter_mut().for_each(|r| *r = None);

@@ -115,7 +115,7 @@ static inline void make_row(uint32_t layer, int32_t position, float *q, float *k
 #define EMPTY_CALIBRATION_BYTES 28
 
 static inline void make_empty_calibration(uint64_t model_hash, uint8_t *out) {
-    uint32_t version = 3, n_layers = 0, crc = UINT32_MAX;
+    uint32_t version = 4, n_layers = 0, crc = UINT32_MAX;
     memcpy(out, "SKVBASIS", 8);
     memcpy(out + 8, &version, 4);
     memcpy(out + 12, &model_hash, 8);
