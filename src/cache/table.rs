@@ -40,10 +40,9 @@ const WITNESS_DISTANCE: std::ops::RangeInclusive<i32> = 32..=128;
 const NOWHERE: u32 = u32::MAX;
 const CODED: u32 = 1 << 31;
 
-/// How many times worse than at the fit new rows would be coded before there is another one, by so many observations of each head. What is much worse
-/// is noticed before the first such row leaves the window.
-const DRIFTS: [(f64, usize); 2] = [(8.0, 4), (2.0, DRIFT_SAMPLES)];
-/// After so many observations of each head they begin anew.
+/// How many times worse than at the fit new rows would be coded before there is another one.
+const DRIFT: f64 = 2.0;
+/// From so many observations of each head.
 const DRIFT_SAMPLES: usize = 12;
 /// Most tiles that another fit codes again: that is one step's work.
 const REFIT_TILES: usize = 64;
@@ -359,12 +358,11 @@ impl Table {
             return;
         }
         let Some((drift, n)) = self.findings.drift(self.stream) else { return };
-        let is_worse = DRIFTS.iter().any(|(least, samples)| drift > *least && n >= samples * g.n_heads());
-        if n >= DRIFT_SAMPLES * g.n_heads() {
-            self.findings.forget_drift(self.stream);
+        if n < DRIFT_SAMPLES * g.n_heads() {
+            return;
         }
-        if is_worse && self.live[g.tiles..].iter().all(|l| *l == 0) {
-            self.findings.forget_drift(self.stream);
+        self.findings.forget_drift(self.stream);
+        if drift > DRIFT && self.live[g.tiles..].iter().all(|l| *l == 0) {
             self.refit_room = self.room_for_refit();
             self.seen = 0;
             self.queries.fill(None);
