@@ -46,8 +46,6 @@ const DRIFT: f64 = 2.0;
 const DRIFT_SAMPLES: usize = 12;
 /// Most tiles that another fit codes again: that is one step's work.
 const REFIT_TILES: usize = 64;
-/// New tiles for one that is already coded, spread evenly over all of them, that another fit looks at.
-const REFIT_OLD: usize = 4;
 /// Fewest tiles of rows that another fit looks at.
 const REFIT_LEAST: usize = 4;
 
@@ -569,9 +567,10 @@ impl Table {
     /// The rows and queries that there are to fit on.
     fn fit_on(&self, data: &mut PlanData, cells: &Cells, sequences: &[&[Candidate]], new: &[u32]) {
         let g = &self.geometry;
-        // Old tiles, which other bases coded, are there already, and what is to come is like the new ones.
+        // As many old tiles, which other bases coded, as there is room for: rows that are all alike make the same error, which no mean takes away.
         let (old, waiting): (Vec<usize>, Vec<usize>) = (0..self.live.len()).filter(|t| self.live[*t] != 0).partition(|t| *t < g.tiles);
-        let every = old.len().div_ceil((waiting.len() / REFIT_OLD).max(1)).max(1);
+        let own = waiting.len() * TILE + sequences.iter().map(|s| s.len()).sum::<usize>();
+        let every = old.len().div_ceil((FIT_ROWS_MAX.saturating_sub(own) / TILE).max(1)).max(1);
         for tile in old.into_iter().step_by(every).chain(waiting) {
             for row in (tile * TILE..(tile + 1) * TILE).filter(|row| self.row_cell[*row] != NOWHERE) {
                 let cell = self.row_cell[row] as usize;
