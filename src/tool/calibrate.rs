@@ -6,7 +6,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{bail, Context as _, Result};
+use anyhow::{bail, ensure, Context as _, Result};
 use half::f16;
 use spectral_kv::attention::Scoring;
 use spectral_kv::codec::calibration::{CalibratedLayer, Calibration, LayerModel, Text};
@@ -65,13 +65,12 @@ pub fn run(c: &Calibrate) -> Result<ExitCode> {
         }
     }
     for (il, layer) in layers.iter_mut().enumerate().filter(|(il, _)| info.layers[*il].n_head_kv > 0) {
-        let scale = joined_scale(&mut probe, &context, il).unwrap_or_else(|e| {
-            eprintln!("layer {}: errors are held against what its attention gives, not against the residual stream: {e:#}", il + 1);
-            None
-        });
-        for text in layer {
-            text.residual.iter_mut().for_each(|x| *x /= scale.unwrap_or(1.0).powi(2));
-            text.residual.truncate(if scale.is_some() { text.residual.len() } else { 0 });
+        match joined_scale(&mut probe, &context, il) {
+            Ok(scale) => layer.iter_mut().flat_map(|text| &mut text.residual).for_each(|x| *x /= scale.powi(2)),
+            Err(e) => {
+                eprintln!("layer {}: errors are held against what its attention gives, not against the residual stream: {e:#}", il + 1);
+                layer.iter_mut().for_each(|text| text.residual.clear());
+            }
         }
     }
     let mut calibration = Calibration { model_hash: info.hash, layers: vec![] };
@@ -127,8 +126,8 @@ fn choose(probe: &mut Probe, files: &[String], c: &Calibrate) -> Result<Vec<Vec<
     Ok(texts)
 }
 
-/// How much larger the output of the projection is in the residual stream; nothing where there is more than a factor in between.
-fn joined_scale(probe: &mut Probe, context: &Context, layer: usize) -> Result<Option<f32>> {
+/// How much larger the output of the projection is in the residual stream; an error where there is more than a factor in between.
+fn joined_scale(probe: &mut Probe, context: &Context, layer: usize) -> Result<f32> {
     let mut scale = 1.0;
     for step in probe.branch(context, layer)?.0 {
         match step {
@@ -137,7 +136,8 @@ fn joined_scale(probe: &mut Probe, context: &Context, layer: usize) -> Result<Op
             step => bail!("{step:?} lies between"),
         }
     }
-    Ok(Some(scale).filter(|s| *s != 0.0))
+    ensure!(scale != 0.0, "it is not added there");
+    Ok(scale)
 }
 
 /// Runs one text; returns its rows in each layer, empty ones for layers without attention.
