@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Random, Stream};
+use common::{ModelRow, Random, Stream};
 use proptest::prelude::*;
 use spectral_kv::cache::plan::Change;
 use spectral_kv::cache::{plan, Cells, Plan};
@@ -319,8 +319,9 @@ fn rows_lose_precision_as_they_age_and_only_then() {
 
 #[test]
 fn a_decode_step_changes_one_tile_at_most() {
-    let mut s = stream_of(&Config { bits: 5.0, fine_rows: 128, n_seqs: 1, n_tokens: 100, ..config(2000) });
-    // A long step leaves many rows waiting and no room made for them.
+    // Nothing waits for a fit, and all changes are for the room of new rows.
+    let mut s = stream_of(&Config { bits: 5.0, fine_rows: 128, n_seqs: 1, n_tokens: 100, calibrated: true, ..config(2000) });
+    // A long step makes no room for rows to come.
     s.append(1, 0, 1200, 100).unwrap();
     s.append(2, 0, 30, 1).unwrap();
     let total = |s: &Stream| {
@@ -475,11 +476,104 @@ fn bases_that_no_longer_fit_what_comes_are_fitted_again() {
         s.append(2, 0, 2400, step).unwrap();
         assert_eq!((s.layers[0].counters.read().fits, s.layers[1].counters.read().fits), (2, 2), "steps of {step}");
         s.append(3, 0, 300, step).unwrap();
-        assert_eq!(s.waiting(), 0);
+        assert_eq!(s.former(), 0);
         let cells = s.cells_of(0);
         let errors = [&cells[4..2100], &cells[2250..2400], &cells[2600..]].map(|cells| s.error_of(cells));
         assert!(errors[0] < 0.1 && errors[2] < 0.5, "steps of {step}: {errors:?}");
     }
+}
+
+/// Steps of so many tokens until the next fit is over, `look` after each step from that fit on; gives how many these were.
+fn refit(s: &mut Stream, step: usize, mut look: impl FnMut(&mut Stream, usize)) -> usize {
+    let fits = |s: &Stream| s.layers[0].counters.read().fits;
+    let (before, mut taken) = (fits(s), 0);
+    for seed in 0..4000 {
+        s.append(100 + seed, 0, step, step).unwrap();
+        if fits(s) > before {
+            look(s, taken);
+            taken += 1;
+            if s.former() == 0 && s.waiting() == 0 {
+                return taken;
+            }
+        }
+    }
+    panic!("{before} fits, {} rows, {} wait, {} tiles in the former bases", s.live().len(), s.waiting(), s.former());
+}
+
+#[test]
+fn few_rows_are_fitted_on_first_and_more_of_them_later() {
+    for (step, least) in [(1, 18), (40, 2), (64, 2)] {
+        let mut s = stream_of(&Config { n_seqs: 1, n_tokens: 64, window: 64, bits: 10.0, ..config(4000) });
+        refit(&mut s, step, |s, _| assert_eq!(s.former(), 0));
+        let taken = refit(&mut s, step, |s, _| s.check(NEAR));
+        assert!(taken >= least && s.former() == 0, "{taken} steps of {step}");
+        let n = s.free().len();
+        (0..n).step_by(50).for_each(|at| s.append(4, 0, 50.min(n - at), 50).unwrap());
+        s.check(NEAR);
+    }
+}
+
+/// A stream whose tiles are being coded again in new bases.
+fn amid_another_fit() -> Stream {
+    let mut s = stream_of(&Config { n_seqs: 2, n_tokens: 64, window: 64, bits: 10.0, ..config(4000) });
+    refit(&mut s, 40, |_, _| {});
+    while s.former() == 0 {
+        s.append(5000 + s.live().len() as u64, 0, 1, 1).unwrap();
+    }
+    assert!(s.former() > 10);
+    s
+}
+
+#[test]
+fn tiles_in_former_bases_are_looked_after_like_others() {
+    let mut s = amid_another_fit();
+    // A hole in each, and some without any row left.
+    let cells = s.cells_of(0);
+    let gone: Vec<u32> = cells.iter().copied().enumerate().filter(|(i, _)| i % 50 == 7 || (300..450).contains(i)).map(|(_, c)| c).collect();
+    let former = s.former();
+    s.remove(0, &gone);
+    s.append(1, 1, 1, 1).unwrap();
+    assert!((2..=3).contains(&(former - s.former())), "{former} {}", s.former());
+    s.check(NEAR);
+    // Two layers of a step that stops part-way: each does what it has not done.
+    let (next, free) = (s.next_pos(0), s.free()[0]);
+    for done in [0, 1, 2] {
+        s.abort(2 + done as u64, &[free], &[(next, 0)], done).unwrap();
+        s.check(NEAR);
+    }
+    // All go, and others come before the rest is coded again.
+    let (rest, former) = (s.cells_of(0), s.former());
+    assert!(former > 2);
+    s.remove(0, &rest);
+    s.append(9, 0, 600, 64).unwrap();
+    assert_eq!(s.former(), 0);
+    s.check(NEAR);
+}
+
+#[test]
+fn a_state_saved_amid_another_fit_continues_elsewhere() {
+    let s = amid_another_fit();
+    let cells = s.cells_of(0);
+    let (rows, bytes): (Vec<_>, _) = (cells.iter().map(|c| s.rows[*c as usize].clone().unwrap()).collect(), s.save(&cells).unwrap());
+    let mut fresh = stream_of(&s.table.geometry().config);
+    fresh.restore(&cells, &rows, &bytes).unwrap();
+    assert_eq!((fresh.former(), fresh.save(&cells).unwrap().len() > 1000), (0, true));
+    fresh.check(NEAR);
+    fresh.append(1, 0, 400, 40).unwrap();
+    fresh.check(NEAR);
+    // Into a stream that is itself in the middle of one: what finds room there, or is refused and changes nothing.
+    let mut other = amid_another_fit();
+    let few = &cells[..200];
+    let (rows, bytes): (Vec<_>, _) = (few.iter().map(|c| s.rows[*c as usize].clone().unwrap()).collect(), s.save(few).unwrap());
+    let rows: Vec<ModelRow> = rows.into_iter().map(|r: ModelRow| ModelRow { seqs: 2, ..r }).collect();
+    let places = other.free()[..few.len()].to_vec();
+    if other.restore(&places, &rows, &bytes).is_ok() {
+        assert_eq!(other.cells_of(1).len(), 200);
+    }
+    other.check(NEAR);
+    other.append(1, 0, 500, 64).unwrap();
+    assert_eq!(other.former(), 0);
+    other.check(NEAR);
 }
 
 #[test]

@@ -117,9 +117,8 @@ pub struct HeadBases {
 }
 
 impl HeadBases {
-    /// Read what is `stored` of a head: its bases of K, then V.
-    pub fn load(&mut self, stored: &[u8], d_k: usize, d_v: usize) -> Result<()> {
-        let (k, v) = stored.split_at(Basis::bytes_of(d_k));
+    /// Read what is `stored` of a head's bases of K and V.
+    pub fn load(&mut self, (k, v): (&[u8], &[u8]), d_k: usize, d_v: usize) -> Result<()> {
         self.k.load(k, d_k, false)?;
         self.v.load(v, d_v, false)?;
         self.prepare();

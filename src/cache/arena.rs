@@ -3,7 +3,7 @@
 //! An arena of zeros is valid and empty, so that a caller may allocate it as it likes. It holds no pointers; a copy of its
 //! bytes is a copy of its contents. Must not know about threads: it hands out slices.
 
-use super::geometry::{Geometry, HeadRanges};
+use super::geometry::{waiting_form, Geometry, HeadRanges, Kind, FORMER, WAITING};
 use crate::codec::{f16s, f16s_mut, Basis, Fine, TileForm};
 use crate::config::{Heads, BANDS, QUERY_SLOTS};
 use crate::error::{Error, Result};
@@ -16,18 +16,31 @@ const MAGIC: u32 = 0x534b_5604;
 const OFFSETS: usize = 2;
 const PROMISE: usize = OFFSETS + BANDS;
 
-/// The bytes of an arena that one head may look at and change: its own ranges and its own pieces of tiles.
+/// The bytes of an arena that one head may look at: its own ranges and its own pieces of tiles.
 pub trait Bytes {
     /// Some of them.
     fn get(&self, range: Range<usize>) -> &[u8];
-    /// Some of them, to change.
+}
+
+/// The same, to change.
+pub trait BytesMut: Bytes {
+    /// Some of them.
     fn get_mut(&mut self, range: Range<usize>) -> &mut [u8];
+}
+
+impl Bytes for &[u8] {
+    fn get(&self, range: Range<usize>) -> &[u8] {
+        &self[range]
+    }
 }
 
 impl Bytes for &mut [u8] {
     fn get(&self, range: Range<usize>) -> &[u8] {
         &self[range]
     }
+}
+
+impl BytesMut for &mut [u8] {
     fn get_mut(&mut self, range: Range<usize>) -> &mut [u8] {
         &mut self[range]
     }
@@ -51,6 +64,13 @@ pub fn set_epoch(record: &mut [u8], epoch: i32) {
     put_word(record, 0, epoch as u32);
 }
 
+/// Keep a head's record and what its bases need to decode as the former ones, before others take their place.
+pub fn keep_former(h: &Heads, bytes: &mut impl BytesMut, r: &HeadRanges) {
+    let (k, v) = bytes.get(r.bases.clone()).split_at(Basis::bytes_of(h.d_k));
+    let kept = [bytes.get(r.record.clone()), &k[..Basis::decoder_bytes_of(h.d_k)], &v[..Basis::decoder_bytes_of(h.d_v)]].concat();
+    bytes.get_mut(r.former.clone()).copy_from_slice(&kept);
+}
+
 /// Note in a record that there are bases, and where the head's pieces begin in blocks.
 pub fn set_pieces(record: &mut [u8], offsets: [usize; BANDS]) {
     put_word(record, 1, MAGIC);
@@ -67,59 +87,147 @@ pub fn set_promise(record: &mut [u8], error: f32) {
     put_word(record, PROMISE, error.to_bits());
 }
 
-/// Where a head's pieces of the tiles lie, and how those of each band are coded.
+/// What a head's tiles are coded in.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Bases {
+    /// Those that were fitted last.
+    Fitted,
+    /// Those of rows that wait.
+    Plain,
+    /// Those that were fitted before.
+    Former,
+}
+
+/// What tiles of a kind are coded in.
+pub fn bases_of(kind: Kind) -> Bases {
+    match kind {
+        WAITING => Bases::Plain,
+        FORMER.. => Bases::Former,
+        _ => Bases::Fitted,
+    }
+}
+
+/// First byte of the first piece, bytes to the next, and form; by band.
+type Bands = [(usize, usize, TileForm); BANDS];
+
+/// Where a head's pieces of the tiles lie, and how those of each kind are coded.
 #[derive(Debug, Clone)]
 pub struct Pieces {
-    /// First byte of the first piece, bytes to the next, and form; by band.
-    bands: [(usize, usize, TileForm); BANDS],
+    fitted: Option<Bands>,
+    former: Option<Bands>,
     /// The same of waiting rows, whose pieces lie the other way round.
     waiting: (usize, usize, TileForm),
     /// Tiles of the bands end here, numbered.
     ends: [usize; BANDS],
+    /// Tiles in the former bases are numbered from here on.
+    first_former: usize,
 }
 
 impl Pieces {
-    /// Those of a head. `bases` is empty when there are none yet: then only rows that wait are coded.
-    pub fn new(g: &Geometry, layer: usize, head: usize, record: &[u8], bases: &[u8]) -> Result<Self> {
+    /// Those of a head. `fitted` and `former` say whether there are bases, and others before them; without any only rows that wait are coded.
+    pub fn new(g: &Geometry, layer: usize, head: usize, bytes: &impl Bytes, r: &HeadRanges, (fitted, former): (bool, bool)) -> Result<Self> {
         let (at, form) = g.waiting_piece(layer, head);
         let waiting = (if g.waiting > 0 { g.waiting_offset(0) + at } else { 0 }, g.waiting_block(), form);
-        let mut bands = std::array::from_fn(|_| waiting.clone());
-        if !bases.is_empty() {
-            if word(record, 1) != MAGIC {
-                return Err(Error::Data("the arena has no bases, or is of another version".into()));
-            }
-            let h = &g.layers[layer];
-            let (k, v) = (Basis::widths_of(bases), Basis::widths_of(&bases[Basis::bytes_of(h.d_k)..]));
-            for band in 0..BANDS {
-                if k[band].rank() > h.d_k || v[band].rank() > h.d_v {
-                    return Err(Error::Data(format!("head {head} has more coefficients than elements")));
-                }
-                let (form, offset) = (TileForm::new(k[band], v[band], h.d_k, h.d_v, Fine::Residuals), word(record, OFFSETS + band) as usize);
-                if offset + form.bytes() > g.block_bytes[band] {
-                    return Err(Error::Data(format!("the pieces of head {head} are longer than a tile")));
-                }
-                bands[band] = (g.band_offset(band) + offset, g.block_bytes[band], form);
-            }
-        }
-        Ok(Pieces { bands, waiting, ends: std::array::from_fn(|band| g.band(band).end) })
+        let d = g.layers[layer].d_k;
+        let bands = |record: &[u8], bases: &[u8], k_bytes: usize| bands(g, layer, head, record, bases.split_at(k_bytes));
+        Ok(Pieces {
+            fitted: fitted.then(|| bands(bytes.get(r.record.clone()), bytes.get(r.bases.clone()), Basis::bytes_of(d))).transpose()?,
+            former: former.then(|| bands(bytes.get(r.former_record()), bytes.get(r.former_bases()), Basis::decoder_bytes_of(d))).transpose()?,
+            waiting,
+            ends: std::array::from_fn(|band| g.band(band).end),
+            first_former: g.former(0),
+        })
     }
 
-    /// Band of a tile, and the bytes of its piece.
-    pub fn place(&self, tile: usize) -> (usize, Range<usize>) {
+    fn bands(&self, kind: Kind) -> &Bands {
+        let bands = if kind < WAITING { &self.fitted } else { &self.former };
+        bands.as_ref().expect("invariant: a plan was checked for tiles without bases")
+    }
+
+    /// Kind of a tile, and the bytes of its piece. The tile is numbered as in a plan.
+    pub fn place(&self, number: usize) -> (Kind, Range<usize>) {
+        let (tile, first_kind) = number.checked_sub(self.first_former).map_or((number, 0), |tile| (tile, FORMER));
         let Some(band) = self.ends.iter().position(|end| tile < *end) else {
             let (first, stride, form) = &self.waiting;
             let at = first - (tile - self.ends[BANDS - 1]) * stride;
-            return (BANDS, at..at + form.bytes());
+            return (WAITING, at..at + form.bytes());
         };
         let first = if band == 0 { 0 } else { self.ends[band - 1] };
-        let (at, stride, form) = &self.bands[band];
+        let (at, stride, form) = &self.bands(first_kind)[band];
         let at = at + (tile - first) * stride;
-        (band, at..at + form.bytes())
+        (first_kind + band, at..at + form.bytes())
     }
 
-    /// How the tiles of a band are coded.
-    pub fn form(&self, band: usize) -> &TileForm {
-        self.bands.get(band).map_or(&self.waiting.2, |b| &b.2)
+    /// How the tiles of a kind are coded.
+    pub fn form(&self, kind: Kind) -> &TileForm {
+        if kind == WAITING {
+            return &self.waiting.2;
+        }
+        &self.bands(kind)[kind % FORMER].2
+    }
+}
+
+/// The pieces of a head with these bases.
+fn bands(g: &Geometry, layer: usize, head: usize, record: &[u8], (k, v): (&[u8], &[u8])) -> Result<Bands> {
+    if word(record, 1) != MAGIC {
+        return Err(Error::Data("the arena has no bases, or is of another version".into()));
+    }
+    let h = &g.layers[layer];
+    let (k, v) = (Basis::widths_of(k), Basis::widths_of(v));
+    let mut bands = [(0, 0, waiting_form(h, g.waiting_bits)); BANDS];
+    for (band, place) in bands.iter_mut().enumerate() {
+        if k[band].rank() > h.d_k || v[band].rank() > h.d_v {
+            return Err(Error::Data(format!("head {head} has more coefficients than elements")));
+        }
+        let (form, offset) = (TileForm::new(k[band], v[band], h.d_k, h.d_v, Fine::Residuals), word(record, OFFSETS + band) as usize);
+        if offset + form.bytes() > g.block_bytes[band] {
+            return Err(Error::Data(format!("the pieces of head {head} are longer than a tile")));
+        }
+        *place = (g.band_offset(band) + offset, g.block_bytes[band], form);
+    }
+    Ok(bands)
+}
+
+/// What a head's tiles are coded in, K and V of each kind of [`Bases`].
+#[derive(Default)]
+pub struct AllBases([(Basis, Basis); 3]);
+
+impl AllBases {
+    /// Read a head's. What rows wait in is always there; `fitted` and `former` say whether the others are, and `to_encode` whether rows will be coded in
+    /// those that were fitted last.
+    pub fn load(
+        &mut self,
+        g: &Geometry,
+        h: &Heads,
+        bytes: &impl Bytes,
+        r: &HeadRanges,
+        (fitted, former): (bool, bool),
+        to_encode: bool,
+    ) -> Result<()> {
+        let fitted = if fitted { bytes.get(r.bases.clone()) } else { &[] };
+        let former = if former { bytes.get(r.former_bases()) } else { &[] };
+        self.read(h, [fitted, former], (bytes.get(r.plain.clone()), g.waiting_bits), to_encode)
+    }
+
+    /// Read stored bases, fitted and former ones, of which none may be there, and those of rows that wait in so many bits.
+    pub fn read(&mut self, h: &Heads, [fitted, former]: [&[u8]; 2], (plain, bits): (&[u8], u32), to_encode: bool) -> Result<()> {
+        let k_bytes = [Basis::bytes_of(h.d_k), Basis::decoder_bytes_of(h.d_k)];
+        let both = [(fitted, Bases::Fitted, to_encode), (former, Bases::Former, false)];
+        for ((stored, which, to_encode), k_bytes) in both.into_iter().zip(k_bytes) {
+            if !stored.is_empty() {
+                let ((k, v), (bk, bv)) = (stored.split_at(k_bytes), &mut self.0[which as usize]);
+                bk.load(k, h.d_k, to_encode)?;
+                bv.load(v, h.d_v, to_encode)?;
+            }
+        }
+        self.0[Bases::Plain as usize] = self::plain(h, plain, bits);
+        Ok(())
+    }
+
+    /// Those of a kind of tile.
+    pub fn of(&self, kind: Kind) -> (&Basis, &Basis) {
+        let (k, v) = &self.0[bases_of(kind) as usize];
+        (k, v)
     }
 }
 

@@ -3,13 +3,14 @@
 //! Work is cut into units of one KV head and one of [`crate::config::Heads::chunks`] chunks of the rows, whatever the number of threads, so results do not depend on it.
 //! Must not know how scores are computed, nor about threads.
 
-use super::arena::{self, ExactRows, Pieces};
-use super::geometry::HeadRanges;
+use super::arena::{self, bases_of, Bases, ExactRows, Pieces};
+use super::geometry::{HeadRanges, Kind};
 use super::input::{Mask, Rows};
 use super::layer::Layer;
 use super::plan::{Plan, Source, TileView};
 use crate::attention::{merge, no_rows, partial_floats, Accumulator, Context, HeadBases, Scoring, Tile, Turns, Visible, BATCH};
-use crate::config::{ANCHOR_GRID, BANDS, MAX_QUERIES, TILE};
+use crate::codec::Basis;
+use crate::config::{ANCHOR_GRID, MAX_QUERIES, TILE};
 use crate::error::{argument, Error, Result};
 use crate::rope::Turn;
 use crate::simd::{self, Ahead, Lines};
@@ -49,32 +50,36 @@ enum Block<'a> {
     Tile(TileView<'a>),
 }
 
-/// The bases of a head, as far as a plan's tiles need them: those that were fitted, and those of rows that wait.
+/// The bases of a head, as far as a plan's tiles need them.
 #[derive(Default)]
 pub(super) struct Loaded {
-    pub(super) fitted: HeadBases,
-    pub(super) plain: HeadBases,
+    fitted: HeadBases,
+    plain: HeadBases,
+    former: HeadBases,
 }
 
 impl Loaded {
     /// Load those of a head.
     pub(super) fn load(&mut self, layer: &Layer, arena: &[u8], r: &HeadRanges, plan: &Plan) -> Result<()> {
-        let (g, first) = (layer.shape(), layer.geometry().tiles);
+        let (g, first, first_former) = (layer.shape(), layer.geometry().tiles, layer.geometry().former(0));
         if plan.tiles().any(|t| t.tile < first) {
-            self.fitted.load(&arena[r.bases.clone()], g.d_k, g.d_v)?;
+            self.fitted.load(arena[r.bases.clone()].split_at(Basis::bytes_of(g.d_k)), g.d_k, g.d_v)?;
         }
-        if plan.tiles().any(|t| t.tile >= first) {
+        if plan.former {
+            self.former.load(arena[r.former_bases()].split_at(Basis::decoder_bytes_of(g.d_k)), g.d_k, g.d_v)?;
+        }
+        if plan.tiles().any(|t| (first..first_former).contains(&t.tile)) {
             let (k, v) = arena::plain(g, &arena[r.plain.clone()], layer.geometry().waiting_bits);
             self.plain = HeadBases::of(k, v);
         }
         Ok(())
     }
-    /// Those of a band.
-    pub(super) fn of(&self, band: usize) -> &HeadBases {
-        if band == BANDS {
-            &self.plain
-        } else {
-            &self.fitted
+    /// Those of a kind of tile.
+    pub(super) fn of(&self, kind: Kind) -> &HeadBases {
+        match bases_of(kind) {
+            Bases::Fitted => &self.fitted,
+            Bases::Plain => &self.plain,
+            Bases::Former => &self.former,
         }
     }
 }
@@ -164,7 +169,7 @@ impl Layer {
         n_tokens * self.shape().group() * partial_floats(self.shape().d_v)
     }
 
-    /// Exact rows, then tiles, band by band: those of rows that wait come last.
+    /// Exact rows, then tiles, band by band: those of rows that wait come after all others, and then those in the former bases.
     fn blocks<'a>(plan: &Plan<'a>) -> impl Iterator<Item = Block<'a>> {
         let cut = |n: usize| (0..n).step_by(TILE).map(move |at| (at, (at + TILE).min(n)));
         cut(plan.exact().len())
@@ -218,8 +223,7 @@ impl Layer {
         }
         let (first, last) = (chunk * count / chunks, (chunk + 1) * count / chunks);
         let rows = ExactRows::new(g, &call.arena[r.exact.clone()])?;
-        let bases = if plan.fitted { &call.arena[r.bases.clone()] } else { &[] };
-        let pieces = Pieces::new(&self.geometry, self.index, head, &call.arena[r.record.clone()], bases)?;
+        let pieces = Pieces::new(&self.geometry, self.index, head, &call.arena, r, (plan.fitted, plan.former))?;
         let group = g.group();
         let queries = (0..n * group).map(|i| call.q.head(i / group, head * group + i % group, g.d_k));
         s.accumulator.begin(g.d_k, g.d_v, group, queries);
@@ -233,9 +237,9 @@ impl Layer {
                 exact_seen += self.exact_block(s, call, context, head, &block, &rows);
                 continue;
             };
-            let ((band, place), run) = (pieces.place(t.tile), t.run());
+            let ((kind, place), run) = (pieces.place(t.tile), t.run());
             let turn = run.map(|(_, turn)| turn).or_else(|| t.one_turn());
-            if waiting.is_over(band, turn, batch) {
+            if waiting.is_over(kind, turn, batch) {
                 waiting.attend(s, context, &pieces, call.arena);
             }
             let i = waiting.n;
@@ -249,7 +253,7 @@ impl Layer {
             if turn.is_none() {
                 s.turns[i] = std::array::from_fn(|row| t.turn(row));
             }
-            waiting.push(band, place, turn, matches!(visible, Seen::All));
+            waiting.push(kind, place, turn, matches!(visible, Seen::All));
         }
         waiting.attend(s, context, &pieces, call.arena);
         waiting.leave(s, context);
@@ -341,29 +345,29 @@ impl Layer {
     }
 }
 
-/// Tiles of one band that will be attended to together; masks and turns are in [`Scratch`], at a tile's number in the batch.
+/// Tiles of one kind that will be attended to together; masks and turns are in [`Scratch`], at a tile's number in the batch.
 #[derive(Default)]
 struct Batch {
     n: usize,
-    band: usize,
+    kind: Kind,
     /// Bytes of each tile, its turn when all rows share one, and whether all of it is seen.
     tiles: [(Range<usize>, Option<i32>, bool); BATCH],
-    /// The band whose value sums have not left their basis yet.
-    summed: Option<usize>,
+    /// The kind whose value sums have not left their basis yet.
+    summed: Option<Kind>,
 }
 
 impl Batch {
     /// True when a tile cannot join the others, or better begins the next batch: tiles with the same frame stay together where they can.
-    fn is_over(&self, band: usize, turn: Option<i32>, batch: usize) -> bool {
+    fn is_over(&self, kind: Kind, turn: Option<i32>, batch: usize) -> bool {
         if self.n == 0 {
             return false;
         }
         let another_frame = self.tiles[self.n - 1].1 != turn;
-        self.n == batch || self.band != band || another_frame && self.n + FRAME_TILES > batch
+        self.n == batch || self.kind != kind || another_frame && self.n + FRAME_TILES > batch
     }
 
-    fn push(&mut self, band: usize, bytes: Range<usize>, turn: Option<i32>, all: bool) {
-        (self.tiles[self.n], self.band) = ((bytes, turn, all), band);
+    fn push(&mut self, kind: Kind, bytes: Range<usize>, turn: Option<i32>, all: bool) {
+        (self.tiles[self.n], self.kind) = ((bytes, turn, all), kind);
         self.n += 1;
     }
 
@@ -371,10 +375,10 @@ impl Batch {
         if self.n == 0 {
             return;
         }
-        if self.summed.is_some_and(|band| (band == BANDS) != (self.band == BANDS)) {
+        if self.summed.is_some_and(|kind| bases_of(kind) != bases_of(self.kind)) {
             self.leave(s, context);
         }
-        self.summed = Some(self.band);
+        self.summed = Some(self.kind);
         let per_tile = s.masks.len() / s.turns.len();
         let tiles: [Tile; BATCH] = std::array::from_fn(|i| {
             let i = i.min(self.n - 1);
@@ -385,7 +389,7 @@ impl Batch {
                 visible: if *all { Visible::All } else { Visible::Some(&s.masks[i * per_tile..][..per_tile]) },
             }
         });
-        s.accumulator.tile_batch(context, s.bases.of(self.band), pieces.form(self.band), &tiles[..self.n], self.ahead(arena));
+        s.accumulator.tile_batch(context, s.bases.of(self.kind), pieces.form(self.kind), &tiles[..self.n], self.ahead(arena));
         self.n = 0;
     }
 
@@ -398,8 +402,8 @@ impl Batch {
 
     /// Value sums leave their basis.
     fn leave(&mut self, s: &mut Scratch, context: Context) {
-        if let Some(band) = self.summed.take() {
-            s.accumulator.leave(context.kernels, s.bases.of(band));
+        if let Some(kind) = self.summed.take() {
+            s.accumulator.leave(context.kernels, s.bases.of(kind));
         }
     }
 }

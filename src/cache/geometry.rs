@@ -9,6 +9,7 @@
 //! pool: tiles, band by band. A tile is a block with a piece for every head of every layer, one after another. How long a head's piece is,
 //!       the fit decides by what it needs; all together fill the block.
 //!       While it is not in use, the end of the pool holds the queries for a fit, and before them the tiles of waiting rows, the last one first.
+//!       While tiles are coded again in bases of another fit, it holds the former bases instead, of each head: record | what decodes of K and V.
 //! ```
 //!
 //! So bits are shared out over the whole model, and a block can be filled while what waits at the end of the pool is still being read by the
@@ -48,6 +49,15 @@ const LEAST_RATE: f64 = 0.7;
 const FEW_BITS: f64 = 2.0;
 /// Code bits per element that a tile has at least.
 const LEAST_CODES: f64 = 0.25;
+
+/// How a tile is coded: bands from 0 on, then [`WAITING`], then the same bands in the former bases from [`FORMER`] on.
+pub type Kind = usize;
+/// Rows wait.
+pub const WAITING: Kind = BANDS;
+/// The first band of tiles in the former bases.
+pub const FORMER: Kind = BANDS + 1;
+/// Kinds of tiles.
+pub const KINDS: usize = FORMER + BANDS;
 
 /// Sizes of a cache. Slots, tiles and rows are counted alike in all its layers.
 #[derive(Debug, Clone, PartialEq)]
@@ -108,6 +118,19 @@ pub struct HeadRanges {
     pub exact: Range<usize>,
     /// Queries for a fit, then the squared norms of the residual stream at their tokens, f32. At the end of the pool.
     pub queries: Range<usize>,
+    /// Record of the fit before the last one, and what of its bases decodes, as long as there are tiles in them. At the end of the pool.
+    pub former: Range<usize>,
+}
+
+impl HeadRanges {
+    /// The record that belongs to the former bases.
+    pub fn former_record(&self) -> Range<usize> {
+        self.former.start..self.former.start + self.record.len()
+    }
+    /// What decodes of the former bases of K and V, stored.
+    pub fn former_bases(&self) -> Range<usize> {
+        self.former_record().end..self.former.end
+    }
 }
 
 fn align(n: usize, to: usize) -> usize {
@@ -156,6 +179,11 @@ pub fn overhead_bytes(h: &Heads) -> usize {
     // A coefficient of each part.
     let widths = Widths { counts: [1, 0, 0, 0, 0, 0, 1] };
     TileForm::new(widths, widths, h.d_k, h.d_v, Fine::Residuals).bytes() - 2 * widths.bytes()
+}
+
+/// Bytes of a record and of what bases need to decode.
+fn former_bytes(h: &Heads) -> usize {
+    RECORD_BYTES + Basis::decoder_bytes_of(h.d_k) + Basis::decoder_bytes_of(h.d_v)
 }
 
 fn query_bytes(h: &Heads, slots: usize) -> usize {
@@ -219,7 +247,7 @@ impl Geometry {
         let band_tiles = bands(config, cells - config.window as usize);
         let mut g = Geometry { exact, band_tiles, tiles: band_tiles.iter().sum(), ..Self::all_exact(config, layers) };
         // With bases at hand no row has to wait.
-        g.fit_rows = if config.calibrated { 1 } else { (cells / 2).clamp(FIT_ROWS_MIN, FIT_ROWS) };
+        g.fit_rows = if config.calibrated { 1 } else { g.best_fit_rows() };
         g.waiting = if config.calibrated { 0 } else { g.fit_rows.div_ceil(TILE) };
         g.place();
         g.block_bytes = g.blocks();
@@ -248,38 +276,57 @@ impl Geometry {
         rates(mean.clamp(least, MAX_BITS), &self.band_tiles).map(|bits| (bits.max(least) * block_elements / 8.0) as usize)
     }
 
+    /// Rows that a fit is best made on.
+    pub fn best_fit_rows(&self) -> usize {
+        (self.config.n_cells as usize / 2).clamp(FIT_ROWS_MIN, FIT_ROWS)
+    }
+
+    /// Most tiles that the rows which leave their windows in one step fill: of each sequence, less than a tile was left over.
+    pub fn step_tiles(&self) -> usize {
+        (self.config.n_tokens.min(self.config.n_cells) as usize).div_ceil(TILE) + self.config.n_seqs as usize - 1
+    }
+
     /// As many rows may wait for a fit as the end of the pool has room for; the pool grows where that is too few. Who asks for a rate, and not for a
     /// ratio, has room for a good fit.
     fn find_room_to_wait(&mut self) {
         let window = (self.config.window + self.config.sinks) as usize;
         let rows = if self.config.bits > 0.0 { FIT_ROWS_GOOD } else { FIT_ROWS_MIN };
         let least = (rows.saturating_sub(window)).div_ceil(TILE).min(self.waiting);
-        // When they are coded, their step's own rows are, too.
-        let step = (self.config.n_tokens.min(self.config.n_cells) as usize).div_ceil(TILE) + self.config.n_seqs as usize;
-        let need = |g: &Self, n: usize| {
-            let filled = (n + step).min(g.tiles);
-            g.tile_end(filled) - g.pool.start + g.queries_bytes() + n * g.waiting_block()
-        };
+        // The step that finds no more room codes all of them, and its own rows: these were looked at, those that come next may be of another kind.
+        let fits = |g: &Self, n: usize| g.tiles_beside(n) >= (n + g.step_tiles()).min(g.tiles);
         let most = self.waiting;
         for bits in WAITING_BITS {
             self.waiting_bits = bits;
-            self.waiting = (least..=most).rev().find(|n| need(self, *n) <= self.pool.len()).unwrap_or(least);
+            self.waiting = (least..=most).rev().find(|n| fits(self, *n)).unwrap_or(least);
             if self.waiting == most || self.waiting * TILE + window >= FIT_ROWS_GOOD {
                 break;
             }
         }
         self.fit_rows = self.fit_rows.min(self.waiting * TILE + window);
-        let need = need(self, self.waiting);
-        if need > self.pool.len() {
-            self.pool.end = self.pool.start + align(need, 64);
+        while !fits(self, self.waiting) {
+            self.pool.end += align(self.block_bytes[BANDS - 1], 64);
             self.arena_bytes = align(self.pool.end, 256);
         }
     }
 
-    /// Where the pool's first `n` tiles end, however they are divided among bands that fill from their first tile on.
-    fn tile_end(&self, n: usize) -> usize {
-        let young = self.tiles - self.band_tiles[BANDS - 1];
-        self.band_offset(BANDS - 1) + n.saturating_sub(young) * self.block_bytes[BANDS - 1]
+    /// Whether `former` tiles, in the former bases, and then the `waiting` tiles can be coded in new bases, beside `used` tiles (the former ones among
+    /// them) and the rows of steps that are as long as they may be. What a step empties can be filled from the next one on. In steps of few
+    /// tokens as many tiles are coded as there are tokens.
+    pub fn can_code_all(&self, mut used: usize, mut former: usize, mut waiting: Range<usize>) -> bool {
+        used += (former + waiting.len()) / TILE;
+        while former > 0 || !waiting.is_empty() {
+            let in_former = if former > 0 { self.waiting_in_former() } else { 0 };
+            let beside = self.tiles_beside(if waiting.is_empty() { in_former } else { waiting.end });
+            used += self.step_tiles();
+            let Some(free) = beside.checked_sub(used).filter(|free| *free > 0) else { return false };
+            if former > 0 {
+                former -= free.min(former);
+            } else {
+                let n = free.min(waiting.len());
+                (used, waiting.end) = (used + n, waiting.end - n);
+            }
+        }
+        true
     }
 
     fn queries_bytes(&self) -> usize {
@@ -334,7 +381,30 @@ impl Geometry {
         let [record, bases, plain, recent, exact] = parts.map(&mut next);
         let before: usize = self.layers[..layer].iter().map(|h| h.n_head_kv * self.head_query_bytes(h)).sum();
         let from = self.queries_offset() + before + head * self.head_query_bytes(h);
-        HeadRanges { record, bases, plain, recent, exact, queries: from..from + self.head_query_bytes(h) }
+        let before: usize = self.layers[..layer].iter().map(|h| h.n_head_kv * former_bytes(h)).sum();
+        let former = self.former_offset() + before + head * former_bytes(h);
+        HeadRanges { record, bases, plain, recent, exact, queries: from..from + self.head_query_bytes(h), former: former..former + former_bytes(h) }
+    }
+
+    /// Where former bases begin.
+    fn former_offset(&self) -> usize {
+        let all: usize = self.layers.iter().map(|h| h.n_head_kv * former_bytes(h)).sum();
+        self.pool.end.saturating_sub(all) / 64 * 64
+    }
+
+    /// How many of the first tiles of waiting rows lie where former bases are to go: rows that wait for a fit that is not the first have others.
+    pub fn waiting_in_former(&self) -> usize {
+        self.queries_offset().saturating_sub(self.former_offset()).div_ceil(self.waiting_block().max(1))
+    }
+
+    /// The number under which a plan speaks of a tile that is coded in the former bases.
+    pub fn former(&self, tile: usize) -> usize {
+        self.tiles + self.waiting + tile
+    }
+
+    /// The tile of a number, be it coded in the former bases or not.
+    pub fn tile_of(&self, number: usize) -> usize {
+        number.checked_sub(self.tiles + self.waiting).unwrap_or(number)
     }
 
     /// Where queries for a fit begin.
@@ -367,7 +437,7 @@ impl Geometry {
 
     /// Tiles from the first on that may be filled while the first `waiting` tiles of waiting rows are in use.
     pub fn tiles_beside(&self, waiting: usize) -> usize {
-        let end = self.queries_offset() - waiting * self.waiting_block();
+        let end = self.queries_offset().saturating_sub(waiting * self.waiting_block());
         (0..BANDS).map(|b| end.saturating_sub(self.band_offset(b)).checked_div(self.block_bytes[b]).unwrap_or(0).min(self.band_tiles[b])).sum()
     }
 
@@ -395,6 +465,11 @@ impl Geometry {
     /// Band of a tile.
     pub fn band_of(&self, tile: usize) -> usize {
         (0..BANDS).find(|b| tile < self.band(*b).end).unwrap_or(BANDS)
+    }
+
+    /// How a tile is coded that has this number in a plan.
+    pub fn kind_of(&self, number: usize) -> Kind {
+        number.checked_sub(self.former(0)).map_or_else(|| self.band_of(number), |tile| FORMER + self.band_of(tile))
     }
 
     /// f16 bytes of one row of all layers.

@@ -4,7 +4,7 @@
 //! A layer is immutable but for its counters and what it finds; arenas are passed in. Work is cut so that every piece touches bytes of its own:
 //! storing by KV head, attention by (KV head, chunk of rows), rebuilding by range of cells. Must not know how a plan is made.
 
-use super::arena::Bytes;
+use super::arena::BytesMut;
 use super::findings::Findings;
 use super::geometry::Geometry;
 use super::input::{Rows, Step};
@@ -143,7 +143,7 @@ impl Layer {
 
     /// Store one KV head's part of a step, unless the step fits by itself ([`Layer::append_fit`]). What the projection has to do with it
     /// [`Layer::wants_projection`] says.
-    pub fn append_head(&self, head: usize, bytes: &mut impl Bytes, plan: &Plan, step: &Step) -> Result<()> {
+    pub fn append_head(&self, head: usize, bytes: &mut impl BytesMut, plan: &Plan, step: &Step) -> Result<()> {
         self.check_step(head..head + 1, plan, step)?;
         if plan.fit && !plan.shared {
             return Err(Error::State("a step that fits by itself is stored whole".into()));
@@ -159,13 +159,14 @@ impl Layer {
     }
 
     /// What a plan does to a head, when nothing has to be looked at for it any more.
-    fn write_and_store(&self, head: usize, bytes: &mut impl Bytes, plan: &Plan, step: Option<&Step>) -> Result<()> {
-        let mut old = None;
+    fn write_and_store(&self, head: usize, bytes: &mut impl BytesMut, plan: &Plan, step: Option<&Step>) -> Result<()> {
         if plan.fit {
-            old = self.replaced(head, bytes, plan)?;
+            if plan.fitted {
+                arena::keep_former(self.shape(), bytes, &self.geometry.head(self.index, head));
+            }
             self.write_shared_bases(head, bytes, plan)?;
         }
-        self.store(head, bytes, plan, step, old.as_ref())
+        self.store(head, bytes, plan, step)
     }
 
     /// Store a whole step that looks at all heads and fits the bases. One thread.
@@ -183,13 +184,13 @@ impl Layer {
         let shares = findings::shares(&self.geometry, self.index..self.index + 1, &borrowed);
         for (head, (found, share)) in found.iter().zip(shares).enumerate() {
             self.write_bases(head, &mut arena, found, &share, plan)?;
-            self.store(head, &mut arena, plan, step, None)?;
+            self.store(head, &mut arena, plan, step)?;
         }
         Ok(())
     }
 
     /// Write a head's bases, when all heads were looked at before.
-    fn write_shared_bases(&self, head: usize, bytes: &mut impl Bytes, plan: &Plan) -> Result<()> {
+    fn write_shared_bases(&self, head: usize, bytes: &mut impl BytesMut, plan: &Plan) -> Result<()> {
         if self.geometry.config.calibrated && !self.calibrated {
             return Err(Error::State("no calibration was set for this layer".into()));
         }

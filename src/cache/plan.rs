@@ -8,7 +8,7 @@ use crate::config::{BANDS, QUERY_SLOTS, RECENT_QUERIES, TILE};
 use crate::error::{Error, Result};
 
 const MAGIC: i32 = 0x534b_5650;
-const VERSION: i32 = 5;
+const VERSION: i32 = 6;
 const HEADER: usize = 17;
 const TILE_INTS: usize = 1 + 2 * TILE;
 const MOVE: i32 = 0;
@@ -87,9 +87,9 @@ pub enum Change<F> {
         /// Where it goes.
         to: usize,
     },
-    /// A tile is coded again, in a later band or because there are bases now, and then free.
+    /// A tile is coded again, in a later band or because there are bases now or other ones, and then free.
     Recode {
-        /// Tile that ages or waited.
+        /// Tile that ages or waited, or one in the former bases under its number as such.
         from: usize,
         /// Tile it becomes.
         to: usize,
@@ -127,6 +127,8 @@ pub struct PlanData {
     pub shared: bool,
     /// Bases exist before this step.
     pub fitted: bool,
+    /// Before this step some tiles are in the former bases: see [`Geometry::former`].
+    pub former: bool,
     /// What is known already of the heads to be fitted, or becomes known in this step.
     pub study: Study,
     /// New tokens: `(cell, slot)`, slot -1 when the token is sealed at once.
@@ -155,7 +157,7 @@ pub fn replay_is_lost(g: &Geometry, shared: bool, sources: impl Iterator<Item = 
 pub fn capacity(g: &Geometry, n_tokens: usize) -> usize {
     let seals = if g.tiles > 0 { (g.exact + n_tokens) / TILE + 1 } else { 0 };
     // Room for a seal may take a recode for each band, or the moves of a tile.
-    let changes = seals * (SEAL_INTS + MOVE_INTS * (BANDS + TILE)) + g.waiting * MOVE_INTS;
+    let changes = seals * (SEAL_INTS + MOVE_INTS * (BANDS + TILE)) + (g.tiles + g.waiting) * MOVE_INTS;
     let records = if g.keeps_queries() { n_tokens } else { 0 };
     let recents = if g.tiles > 0 { n_tokens.min(RECENT_QUERIES) } else { 0 };
     let rows = g.exact + g.waiting * TILE + n_tokens;
@@ -201,7 +203,7 @@ impl PlanData {
             MAGIC,
             VERSION,
             self.epoch,
-            i32::from(self.fit) | i32::from(self.fitted) << 1 | i32::from(self.shared) << 2,
+            i32::from(self.fit) | i32::from(self.fitted) << 1 | i32::from(self.shared) << 2 | i32::from(self.former) << 3,
             counts[0],
             counts[1],
             counts[2],
@@ -258,6 +260,8 @@ pub struct Plan<'a> {
     pub shared: bool,
     /// Bases exist before this step.
     pub fitted: bool,
+    /// See [`PlanData::former`].
+    pub former: bool,
     /// See [`PlanData::study`].
     pub study: Study,
     tokens: &'a [i32],
@@ -378,6 +382,7 @@ impl<'a> Plan<'a> {
             fit: ints[3] & 1 != 0,
             shared: ints[3] & 4 != 0,
             fitted: ints[3] & 2 != 0,
+            former: ints[3] & 8 != 0,
             study: Study { id: ints[13], from: ints[14], to: ints[15] },
             tokens,
             exact,
@@ -396,6 +401,7 @@ impl<'a> Plan<'a> {
         let has_bases = self.fitted || self.fit;
         // Without bases only tiles of waiting rows can be filled.
         let fillable = |tile: usize| tile < all && (has_bases || tile >= g.tiles);
+        let former = |number: usize, there: bool| there && (all..all + g.tiles).contains(&number);
         let source = |s: Source| match s {
             Source::Slot(s) => s < g.exact,
             Source::Token(t) => t < tokens,
@@ -410,15 +416,19 @@ impl<'a> Plan<'a> {
         let good = self.epoch != 0
             && (self.shared || !(self.fit && self.fitted))
             && (g.tiles > 0 || !has_bases)
+            && (self.fitted && !self.fit && g.keeps_queries() || !self.former)
             && (0..=self.study.to).contains(&self.study.from)
             && (self.study.from == self.study.to || g.keeps_queries() && self.study.id > 0 && !self.fit)
             && self.tokens.chunks_exact(2).all(|t| t[0] >= 0 && t[1] >= -1 && t[1] < g.exact as i32)
             && self.exact().all(|(slot, ..)| slot < g.exact)
-            && self.tiles().all(|t| t.tile < all && (self.fitted || t.tile >= g.tiles))
+            && self.tiles().all(|t| t.tile < all && (self.fitted || t.tile >= g.tiles) || former(t.tile, self.former))
             && self.changes.are_whole()
             && self.changes().all(|change| match change {
                 Change::Move { from, to } => fillable(from / TILE) && fillable(to / TILE) && g.band_of(from / TILE) == g.band_of(to / TILE),
-                Change::Recode { from, to } => fillable(from) && to < g.tiles && has_bases && from != to,
+                Change::Recode { from, to } => {
+                    let is_tile = fillable(from) || former(from, self.bases_to_store().1);
+                    is_tile && to < g.tiles && has_bases && g.tile_of(from) != to
+                }
                 Change::Seal { tile, filling } => {
                     let is_row = |s: Source| source(s) && !matches!(s, Source::Coded(_));
                     fillable(tile) && filling.rows().all(|r| is_row(r.source)) && filling.witnesses().all(witness)
@@ -433,6 +443,10 @@ impl<'a> Plan<'a> {
         } else {
             Err(Error::Data("plan: a slot, tile, row or token is out of range".into()))
         }
+    }
+    /// Whether there are bases to store with, and others before them.
+    pub fn bases_to_store(&self) -> (bool, bool) {
+        (self.fitted || self.fit, self.former || self.fitted && self.fit)
     }
     /// Whether a head, counted as in [`Study`], is looked at in this step.
     pub fn studies(&self, head: usize) -> bool {

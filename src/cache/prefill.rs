@@ -193,11 +193,10 @@ impl Layer {
         }
         let queries = (0..tokens.len() * group).map(|i| call.q.head(tokens[i / group], head * group + i % group, g.d_k));
         s.prefill.begin(g.d_k, g.d_v, group, call.scoring.scale, queries);
-        let bases = if plan.fitted { &call.arena[r.bases.clone()] } else { &[] };
         let stored = Stored {
             head,
             rows: ExactRows::new(g, &call.arena[r.exact.clone()])?,
-            pieces: Pieces::new(&self.geometry, self.index, head, &call.arena[r.record.clone()], bases)?,
+            pieces: Pieces::new(&self.geometry, self.index, head, &call.arena, r, (plan.fitted, plan.former))?,
         };
         s.masks.resize(STEP * TOKENS * TILE, 0.0);
         let lengths = || parts.iter().map(|p| (*p, TOKENS.min(n - p * TOKENS)));
@@ -255,11 +254,11 @@ impl Layer {
                 }
             }
             Block::Tile(t) => {
-                let (band, place) = stored.pieces.place(t.tile);
+                let (kind, place) = stored.pieces.place(t.tile);
                 let each: [i32; TILE] = std::array::from_fn(|row| t.turn(row));
                 let turns = t.run().map(|(_, turn)| turn).or_else(|| t.one_turn()).map_or(Turns::Each(&each), Turns::One);
                 let context = Context { kernels: simd::kernels(), scoring: call.scoring, rope: &self.rope };
-                s.rebuilder.tile(context, s.bases.of(band), stored.pieces.form(band), &call.arena[place], turns, out);
+                s.rebuilder.tile(context, s.bases.of(kind), stored.pieces.form(kind), &call.arena[place], turns, out);
             }
         }
     }

@@ -2,13 +2,13 @@
 //!
 //! Must not know what becomes of the rows.
 
-use super::arena::{self, ExactRows, Pieces};
+use super::arena::{self, AllBases, ExactRows, Pieces};
 use super::geometry::HeadRanges;
 use super::input::Rows;
 use super::layer::Layer;
 use super::plan::{Plan, TileView};
-use crate::codec::{self, Basis, TileWork};
-use crate::config::{BANDS, TILE};
+use crate::codec::{self, TileWork};
+use crate::config::TILE;
 use crate::error::{Error, Result};
 use crate::rope::Turn;
 use crate::simd;
@@ -100,15 +100,9 @@ impl Layer {
         if plan.tiles().len() == 0 {
             return Ok(0);
         }
-        let bases = if plan.fitted { &arena[r.bases.clone()] } else { &[] };
-        let pieces = Pieces::new(&self.geometry, self.index, head, &arena[r.record.clone()], bases)?;
-        let plain = arena::plain(g, &arena[r.plain.clone()], self.geometry.waiting_bits);
-        let mut fitted = (Basis::default(), Basis::default());
-        if plan.fitted {
-            let (k, v) = bases.split_at(Basis::bytes_of(g.d_k));
-            fitted.0.load(k, g.d_k, false)?;
-            fitted.1.load(v, g.d_v, false)?;
-        }
+        let (there, mut bases) = ((plan.fitted, plan.former), AllBases::default());
+        let pieces = Pieces::new(&self.geometry, self.index, head, &arena, r, there)?;
+        bases.load(&self.geometry, g, &arena, r, there, false)?;
         let (mut keys, mut values, mut work) = (vec![0.0; TILE * g.d_k], vec![0.0; TILE * g.d_v], TileWork::default());
         let mut coded = 0;
         for t in plan.tiles() {
@@ -116,9 +110,9 @@ impl Layer {
             if wanted == 0 {
                 continue;
             }
-            let (band, place) = pieces.place(t.tile);
-            let (bk, bv) = if band == BANDS { &plain } else { &fitted };
-            codec::decode_rows(simd::kernels(), (bk, bv), pieces.form(band), &arena[place], wanted, &mut keys, &mut values, &mut work);
+            let (kind, place) = pieces.place(t.tile);
+            let (from, form) = (bases.of(kind), pieces.form(kind));
+            codec::decode_rows(simd::kernels(), from, form, &arena[place], wanted, &mut keys, &mut values, &mut work);
             self.put_rows(head, &t, wanted, (&mut keys, &values), out);
             coded += u64::from(wanted.count_ones());
         }

@@ -2,7 +2,7 @@
 //!
 //! Must not know why a plan does what it does.
 
-use super::arena::{self, Bytes, ExactRows, Pieces};
+use super::arena::{self, AllBases, Bytes, BytesMut, ExactRows, Pieces};
 use super::findings::Share;
 use super::geometry::HeadRanges;
 use super::input::{Rows, Step};
@@ -20,10 +20,7 @@ use std::cell::RefCell;
 
 #[derive(Default)]
 struct Scratch {
-    fitted: (Basis, Basis),
-    /// Those that others take the place of.
-    old: (Basis, Basis),
-    plain: (Basis, Basis),
+    bases: AllBases,
     rows_k: Vec<f32>,
     rows_v: Vec<f32>,
     /// A piece of a tile that is coded again.
@@ -43,24 +40,15 @@ struct Work<'a, 'p> {
     plan: &'a Plan<'p>,
     step: Option<&'a Step<'a>>,
     pieces: Pieces,
-    /// Before other bases took the place of the old ones.
-    old: Option<&'a Replaced>,
-}
-
-/// Bases of a head that others have taken the place of in this step, as they were stored.
-pub(super) struct Replaced {
-    bases: Vec<u8>,
-    pieces: Pieces,
 }
 
 impl Layer {
     /// Without a step: what the plan does to stored rows only (new tokens leave dead rows).
-    pub(super) fn store(&self, head: usize, bytes: &mut impl Bytes, plan: &Plan, step: Option<&Step>, old: Option<&Replaced>) -> Result<()> {
+    pub(super) fn store(&self, head: usize, bytes: &mut impl BytesMut, plan: &Plan, step: Option<&Step>) -> Result<()> {
         let r = self.geometry.head(self.index, head);
         if plan.changes().next().is_some() {
-            let bases = if plan.fitted || plan.fit { bytes.get(r.bases.clone()) } else { &[] };
-            let pieces = Pieces::new(&self.geometry, self.index, head, bytes.get(r.record.clone()), bases)?;
-            self.change_tiles(&Work { head, r: r.clone(), plan, step, pieces, old }, bytes)?;
+            let pieces = Pieces::new(&self.geometry, self.index, head, bytes, &r, plan.bases_to_store())?;
+            self.change_tiles(&Work { head, r: r.clone(), plan, step, pieces }, bytes)?;
         }
         if let Some(step) = step {
             if plan.fitted && !plan.fit && plan.recents().len() > 0 {
@@ -127,20 +115,11 @@ impl Layer {
     }
 
     /// Carry out the changes of a plan to one head's tiles.
-    fn change_tiles(&self, w: &Work, bytes: &mut impl Bytes) -> Result<()> {
+    fn change_tiles(&self, w: &Work, bytes: &mut impl BytesMut) -> Result<()> {
         let g = self.shape();
         SCRATCH.with_borrow_mut(|s| {
-            if w.plan.fitted || w.plan.fit {
-                let (k, v) = bytes.get(w.r.bases.clone()).split_at(Basis::bytes_of(g.d_k));
-                s.fitted.0.load(k, g.d_k, true)?;
-                s.fitted.1.load(v, g.d_v, true)?;
-            }
-            if let Some(old) = w.old {
-                let (k, v) = old.bases.split_at(Basis::bytes_of(g.d_k));
-                s.old.0.load(k, g.d_k, false)?;
-                s.old.1.load(v, g.d_v, false)?;
-            }
-            self.load_plain(w, bytes, s)?;
+            self.set_plain(w, bytes, s)?;
+            s.bases.load(&self.geometry, g, bytes, &w.r, w.plan.bases_to_store(), true)?;
             for change in w.plan.changes() {
                 match change {
                     Change::Move { from, to } => self.move_row(w, bytes, from, to),
@@ -154,7 +133,7 @@ impl Layer {
 
     /// What waiting rows are coded relative to. The first tile of them decides that, so that no channel drowns another; one that hardly moves
     /// there may do so later.
-    fn load_plain(&self, w: &Work, bytes: &mut impl Bytes, s: &mut Scratch) -> Result<()> {
+    fn set_plain(&self, w: &Work, bytes: &mut impl BytesMut, s: &mut Scratch) -> Result<()> {
         const LEAST: f32 = 0.1;
         let (g, first) = (self.shape(), self.geometry.tiles);
         let fills = |c: &Change<FillingView>| matches!(c, Change::Seal { tile, .. } if *tile >= first);
@@ -177,9 +156,6 @@ impl Layer {
                 scale.iter_mut().for_each(|x| *x = x.max(least));
             }
             arena::set_plain(bytes.get_mut(w.r.plain.clone()), &mean, &scale_k, &scale_v);
-        }
-        if w.plan.changes().any(|c| fills(&c) || matches!(c, Change::Recode { from, .. } if from >= first)) {
-            s.plain = arena::plain(g, bytes.get(w.r.plain.clone()), self.geometry.waiting_bits);
         }
         Ok(())
     }
@@ -208,14 +184,13 @@ impl Layer {
         Ok(())
     }
 
-    fn seal(&self, w: &Work, bytes: &mut impl Bytes, tile: usize, filling: FillingView, s: &mut Scratch) -> Result<()> {
+    fn seal(&self, w: &Work, bytes: &mut impl BytesMut, tile: usize, filling: FillingView, s: &mut Scratch) -> Result<()> {
         let mut roped = Vec::new();
         self.fetch_filling(w, bytes, filling, s, Some(&mut roped))?;
         let fine = self.fine_rows(w, bytes, filling, &roped)?;
-        let (band, place) = w.pieces.place(tile);
-        let (k, v) = if band == BANDS { &s.plain } else { &s.fitted };
-        let (form, tile) = (w.pieces.form(band), bytes.get_mut(place));
-        codec::encode_tile(simd::kernels(), (k, v), form, &s.rows_k, &s.rows_v, &fine, tile, &mut s.tile);
+        let (kind, place) = w.pieces.place(tile);
+        let (form, tile) = (w.pieces.form(kind), bytes.get_mut(place));
+        codec::encode_tile(simd::kernels(), s.bases.of(kind), form, &s.rows_k, &s.rows_v, &fine, tile, &mut s.tile);
         Ok(())
     }
 
@@ -252,40 +227,24 @@ impl Layer {
         Ok(order)
     }
 
-    fn move_row(&self, w: &Work, bytes: &mut impl Bytes, from: usize, to: usize) {
-        let (band, source) = w.pieces.place(from / TILE);
-        let form = w.pieces.form(band);
+    fn move_row(&self, w: &Work, bytes: &mut impl BytesMut, from: usize, to: usize) {
+        let (kind, source) = w.pieces.place(from / TILE);
+        let form = w.pieces.form(kind);
         let taken = codec::take_row(form, bytes.get(source), from % TILE);
         codec::put_row(form, bytes.get_mut(w.pieces.place(to / TILE).1), to % TILE, &taken);
     }
 
-    fn recode(&self, w: &Work, bytes: &mut impl Bytes, from: usize, to: usize, s: &mut Scratch) {
-        let ((from_band, _), (to_band, target)) = (w.pieces.place(from), w.pieces.place(to));
-        let (pieces, (k, v)) = match w.old {
-            _ if from_band == BANDS => (&w.pieces, &s.plain),
-            Some(old) => (&old.pieces, &s.old),
-            None => (&w.pieces, &s.fitted),
-        };
+    fn recode(&self, w: &Work, bytes: &mut impl BytesMut, from: usize, to: usize, s: &mut Scratch) {
+        let ((from_kind, source), (to_kind, target)) = (w.pieces.place(from), w.pieces.place(to));
         s.piece.clear();
-        s.piece.extend_from_slice(bytes.get(pieces.place(from).1));
-        let from = ((k, v), pieces.form(from_band), &s.piece[..]);
-        let to = ((&s.fitted.0, &s.fitted.1), w.pieces.form(to_band), bytes.get_mut(target));
+        s.piece.extend_from_slice(bytes.get(source));
+        let from = (s.bases.of(from_kind), w.pieces.form(from_kind), &s.piece[..]);
+        let to = (s.bases.of(to_kind), w.pieces.form(to_kind), bytes.get_mut(target));
         codec::recode_tile(simd::kernels(), from, to, &mut s.tile);
     }
 
-    /// A head's bases before others take their place; `None` when there are none.
-    pub(super) fn replaced(&self, head: usize, bytes: &impl Bytes, plan: &Plan) -> Result<Option<Replaced>> {
-        if !plan.fitted {
-            return Ok(None);
-        }
-        let r = self.geometry.head(self.index, head);
-        let bases = bytes.get(r.bases).to_vec();
-        let pieces = Pieces::new(&self.geometry, self.index, head, bytes.get(r.record), &bases)?;
-        Ok(Some(Replaced { bases, pieces }))
-    }
-
     /// Write a head's bases for its share of the bits, where its pieces of tiles are, and what error the rows in its window would have.
-    pub(super) fn write_bases(&self, head: usize, bytes: &mut impl Bytes, found: &HeadSpectrum, share: &Share, plan: &Plan) -> Result<()> {
+    pub(super) fn write_bases(&self, head: usize, bytes: &mut impl BytesMut, found: &HeadSpectrum, share: &Share, plan: &Plan) -> Result<()> {
         let (g, r) = (self.shape(), self.geometry.head(self.index, head));
         let (k, v) = found.bases(share.bits);
         let (bk, bv) = bytes.get_mut(r.bases).split_at_mut(Basis::bytes_of(g.d_k));

@@ -2,13 +2,13 @@
 //!
 //! Must not know what is found in them, nor when a fit is due.
 
-use super::arena::{self, Bytes, ExactRows, Pieces};
+use super::arena::{self, AllBases, Bytes, ExactRows, Pieces};
 use super::geometry::HeadRanges;
 use super::input::Step;
 use super::layer::Layer;
 use super::plan::{Plan, SealRow, Source};
 use crate::codec::fit::{self, HeadRows, HeadSpectrum, Place, Residual, Sample};
-use crate::codec::{self, Basis, TileWork, FINE_ROWS, NO_ROW};
+use crate::codec::{self, TileWork, FINE_ROWS, NO_ROW};
 use crate::config::{BANDS, QUERY_SLOTS, TILE};
 use crate::error::{argument, Result};
 use crate::rope::Turn;
@@ -125,8 +125,7 @@ impl Layer {
 /// Rows of a head's tiles, decoded a tile at a time.
 struct CodedRows {
     pieces: Pieces,
-    plain: (Basis, Basis),
-    fitted: (Basis, Basis),
+    bases: AllBases,
     /// Which tile it is.
     tile: Option<usize>,
     k: Vec<f32>,
@@ -138,17 +137,11 @@ struct CodedRows {
 impl CodedRows {
     fn new(layer: &Layer, head: usize, bytes: &impl Bytes, r: &HeadRanges, plan: &Plan) -> Result<Self> {
         let g = layer.shape();
-        let bases = if plan.fitted { bytes.get(r.bases.clone()) } else { &[] };
-        let mut fitted = (Basis::default(), Basis::default());
-        if plan.fitted {
-            let (k, v) = bases.split_at(Basis::bytes_of(g.d_k));
-            fitted.0.load(k, g.d_k, false)?;
-            fitted.1.load(v, g.d_v, false)?;
-        }
+        let (there, mut bases) = ((plan.fitted, plan.former), AllBases::default());
+        bases.load(&layer.geometry, g, bytes, r, there, false)?;
         Ok(CodedRows {
-            pieces: Pieces::new(&layer.geometry, layer.index, head, bytes.get(r.record.clone()), bases)?,
-            plain: arena::plain(g, bytes.get(r.plain.clone()), layer.geometry.waiting_bits),
-            fitted,
+            pieces: Pieces::new(&layer.geometry, layer.index, head, bytes, r, there)?,
+            bases,
             tile: None,
             k: vec![0.0; TILE * g.d_k],
             v: vec![0.0; TILE * g.d_v],
@@ -161,9 +154,9 @@ impl CodedRows {
         if self.tile.replace(tile) == Some(tile) {
             return;
         }
-        let (band, place) = self.pieces.place(tile);
-        let ((k, v), form, piece) = (if band == BANDS { &self.plain } else { &self.fitted }, self.pieces.form(band), bytes.get(place));
-        codec::decode_rows(simd::kernels(), (k, v), form, piece, u64::MAX, &mut self.k, &mut self.v, &mut self.work);
+        let (kind, place) = self.pieces.place(tile);
+        let (form, piece) = (self.pieces.form(kind), bytes.get(place));
+        codec::decode_rows(simd::kernels(), self.bases.of(kind), form, piece, u64::MAX, &mut self.k, &mut self.v, &mut self.work);
         self.fine = codec::fine_rows(form, piece);
     }
 }

@@ -13,14 +13,16 @@
 //! the next ones code what waited: a tile for every token, so that no more rows come meanwhile than a tile has. Where rows come faster than they can wait, the step that finds no
 //! room looks and fits at once. With a calibration the first step with rows is the one that "fits": it has nothing to look at.
 //!
-//! The bases may fit what came first and not what comes later. Layers note how well the newest rows would be coded; where that has become much
-//! worse, and the context is young enough, rows wait once more for another fit, in which all tiles are coded again, into other tiles.
+//! The bases may fit what came first and not what comes later, and few rows make worse ones than many. Layers note how well the newest rows would be
+//! coded; where that has become worse, or there is room for many more rows than the bases were fitted on, rows wait once more for another fit.
+//! Then the tiles that there are, now in the former bases, are coded again, each into a free one: layers change their bases one after another, so
+//! what a step empties is filled in a later one.
 //!
 //! A plan is pending until `commit`. Freeing the rows of vanished cells is a fact and is not rolled back; everything else is
 //! applied by `commit`. Must not know what rows contain.
 
 use super::findings::Findings;
-use super::geometry::Geometry;
+use super::geometry::{Geometry, Kind, FORMER, WAITING};
 use super::plan::{self, Change, Filling, PlanData, SealRow, Source, Study, FIT_ROWS_MAX, WITNESSES};
 use crate::codec::anchor;
 use crate::config::{BANDS, QUERY_SLOTS, RECENT_QUERIES, TILE};
@@ -40,12 +42,16 @@ const WITNESS_DISTANCE: std::ops::RangeInclusive<i32> = 32..=128;
 const NOWHERE: u32 = u32::MAX;
 const CODED: u32 = 1 << 31;
 
-/// How many times worse than at the fit new rows would be coded before there is another one.
+/// How many times worse than at the fit new rows would be coded before there is another one, however few they are.
 const DRIFT: f64 = 2.0;
 /// From so many observations of each head.
 const DRIFT_SAMPLES: usize = 12;
-/// Most tiles that another fit codes again: that is one step's work.
-const REFIT_TILES: usize = 64;
+/// How many new rows, for one that was fitted on, make another fit worth its while: what has been coded loses by being coded again.
+const MORE_ROWS: f64 = 0.5;
+/// The same where new rows would be coded somewhat worse than at the fit.
+const SOME_MORE_ROWS: f64 = 0.25;
+/// That is, so many times worse.
+const SOME_DRIFT: f64 = 1.1;
 /// Fewest tiles of rows that another fit looks at.
 const REFIT_LEAST: usize = 4;
 
@@ -92,8 +98,16 @@ pub struct Table {
     slot_cell: Vec<u32>,
     slot_pos: Vec<i32>,
     fitted: bool,
+    /// Rows that the present bases were fitted on, without those after which they drifted.
+    fitted_on: usize,
+    /// Whether more rows would make better bases has been asked since.
+    weighed: bool,
+    /// Tiles in the former bases.
+    former: Vec<bool>,
     /// Rows wait for another fit, in so many tiles at most; 0 when they do not.
     refit_room: usize,
+    /// It is to come because the bases do not fit the newest rows.
+    has_drifted: bool,
     epoch: i32,
     /// Position and sequence of the queries that are kept for a fit, and of recent ones.
     queries: Vec<Option<(i32, i32)>>,
@@ -114,6 +128,8 @@ struct Looked {
     id: i32,
     /// Heads that were looked at, counted over all layers.
     heads: usize,
+    /// Rows that they were looked at with.
+    rows: usize,
 }
 
 #[derive(Debug, Clone)]
@@ -194,7 +210,11 @@ impl Table {
             slot_cell: vec![NOWHERE; g.exact],
             slot_pos: vec![0; g.exact],
             fitted: false,
+            fitted_on: 0,
+            weighed: false,
+            former: vec![false; g.tiles],
             refit_room: 0,
+            has_drifted: false,
             epoch: 0,
             queries: vec![None; QUERY_SLOTS],
             recent: vec![None; RECENT_QUERIES],
@@ -237,6 +257,15 @@ impl Table {
         self.pending.is_some()
     }
 
+    /// The number under which plans speak of a tile.
+    pub fn number(&self, tile: usize) -> usize {
+        if self.is_former(tile) {
+            self.geometry.former(tile)
+        } else {
+            tile
+        }
+    }
+
     /// Where a cell's row is, and its turn less its position; `None` when there is none.
     pub fn locate(&self, cell: usize) -> Option<(Location, i32)> {
         match *self.location.get(cell)? {
@@ -256,12 +285,20 @@ impl Table {
         }
     }
 
+    /// A tile without rows is in no bases.
+    fn leave_former(&mut self, tile: usize) {
+        if self.live[tile] == 0 && tile < self.former.len() {
+            self.former[tile] = false;
+        }
+    }
+
     fn free(&mut self, cell: usize) {
         match self.locate(cell) {
             Some((Location::Slot(slot), _)) => self.slot_cell[slot] = NOWHERE,
             Some((Location::Coded(tile, row), _)) => {
                 self.row_cell[tile * TILE + row] = NOWHERE;
                 self.live[tile] &= !(1 << row);
+                self.leave_former(tile);
             }
             None => {}
         }
@@ -298,7 +335,8 @@ impl Table {
             self.free(*cell as usize);
         }
         if self.location.iter().all(|l| *l == NOWHERE) {
-            (self.fitted, self.refit_room) = (false, 0);
+            (self.fitted, self.fitted_on, self.refit_room) = (false, 0, 0);
+            self.former.fill(false);
             self.findings.forget_drift(self.stream);
             self.queries.fill(None);
             self.recent.fill(None);
@@ -324,6 +362,7 @@ impl Table {
             epoch: self.epoch.wrapping_add(1).max(1),
             stream: self.stream,
             fitted: self.fitted,
+            former: self.former_tiles().next().is_some(),
             exact: self
                 .slot_cell
                 .iter()
@@ -334,7 +373,8 @@ impl Table {
             ..PlanData::default()
         };
         let pending = self.place(data, &cells, new)?;
-        let tiles = self.live.iter().enumerate().filter(|(_, l)| **l != 0).map(|(tile, _)| {
+        let (former, own): (Vec<usize>, Vec<usize>) = (0..self.live.len()).filter(|t| self.live[*t] != 0).partition(|t| self.is_former(*t));
+        let tiles = own.into_iter().chain(former).map(|tile| {
             let mut rows = [(-1, 0); TILE];
             for (row, out) in rows.iter_mut().enumerate() {
                 let cell = self.row_cell[tile * TILE + row];
@@ -342,41 +382,61 @@ impl Table {
                     *out = (cell as i32, self.row_turn[tile * TILE + row].wrapping_add(cells.pos[cell as usize]));
                 }
             }
-            (tile as u32, rows)
+            (self.number(tile) as u32, rows)
         });
         let used = pending.data.write(tiles, out)?;
         self.pending = Some(pending);
         Ok(used)
     }
 
-    /// Begin to gather rows for another fit if the bases no longer fit what comes, and there is room to code everything again.
+    fn is_former(&self, tile: usize) -> bool {
+        self.former.get(tile).is_some_and(|f| *f)
+    }
+
+    /// Tiles with rows in the former bases.
+    fn former_tiles(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..self.former.len()).filter(|t| self.former[*t])
+    }
+
+    /// Begin to gather rows for another fit if the bases no longer fit what comes, or were fitted on few rows, and there is room to code everything again.
     fn watch(&mut self) {
         let g = &self.geometry;
-        if !self.fitted || !g.keeps_queries() || self.refit_room > 0 {
+        if !self.fitted
+            || !g.keeps_queries()
+            || self.refit_room > 0
+            || self.former_tiles().next().is_some()
+            || self.live[g.tiles..].iter().any(|l| *l != 0)
+        {
             return;
         }
-        let Some((drift, n)) = self.findings.drift(self.stream) else { return };
-        if n < DRIFT_SAMPLES * g.n_heads() {
+        let drifts = self.findings.drift(self.stream).filter(|(_, n)| *n >= DRIFT_SAMPLES * g.n_heads());
+        let first_time = !std::mem::replace(&mut self.weighed, true);
+        if drifts.is_none() && !first_time {
             return;
         }
-        self.findings.forget_drift(self.stream);
-        if drift > DRIFT && self.live[g.tiles..].iter().all(|l| *l == 0) {
-            self.refit_room = self.room_for_refit();
+        let (drift, room) = (drifts.map_or(0.0, |(drift, _)| drift), self.room_for_refit());
+        if drifts.is_some() {
+            self.findings.forget_drift(self.stream);
+        }
+        let needed = match drift {
+            d if d > DRIFT => 0.0,
+            d if d > SOME_DRIFT => SOME_MORE_ROWS,
+            _ => MORE_ROWS,
+        };
+        let new_rows = (room * TILE + self.geometry.config.window as usize) as f64;
+        if drift > DRIFT || self.fitted_on < FIT_ROWS_MAX && new_rows >= needed * self.fitted_on as f64 {
+            (self.refit_room, self.has_drifted) = (room, drift > DRIFT);
             self.seen = 0;
             self.queries.fill(None);
         }
     }
 
-    /// In how many tiles rows may wait so that afterwards all tiles can be coded again elsewhere; 0 when that is too few.
+    /// In how many tiles rows may wait so that afterwards all tiles can be coded again; 0 when that is too few.
     fn room_for_refit(&self) -> usize {
-        let g = &self.geometry;
-        let (tiles, last) = (self.live.iter().filter(|l| **l != 0).count(), self.live.iter().rposition(|l| *l != 0).unwrap_or(0));
-        let step = (g.config.n_tokens as usize).div_ceil(TILE) + g.config.n_seqs as usize;
-        let fits = |waiting: usize| 2 * tiles + waiting + step <= g.tiles_beside(waiting) && last < g.tiles_beside(waiting);
-        if tiles > REFIT_TILES {
-            return 0;
-        }
-        (REFIT_LEAST..=g.waiting).rev().find(|n| fits(*n)).unwrap_or(0)
+        let (g, first) = (&self.geometry, self.geometry.waiting_in_former());
+        let (used, last) = (self.live.iter().filter(|l| **l != 0).count(), self.live.iter().rposition(|l| *l != 0).unwrap_or(0));
+        let fits = |n: &usize| last < g.tiles_beside(first + n) && g.can_code_all(used, used, first..first + n);
+        (REFIT_LEAST..=g.waiting.saturating_sub(first)).rev().find(fits).unwrap_or(0)
     }
 
     /// Rows wait, for the first fit or another.
@@ -393,10 +453,11 @@ impl Table {
         let leaving: Vec<&[Candidate]> = if self.geometry.tiles > 0 { rests.iter().flat_map(|r| groups(r, window)).collect() } else { vec![] };
 
         let mut tiles = Tiles::new(self);
-        let study = self.prepare_fit(&mut data, &tiles, cells, new, leaving.len());
+        let mut study = self.prepare_fit(&mut data, &tiles, cells, new, leaving.len());
         self.record(&mut data, cells, new);
         if data.fit && !data.shared || data.study.from < data.study.to {
-            self.fit_on(&mut data, cells, &sequences, new);
+            let rows = self.fit_on(&mut data, cells, &sequences, new);
+            study.iter_mut().for_each(|study| study.rows = rows);
         }
         if !new.is_empty() && data.study.id == 0 {
             data.study.id = -self.given_up;
@@ -412,10 +473,11 @@ impl Table {
         if !new.is_empty() && self.geometry.tiles > 0 {
             if !data.fit && self.waits() && leaving.len() <= tiles.room_to_wait() {
                 leaving.iter().try_for_each(|group| tiles.wait(fill(group)))?;
-            } else if data.fit && self.fitted {
-                tiles.code_all_again(leaving.iter().map(|group| fill(group)).collect())?;
-            } else if data.fit || tiles.are_waiting() {
-                tiles.code_waiting(leaving.iter().map(|group| fill(group)).collect(), new.len())?;
+            } else if data.fit || tiles.are_to_be_coded() {
+                if data.fit {
+                    tiles.outdate();
+                }
+                tiles.code_again(leaving.iter().map(|group| fill(group)).collect(), new.len())?;
             } else {
                 let most = rests.iter().map(|rest| rest.len().saturating_sub(window)).max().unwrap_or(0);
                 if most < TILE {
@@ -500,7 +562,7 @@ impl Table {
         let study = match self.study {
             Some(study) => study,
             None if steps > (FIT_LEAD / new.len()).min(g.n_heads()) => return None,
-            None => Looked { id: new_number(), heads: 0 },
+            None => Looked { id: new_number(), heads: 0, rows: 0 },
         };
         let left = g.n_heads() - study.heads;
         Some(Looked { heads: study.heads + left.div_ceil(steps + 1), ..study })
@@ -564,8 +626,8 @@ impl Table {
         Error::Full(format!("all {} exact slots are taken by {} sequences", self.slot_cell.len(), self.geometry.config.n_seqs))
     }
 
-    /// The rows and queries that there are to fit on.
-    fn fit_on(&self, data: &mut PlanData, cells: &Cells, sequences: &[&[Candidate]], new: &[u32]) {
+    /// The rows and queries that there are to fit on. Gives how many rows say something about those to come.
+    fn fit_on(&self, data: &mut PlanData, cells: &Cells, sequences: &[&[Candidate]], new: &[u32]) -> usize {
         let g = &self.geometry;
         // As many old tiles, which other bases coded, as there is room for: rows that are all alike make the same error, which no mean takes away.
         let (old, waiting): (Vec<usize>, Vec<usize>) = (0..self.live.len()).filter(|t| self.live[*t] != 0).partition(|t| *t < g.tiles);
@@ -593,6 +655,11 @@ impl Table {
             queries[*slot as usize] = Some((cells.pos[cell], cells.seq[cell]));
         }
         data.fit_queries = queries.iter().enumerate().filter_map(|(i, q)| q.map(|(pos, seq)| (i as u32, pos, seq))).collect();
+        if self.has_drifted {
+            own
+        } else {
+            data.fit_rows.len()
+        }
     }
 
     /// The graph of the pending plan ran to its end: the plan becomes fact.
@@ -624,7 +691,10 @@ impl Table {
         self.epoch = p.data.epoch;
         if p.data.fit {
             // Nobody needs any longer what was found.
+            self.former = self.live[..self.former.len()].iter().map(|l| self.fitted && *l != 0).collect();
             (self.fitted, self.refit_room, self.given_up) = (true, 0, p.data.study.id.max(0));
+            self.fitted_on = self.study.map_or(p.data.fit_rows.len(), |s| s.rows);
+            self.weighed = false;
             self.findings.forget_drift(self.stream);
         }
         if with_tokens || p.data.fit {
@@ -640,8 +710,10 @@ impl Table {
             match change {
                 Change::Move { from, to } => self.move_coded(*from, *to),
                 Change::Recode { from, to } => {
+                    let from = self.geometry.tile_of(*from);
                     (0..TILE).for_each(|row| self.move_coded(from * TILE + row, to * TILE + row));
-                    self.sealed_at[*to] = self.sealed_at[*from];
+                    self.sealed_at[*to] = self.sealed_at[from];
+                    self.leave_former(from);
                 }
                 Change::Seal { tile, filling } => {
                     let (age, places) = sealed.next().expect("invariant: a place for every sealed row");
@@ -706,9 +778,9 @@ impl Table {
         self.location[cell as usize] = slot as u32;
     }
 
-    /// Where the rows of a saved state go. `coded` (the band, [`BANDS`] for one that waited, `None` when exact) and `turns` (less position) are the
+    /// Where the rows of a saved state go. `coded` (the kind, `None` when exact) and `turns` (less position) are the
     /// state's; see [`crate::state`].
-    pub fn plan_restore(&mut self, cells: Cells, new: &[u32], coded: &[Option<usize>], turns: &[i32], saved_fitted: bool) -> Result<Restore> {
+    pub fn plan_restore(&mut self, cells: Cells, new: &[u32], coded: &[Option<Kind>], turns: &[i32], saved_fitted: bool) -> Result<Restore> {
         self.check_cells(&cells, new)?;
         self.pending = None;
         self.reconcile(&cells, new);
@@ -741,16 +813,26 @@ impl Table {
             r.turns[i] = turns[i].wrapping_add(pos).wrapping_sub(anchor);
             r.row_turns[i] = anchor.wrapping_sub(pos);
         }
-        let limit = if waited > 0 { g.tiles_beside(waited) } else { g.tiles };
+        let former = self.former_tiles().count();
+        let beyond = if former > 0 { waited.max(g.waiting_in_former()) } else { waited };
+        let limit = if beyond > 0 { g.tiles_beside(beyond) } else { g.tiles };
+        // What is to be coded again needs free tiles to go to.
+        let least = (0..limit).rev().find(|used| g.can_code_all(*used, former, 0..waited));
+        let mut reserved = if former > 0 { limit - least.unwrap_or(0) } else { 0 };
+        let mut is_open: Vec<bool> = (0..self.live.len()).map(|t| (t < limit || t >= g.tiles) && !self.is_former(t)).collect();
+        for t in (0..limit).rev().filter(|t| self.live[*t] == 0) {
+            let Some(left) = reserved.checked_sub(1) else { break };
+            (reserved, is_open[t]) = (left, false);
+        }
         let mut holes: [_; BANDS + 1] = std::array::from_fn(|band| {
-            let tiles = g.band(band).filter(|t| *t < limit || *t >= g.tiles);
+            let tiles = g.band(band).filter(|t| is_open[*t]);
             let (whole, partial): (Vec<usize>, Vec<usize>) = tiles.partition(|t| self.live[*t] == 0);
             let live = &self.live;
             whole.into_iter().chain(partial).flat_map(|t| (0..TILE).map(move |row| (t, row))).filter(|(t, row)| live[*t] >> row & 1 == 0)
         });
         for i in (0..new.len()).filter(|i| r.slots[*i].is_none()) {
             // Rows that were exact or waited are young. What a band has no room for is coded again, coarser if possible.
-            let band = coded[i].filter(|b| *b < BANDS).unwrap_or(0);
+            let band = coded[i].filter(|kind| *kind != WAITING).map_or(0, |kind| kind % FORMER);
             let mut bands = if fitted { (band..BANDS).chain((0..band).rev()) } else { (BANDS..BANDS + 1).chain((0..0).rev()) };
             let (tile, row) = bands.find_map(|b| holes[b].next()).ok_or_else(|| Error::Full("no tile row is free for the saved rows".into()))?;
             r.rows[i] = (tile * TILE + row) as u32;
@@ -778,20 +860,20 @@ impl Table {
         }
     }
 
-    /// The places of the queries that are kept, for a fit and as recent ones, and how many there were.
+    /// The places of the queries that are kept, for a fit and as recent ones, how many there were, and what the bases were fitted on.
     pub fn queries_to_bytes(&self) -> Vec<u8> {
-        let counts = [self.seen, self.recorded].map(u64::to_le_bytes).into_iter().flatten();
+        let counts = [self.seen, self.recorded, self.fitted_on as u64].map(u64::to_le_bytes).into_iter().flatten();
         let places = self.queries.iter().chain(&self.recent).map(|q| q.unwrap_or((-1, -1)));
         counts.chain(places.flat_map(|(pos, seq)| [pos.to_le_bytes(), seq.to_le_bytes()]).flatten()).collect()
     }
 
     /// Take over what [`Table::queries_to_bytes`] gave, as queries of `seq` if one is given.
     pub fn queries_from_bytes(&mut self, bytes: &[u8], as_seq: Option<i32>) -> Result<()> {
-        let Some((counts, places)) = bytes.split_first_chunk::<16>().filter(|(_, p)| p.len() == 8 * (QUERY_SLOTS + RECENT_QUERIES)) else {
+        let Some((counts, places)) = bytes.split_first_chunk::<24>().filter(|(_, p)| p.len() == 8 * (QUERY_SLOTS + RECENT_QUERIES)) else {
             return Err(Error::Data("state: the list of queries has another length".into()));
         };
         let long = |b: &[u8]| u64::from_le_bytes(b.try_into().expect("invariant: eight bytes"));
-        (self.seen, self.recorded) = (long(&counts[..8]), long(&counts[8..]));
+        (self.seen, self.recorded, self.fitted_on) = (long(&counts[..8]), long(&counts[8..16]), long(&counts[16..]) as usize);
         let int = |b: &[u8]| i32::from_le_bytes(b.try_into().expect("invariant: four bytes"));
         for (q, p) in self.queries.iter_mut().chain(&mut self.recent).zip(places.chunks_exact(8)) {
             let (pos, seq) = (int(&p[..4]), int(&p[4..]));
@@ -815,8 +897,10 @@ struct Tiles<'a> {
     sealed_rows: Vec<(u64, [(u32, i32); TILE])>,
     /// In which tiles rows may wait.
     waiting: Range<usize>,
-    /// Up to which of them rows waited before the step.
+    /// Tiles of waiting rows up to the last one in use at the beginning of the step: layers are coded one after another.
     waited: usize,
+    /// Tiles whose rows were in the former bases at the beginning of the step.
+    former: Vec<bool>,
 }
 
 impl<'a> Tiles<'a> {
@@ -825,9 +909,21 @@ impl<'a> Tiles<'a> {
         let waited = live[table.geometry.tiles..].iter().rposition(|l| *l != 0).map_or(0, |last| last + 1);
         let mut waiting = table.geometry.band(BANDS);
         if table.refit_room > 0 {
+            waiting.start += table.geometry.waiting_in_former();
             waiting.end = waiting.start + table.refit_room;
         }
-        Tiles { geometry: &table.geometry, live, sealed_at, sealed: table.sealed, changes: Vec::new(), sealed_rows: Vec::new(), waiting, waited }
+        let former = table.former.clone();
+        Tiles {
+            geometry: &table.geometry,
+            live,
+            sealed_at,
+            sealed: table.sealed,
+            changes: Vec::new(),
+            sealed_rows: Vec::new(),
+            waiting,
+            waited,
+            former,
+        }
     }
 
     fn fill(&mut self, tile: usize, age: u64, (filling, places): Fill) {
@@ -866,53 +962,71 @@ impl<'a> Tiles<'a> {
         free + holes / TILE
     }
 
-    fn are_waiting(&self) -> bool {
-        self.waits_in() > 0
+    /// Whether there are tiles that wait or are in the former bases.
+    fn are_to_be_coded(&self) -> bool {
+        self.waited > 0 || self.former.contains(&true)
     }
 
-    /// Tiles of waiting rows up to the last one in use, at the beginning of the step too: layers are coded one after another.
-    fn waits_in(&self) -> usize {
-        self.waited
+    /// Bases come that take the place of others.
+    fn outdate(&mut self) {
+        self.former = self.live[..self.geometry.tiles].iter().map(|l| *l != 0).collect();
     }
 
-    /// Code up to `most` of the tiles that wait, now that there are bases, and the rows that leave, which are younger: the youngest get the finest bands.
-    fn code_waiting(&mut self, leaving: Vec<Fill>, most: usize) -> Result<()> {
+    /// Code the rows that leave in bases that are new, and up to `most` of the tiles that are in the former ones or wait. The former ones are oldest, and
+    /// come first and into the last band; then the youngest of those that wait get the finest bands. Layers change their bases one after another, so
+    /// nothing is written where in this step a layer may still read something in the former ones.
+    fn code_again(&mut self, leaving: Vec<Fill>, most: usize) -> Result<()> {
         let age = self.sealed;
         for (i, fill) in leaving.into_iter().enumerate().rev() {
             let tile = self.beside_waiting()?;
             self.fill(tile, age + 1 + i as u64, fill);
         }
+        let mut former: Vec<usize> = (0..self.former.len()).filter(|t| self.former[*t] && self.live[*t] != 0).collect();
+        former.sort_by_key(|t| self.sealed_at[*t]);
+        for from in former.iter().take(most) {
+            let bands = (0..BANDS).rev().flat_map(|band| self.geometry.band(band));
+            let Some(to) = bands.filter(|t| *t < self.beside()).find(|t| self.is_free(*t)) else { break };
+            self.recode(*from, to);
+        }
+        if !former.is_empty() {
+            return Ok(());
+        }
         let mut waiting: Vec<usize> = self.geometry.band(BANDS).filter(|t| self.live[*t] != 0).collect();
         waiting.sort_by_key(|t| std::cmp::Reverse(self.sealed_at[*t]));
         for from in waiting.into_iter().take(most) {
-            let to = self.beside_waiting()?;
+            // Where there is no room for all at once, what a step has coded makes room for the next.
+            let Ok(to) = self.beside_waiting() else { break };
             self.recode(from, to);
         }
         Ok(())
     }
 
-    /// Code all tiles again in other bases, and the rows that leave. Nothing is written where anything was: layers change their bases one after another.
-    fn code_all_again(&mut self, leaving: Vec<Fill>) -> Result<()> {
-        let taken = self.live.clone();
-        let mut free = (0..self.geometry.tiles_beside(self.waits_in())).filter(|t| taken[*t] == 0);
-        let mut next = || free.next().ok_or_else(|| Error::Full("there is no room to code all tiles again".into()));
-        let age = self.sealed;
-        for (i, fill) in leaving.into_iter().enumerate().rev() {
-            self.fill(next()?, age + 1 + i as u64, fill);
-        }
-        let mut old: Vec<usize> = (0..taken.len()).filter(|t| taken[*t] != 0).collect();
-        old.sort_by_key(|t| std::cmp::Reverse(self.sealed_at[*t]));
-        old.into_iter().try_for_each(|from| Ok(self.recode(from, next()?)))
+    fn is_free(&self, tile: usize) -> bool {
+        self.live[tile] == 0 && !self.former[tile]
     }
 
-    /// The first free tile that lies before what waits.
-    fn beside_waiting(&self) -> Result<usize> {
-        let free = (0..self.geometry.tiles_beside(self.waits_in())).find(|t| self.live[*t] == 0);
-        free.ok_or_else(|| Error::Full("no tile is free beside the rows that wait for a fit".into()))
+    /// Tiles from the first on that lie before what waits and before former bases.
+    fn beside(&self) -> usize {
+        let former = if self.former.contains(&true) { self.geometry.waiting_in_former() } else { 0 };
+        self.geometry.tiles_beside(self.waited.max(former))
+    }
+
+    /// The first free one of these, or one whose rows go to holes of others.
+    fn beside_waiting(&mut self) -> Result<usize> {
+        let beside = self.beside();
+        if let Some(free) = (0..beside).find(|t| self.is_free(*t)) {
+            return Ok(free);
+        }
+        let mut bands = (0..BANDS).map(|band| self.geometry.band(band)).map(|band| band.start.min(beside)..band.end.min(beside));
+        match bands.find(|tiles| !self.former.contains(&true) && self.holes(tiles.clone()) >= TILE) {
+            Some(tiles) => Ok(self.compact(tiles)),
+            None => Err(Error::Full("no tile is free beside the rows that wait for a fit".into())),
+        }
     }
 
     fn recode(&mut self, from: usize, to: usize) {
-        self.changes.push(Change::Recode { from, to });
+        let number = if from < self.former.len() && self.former[from] { self.geometry.former(from) } else { from };
+        self.changes.push(Change::Recode { from: number, to });
         self.sealed_at[to] = self.sealed_at[from];
         self.live[to] = std::mem::take(&mut self.live[from]);
     }

@@ -52,6 +52,11 @@ impl Basis {
         (BASIS_HEADER_BYTES + 16 * d + 4 * d * d).next_multiple_of(64)
     }
 
+    /// How many of these, from the first on, are enough to decode.
+    pub const fn decoder_bytes_of(d: usize) -> usize {
+        (BASIS_HEADER_BYTES + 16 * d + 2 * d * d).next_multiple_of(64)
+    }
+
     /// Widths of a stored basis.
     pub fn widths_of(bytes: &[u8]) -> [Widths; BANDS] {
         let count = |i: usize| usize::from(u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]));
@@ -78,8 +83,8 @@ impl Basis {
         }
     }
 
-    /// Write in stored form: widths, mean, then per coefficient an encode scale, decode scale and weight in f32, then both
-    /// matrices in f16, rows divided by their scale.
+    /// Write in stored form: widths, mean, then per coefficient a decode scale, encode scale and weight in f32, then both
+    /// matrices in f16 in this order, rows divided by their scale.
     pub fn store(&self, bytes: &mut [u8]) {
         let d = self.d;
         bytes.fill(0);
@@ -92,7 +97,7 @@ impl Basis {
             put_f32(floats, i, *m);
         }
         let (mut scaled, mut halves) = (Vec::with_capacity(d), vec![f16::ZERO; d]);
-        for (part, rows) in [&self.encode, &self.decode].into_iter().enumerate() {
+        for (part, rows) in [&self.decode, &self.encode].into_iter().enumerate() {
             for (j, row) in rows.chunks_exact(d).enumerate() {
                 let largest = row_scale(row);
                 put_f32(floats, (1 + part) * d + j, largest);
@@ -111,12 +116,12 @@ impl Basis {
     /// Read the stored form of a basis for heads of `d` elements, reusing this object's buffers.
     /// `with_encoder` false leaves out what only coding needs.
     pub fn load(&mut self, bytes: &[u8], d: usize, with_encoder: bool) -> Result<()> {
-        self.read(bytes, d, [with_encoder, true])
+        self.read(bytes, d, [true, with_encoder])
     }
 
     /// [`Basis::load`] of what coding rows needs, and no more.
     pub fn load_encoder(&mut self, bytes: &[u8], d: usize) -> Result<()> {
-        self.read(bytes, d, [true, false])
+        self.read(bytes, d, [false, true])
     }
 
     /// The share of a row's energy, by importance, that a band would lose of it, going by the widths of the coefficients alone.
@@ -134,7 +139,8 @@ impl Basis {
     }
 
     fn read(&mut self, bytes: &[u8], d: usize, wanted: [bool; 2]) -> Result<()> {
-        if bytes.len() < Self::bytes_of(d) {
+        let need = if wanted[1] { Self::bytes_of(d) } else { Self::decoder_bytes_of(d) };
+        if bytes.len() < need {
             return Err(Error::Data(format!("a basis for heads of {d} elements in {} bytes", bytes.len())));
         }
         (self.d, self.widths) = (d, Self::widths_of(bytes));
@@ -146,7 +152,7 @@ impl Basis {
         self.mean.extend((0..if bytes[HAS_MEAN] == 0 { 0 } else { d }).map(|i| f32_at(floats, i)));
         self.weight.clear();
         self.weight.extend((0..d).map(|j| f32_at(floats, 3 * d + j)));
-        for (part, rows) in [&mut self.encode, &mut self.decode].into_iter().enumerate() {
+        for (part, rows) in [&mut self.decode, &mut self.encode].into_iter().enumerate() {
             if !wanted[part] {
                 rows.clear();
                 continue;

@@ -35,6 +35,9 @@ const FINE_ERROR: f32 = 1.4 / 16.0;
 /// What every direction of values is taken to have, as a share of the mean: where all rows were alike, other rows to come must not be coefficients so
 /// large that they drown the one which was seen.
 const OTHER: f64 = 1e-3;
+/// The same of keys. Less would do for the rows that a fit has seen; where nearly all of them were one word again and again, the first rows of what
+/// follows are lost without it.
+const OTHER_KEYS: f64 = 0.03;
 /// Coefficients of equal width are mixed whose variances are no further apart: what a row unlike all others has in one of few must not drown those of many.
 const MIXED: f64 = 16.0;
 
@@ -197,7 +200,7 @@ fn moments(kernels: &Kernels, rows: &[f32], d: usize) -> Moments {
     for row in rows.chunks_exact(d) {
         gram.next().iter_mut().zip(row).zip(&mean).for_each(|((c, x), m)| *c = x - m);
     }
-    Moments { covariance: gram.finish(1.0 / n), mean }
+    Moments { covariance: with_others(gram.finish(1.0 / n), OTHER_KEYS), mean }
 }
 
 /// Those of values: of rows that all have the norm that is their geometric mean. There is no mean.
@@ -213,8 +216,14 @@ fn directions(kernels: &Kernels, rows: &[f32], d: usize) -> Moments {
         gram.next().iter_mut().zip(row).for_each(|(out, x)| *out = x * scale);
     }
     let moment = gram.finish(typical * typical / (n * d as f64));
-    let least = OTHER * (0..d).map(|i| moment[(i, i)]).sum::<f64>() / d as f64;
-    Moments { covariance: Mat::from_fn(d, d, |i, j| moment[(i, j)] + if i == j { least } else { 0.0 }), mean: Vec::new() }
+    Moments { covariance: with_others(moment, OTHER), mean: Vec::new() }
+}
+
+/// Moments of rows among which there are others, `share` of all, that are alike in all directions.
+fn with_others(moment: Mat<f64>, share: f64) -> Mat<f64> {
+    let d = moment.nrows();
+    let least = share * (0..d).map(|i| moment[(i, i)]).sum::<f64>() / d as f64;
+    Mat::from_fn(d, d, |i, j| moment[(i, j)] + if i == j { least } else { 0.0 })
 }
 
 fn eigen(m: &Mat<f64>) -> Result<(Vec<f64>, Mat<f64>)> {

@@ -4,7 +4,7 @@
 
 use super::*;
 use crate::attention::Scoring;
-use crate::cache::arena::Bytes;
+use crate::cache::arena::{Bytes, BytesMut};
 use crate::cache::{Call, Layer, Mask, Plan, Rows, Step};
 use half::f16;
 use std::ops::Range;
@@ -196,9 +196,12 @@ impl Bytes for Shared {
         // SAFETY: inside of the arena; the cache asks for bytes of the thread's own head, which no other thread touches.
         unsafe { std::slice::from_raw_parts(self.at.add(r.start), r.len()) }
     }
+}
+
+impl BytesMut for Shared {
     fn get_mut(&mut self, r: Range<usize>) -> &mut [u8] {
         assert!(r.start <= r.end && r.end <= self.len);
-        // SAFETY: as above, and `self` is borrowed for as long.
+        // SAFETY: as in `get`, and `self` is borrowed for as long.
         unsafe { std::slice::from_raw_parts_mut(self.at.add(r.start), r.len()) }
     }
 }

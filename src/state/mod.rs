@@ -8,8 +8,8 @@
 //! Layout: magic, version, shape hash, flags, counts; per cell its kind and its turn less its position; per KV head its bases, what its waiting
 //! rows are coded relative to, and its rows: exact ones in f16, packed codes of others; queries; CRC-32 of all that. Must not know C.
 
-use crate::cache::arena::{self, ExactRows, Pieces};
-use crate::cache::geometry::{waiting_form, HeadRanges, WAITING_BITS};
+use crate::cache::arena::{self, AllBases, ExactRows, Pieces};
+use crate::cache::geometry::{waiting_form, HeadRanges, Kind, FORMER, KINDS, WAITING, WAITING_BITS};
 use crate::cache::{Cells, Geometry, Layer, Location, Restore, Table};
 use crate::codec::{self, Basis, Fine, TileForm};
 use crate::config::{Heads, BANDS, TILE};
@@ -19,9 +19,9 @@ use crate::simd;
 use half::f16;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"SKVSTATE");
-const VERSION: u32 = 5;
+const VERSION: u32 = 6;
 const EXACT: u8 = 1;
-/// Plus the band; [`BANDS`] for rows that wait.
+/// Plus the [`crate::cache::geometry::Kind`].
 const CODED: u8 = 2;
 
 fn shape_hash(layers: &[&Layer]) -> u32 {
@@ -55,17 +55,19 @@ pub fn write(table: &Table, layers: &[&Layer], arena: &[u8], cells: &[u32]) -> R
         };
         out.push(match at {
             Location::Slot(_) => EXACT,
-            Location::Coded(tile, _) => CODED + g.band_of(tile) as u8,
+            Location::Coded(tile, _) => CODED + g.kind_of(table.number(tile)) as u8,
         });
         out.extend(turn.to_le_bytes());
         located.push(at);
     }
     let with_queries = !fitted && g.keeps_queries();
+    let former = located.iter().any(|at| matches!(at, Location::Coded(tile, _) if table.number(*tile) != *tile));
     out.extend(u32::from(with_queries).to_le_bytes());
+    out.extend(u32::from(former).to_le_bytes());
     out.extend(g.waiting_bits.to_le_bytes());
     for l in layers {
         for (head, r) in arena::heads(g, l.index()).into_iter().enumerate() {
-            write_head(g, l, head, &r, arena, fitted, &located, &mut out)?;
+            write_head(table, l, head, &r, arena, (fitted, former), &located, &mut out)?;
             if with_queries {
                 let (queries, norms) = arena::queries(&arena[r.queries])?;
                 out.extend(queries.iter().copied().chain(norms.iter().flat_map(|x| x.to_le_bytes())));
@@ -79,27 +81,28 @@ pub fn write(table: &Table, layers: &[&Layer], arena: &[u8], cells: &[u32]) -> R
 
 #[expect(clippy::too_many_arguments, reason = "a head, its rows and where they go")]
 fn write_head(
-    g: &Geometry,
+    table: &Table,
     l: &Layer,
     head: usize,
     r: &HeadRanges,
     arena: &[u8],
-    fitted: bool,
+    there: (bool, bool),
     located: &[Location],
     out: &mut Vec<u8>,
 ) -> Result<()> {
-    let bases = if fitted { &arena[r.bases.clone()] } else { &[] };
-    out.extend(bases);
+    for (_, bases) in [(there.0, r.bases.clone()), (there.1, r.former_bases())].into_iter().filter(|(is_there, _)| *is_there) {
+        out.extend(&arena[bases]);
+    }
     out.extend(&arena[r.plain.clone()]);
     out.extend(&arena[r.recent.clone()]);
     let rows = ExactRows::new(l.shape(), &arena[r.exact.clone()])?;
-    let pieces = Pieces::new(g, l.index(), head, &arena[r.record.clone()], bases)?;
+    let pieces = Pieces::new(table.geometry(), l.index(), head, &arena, r, there)?;
     for at in located {
         match at {
             Location::Slot(slot) => out.extend(rows.row(*slot).iter().flat_map(|x| x.to_le_bytes())),
             Location::Coded(tile, row) => {
-                let (band, place) = pieces.place(*tile);
-                out.extend(codec::take_row(pieces.form(band), &arena[place], *row));
+                let (kind, place) = pieces.place(table.number(*tile));
+                out.extend(codec::take_row(pieces.form(kind), &arena[place], *row));
             }
         }
     }
@@ -139,19 +142,29 @@ impl<'a> Reader<'a> {
 /// What a state holds of one head of one layer, borrowed from its bytes.
 struct SavedHead<'a> {
     bases: &'a [u8],
+    former: &'a [u8],
     plain: &'a [u8],
     recent: &'a [u8],
     waiting_bits: u32,
-    /// How rows of each band are coded, and last those that waited.
-    forms: [TileForm; BANDS + 1],
+    /// How rows of each kind are coded.
+    forms: [TileForm; KINDS],
     rows: Vec<&'a [u8]>,
     queries: &'a [u8],
 }
 
+impl SavedHead<'_> {
+    fn load(&self, h: &Heads) -> Result<AllBases> {
+        // In a state nothing is aligned.
+        let ([fitted, former], mut all) = ([self.bases, self.former].map(<[u8]>::to_vec), AllBases::default());
+        all.read(h, [&fitted, &former], (self.plain, self.waiting_bits), false)?;
+        Ok(all)
+    }
+}
+
 struct Saved<'a> {
     fitted: bool,
-    /// Band of each coded row.
-    coded: Vec<Option<usize>>,
+    /// Kind of each coded row.
+    coded: Vec<Option<Kind>>,
     bases: Vec<i32>,
     layers: Vec<Vec<SavedHead<'a>>>,
     queries: &'a [u8],
@@ -186,23 +199,27 @@ fn parse<'a>(table: &Table, layers: &[&Layer], n: usize, bytes: &'a [u8]) -> Res
     for _ in 0..n {
         coded.push(match r.take(1)?[0] {
             EXACT => None,
-            kind if (CODED..=CODED + BANDS as u8).contains(&kind) => Some(usize::from(kind - CODED)),
+            kind if (CODED..CODED + KINDS as u8).contains(&kind) => Some(usize::from(kind - CODED)),
             _ => return bad("a row of an unknown kind"),
         });
         bases.push(r.u32()? as i32);
     }
-    if !fitted && coded.iter().flatten().any(|band| *band < BANDS) {
+    if !fitted && coded.iter().flatten().any(|kind| *kind != WAITING) {
         return bad("coded rows without bases");
     }
     let mut heads = Vec::with_capacity(layers.len());
     let with_queries = r.u32()? != 0;
+    let former = r.u32()? != 0;
+    if !former && coded.iter().flatten().any(|kind| *kind >= FORMER) {
+        return bad("coded rows without bases");
+    }
     let waiting_bits = r.u32()?;
     if !WAITING_BITS.contains(&waiting_bits) {
         return bad("waiting rows of an unknown kind");
     }
     for l in layers {
         let ranges = arena::heads(table.geometry(), l.index());
-        let head = |ranges: &HeadRanges| parse_head(&mut r, (l, waiting_bits), ranges, fitted, &coded, with_queries);
+        let head = |ranges: &HeadRanges| parse_head(&mut r, (l, waiting_bits), ranges, (fitted, former), &coded, with_queries);
         heads.push(ranges.iter().map(head).collect::<Result<Vec<_>>>()?);
     }
     Ok(Saved { fitted, coded, bases, layers: heads, queries: r.bytes })
@@ -212,35 +229,39 @@ fn parse_head<'a>(
     r: &mut Reader<'a>,
     (l, waiting_bits): (&Layer, u32),
     ranges: &HeadRanges,
-    fitted: bool,
-    coded: &[Option<usize>],
+    (fitted, former): (bool, bool),
+    coded: &[Option<Kind>],
     with_queries: bool,
 ) -> Result<SavedHead<'a>> {
     let h = l.shape();
     let bases = r.take(if fitted { ranges.bases.len() } else { 0 })?;
+    let former = r.take(if former { ranges.former_bases().len() } else { 0 })?;
     let (plain, recent) = (r.take(ranges.plain.len())?, r.take(ranges.recent.len())?);
     let waiting = waiting_form(h, waiting_bits);
-    let forms = if fitted { saved_forms(h, bases, waiting)? } else { std::array::from_fn(|_| waiting.clone()) };
+    let mut forms = [waiting; KINDS];
+    let k_bytes = [Basis::bytes_of(h.d_k), Basis::decoder_bytes_of(h.d_k)];
+    for ((first, bases), k_bytes) in [(0, bases), (FORMER, former)].into_iter().zip(k_bytes).filter(|((_, bases), _)| !bases.is_empty()) {
+        forms[first..first + BANDS].copy_from_slice(&saved_forms(h, bases.split_at(k_bytes))?);
+    }
     let mut row = |c: &Option<usize>| match c {
-        Some(band) => {
-            let n = r.bytes.first().and_then(|flag| forms[*band].taken_bytes(*flag));
+        Some(kind) => {
+            let n = r.bytes.first().and_then(|flag| forms[*kind].taken_bytes(*flag));
             r.take(n.ok_or_else(|| Error::Data("state: a row that is no row".into()))?)
         }
         None => r.take(h.row_bytes()),
     };
     let rows = coded.iter().map(&mut row).collect::<Result<_>>()?;
     let queries = r.take(if with_queries { ranges.queries.len() } else { 0 })?;
-    Ok(SavedHead { bases, plain, recent, waiting_bits, forms, rows, queries })
+    Ok(SavedHead { bases, former, plain, recent, waiting_bits, forms, rows, queries })
 }
 
-/// How rows of a state are coded that has these bases.
-fn saved_forms(h: &Heads, bases: &[u8], waiting: TileForm) -> Result<[TileForm; BANDS + 1]> {
-    let (k, v) = (Basis::widths_of(bases), Basis::widths_of(&bases[Basis::bytes_of(h.d_k)..]));
+/// How rows of a state are coded in these bases, by band.
+fn saved_forms(h: &Heads, (k, v): (&[u8], &[u8])) -> Result<[TileForm; BANDS]> {
+    let (k, v) = (Basis::widths_of(k), Basis::widths_of(v));
     if k.iter().any(|w| w.rank() > h.d_k) || v.iter().any(|w| w.rank() > h.d_v) {
         return Err(Error::Data("state: more coefficients than elements".into()));
     }
-    let form = |band: usize| TileForm::new(k[band], v[band], h.d_k, h.d_v, Fine::Residuals);
-    Ok(std::array::from_fn(|band| if band == BANDS { waiting.clone() } else { form(band) }))
+    Ok(std::array::from_fn(|band| TileForm::new(k[band], v[band], h.d_k, h.d_v, Fine::Residuals)))
 }
 
 /// Read a state into `cells`, given in the order they were written; rows they held are dropped. `all` describes every
@@ -304,24 +325,6 @@ fn adopt_head(arena: &mut [u8], r: &HeadRanges, saved: &SavedHead, place: &Resto
     }
 }
 
-/// The bases of rows of a band: fitted ones or those of rows that wait.
-fn of(both: &[(Basis, Basis); 2], band: usize) -> (&Basis, &Basis) {
-    let (k, v) = &both[usize::from(band == BANDS)];
-    (k, v)
-}
-
-fn load(h: &Heads, bases: &[u8], plain: &[u8], waiting_bits: u32) -> Result<[(Basis, Basis); 2]> {
-    let mut fitted = (Basis::default(), Basis::default());
-    if !bases.is_empty() {
-        // In a state nothing is aligned.
-        let bases = bases.to_vec();
-        let (k, v) = bases.split_at(Basis::bytes_of(h.d_k));
-        fitted.0.load(k, h.d_k, true)?;
-        fitted.1.load(v, h.d_v, true)?;
-    }
-    Ok([fitted, arena::plain(h, plain, waiting_bits)])
-}
-
 #[expect(clippy::too_many_arguments, reason = "a head, what is saved of it and where it goes")]
 fn restore_head(
     l: &Layer,
@@ -334,11 +337,14 @@ fn restore_head(
     place: &Restore,
 ) -> Result<()> {
     let (h, kernels) = (l.shape(), simd::kernels());
-    let (bases, plain, waiting_bits) = (arena[r.bases.clone()].to_vec(), arena[r.plain.clone()].to_vec(), table.geometry().waiting_bits);
-    let bases = if place.fitted { &bases[..] } else { &[] };
-    let pieces = Pieces::new(table.geometry(), l.index(), head, &arena[r.record.clone()], bases)?;
-    let (here, there) = (load(h, bases, &plain, waiting_bits)?, load(h, own.bases, own.plain, own.waiting_bits)?);
-    let same = |band: usize| if band == BANDS { plain == own.plain && waiting_bits == own.waiting_bits } else { bases == own.bases };
+    let (g, mut here) = (table.geometry(), AllBases::default());
+    // Nothing is put into tiles in the former bases.
+    let pieces = Pieces::new(g, l.index(), head, &arena, r, (place.fitted, false))?;
+    here.load(g, h, &arena, r, (place.fitted, false), true)?;
+    let there = own.load(h)?;
+    let same_plain = arena[r.plain.clone()] == *own.plain && g.waiting_bits == own.waiting_bits;
+    let same_bases = place.fitted && arena[r.bases.clone()] == *own.bases;
+    let same = |kind: Kind| if kind == WAITING { same_plain } else { same_bases };
     let (mut turn, mut row, mut work) = (Turn::default(), vec![0.0f32; h.elements()], codec::TileWork::default());
     for (i, bytes) in own.rows.iter().enumerate() {
         if let Some(slot) = place.slots[i] {
@@ -352,15 +358,15 @@ fn restore_head(
             codec::put_row(pieces.form(to), &mut arena[at], target % TILE, bytes);
             continue;
         }
-        if let Some(band) = saved.coded[i] {
-            codec::decode_taken(kernels, of(&there, band), &own.forms[band], bytes, &mut row);
+        if let Some(kind) = saved.coded[i] {
+            codec::decode_taken(kernels, there.of(kind), &own.forms[kind], bytes, &mut row);
         } else {
             row.iter_mut().zip(bytes.chunks_exact(2)).for_each(|(out, x)| *out = f16::from_le_bytes([x[0], x[1]]).to_f32());
             l.rope().turn(i64::from(place.turns[i]), &mut turn);
             l.rope().rotate(&turn, &mut row[..h.d_k]);
         }
         let (k, v) = row.split_at(h.d_k);
-        codec::encode_row(kernels, of(&here, to), pieces.form(to), k, v, target % TILE, &mut arena[at], &mut work);
+        codec::encode_row(kernels, here.of(to), pieces.form(to), k, v, target % TILE, &mut arena[at], &mut work);
     }
     Ok(())
 }

@@ -463,6 +463,12 @@ impl Stream {
         self.live().iter().filter(|c| self.table.locate(**c as usize).and_then(|(at, _)| self.band(at)) == Some(BANDS)).count()
     }
 
+    /// How many tiles are in the former bases.
+    pub fn former(&self) -> usize {
+        let g = self.table.geometry();
+        (0..g.tiles).filter(|t| self.table.number(*t) != *t).count()
+    }
+
     /// Relative error of the values of some cells, over all layers.
     pub fn error_of(&self, cells: &[u32]) -> f64 {
         let (mut got, mut want) = (Vec::new(), Vec::new());

@@ -41,7 +41,7 @@ CODEC = dict(
     fine_rows=2, fine_bits=4, fine_steps=[0.7, 0.85, 1.0, 1.2, 1.5, 2.0], witness_stride=8, witness_distance=[32, 128],
     # Fits: rows, and queries that are kept of them.
     fit=1024, queries=64, distances=[64, 128, 192, 320, 512, 768, 1024, 1536, 2048],
-    damp=1e-3, other=1e-3, power=0.7, least=0.5, most=8.0,
+    damp=1e-3, other=1e-3, other_keys=0.03, power=0.7, least=0.5, most=8.0,
 )
 C = argparse.Namespace(**CODEC)
 
@@ -227,6 +227,7 @@ class Transform:
             self.mean = rows.mean(0)
             x = (rows - self.mean).double()
             covariance = x.T @ x / len(x)
+            covariance += C.other_keys * covariance.diagonal().mean() * torch.eye(d)
             values, u = torch.linalg.eigh(moment.double())
             values = (values + C.damp * values.mean()).sqrt()
             root, inverse = (u * values) @ u.T, (u / values) @ u.T
