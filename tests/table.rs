@@ -126,7 +126,7 @@ fn op() -> impl Strategy<Value = Op> {
 
 /// Free cells for `n` tokens, as many as there are, and their places: the sequences of a bit set in turn.
 fn fresh_tokens(s: &Stream, r: &mut Random, seqs: u32, n: usize, scattered: bool) -> (Vec<u32>, Vec<(i32, u32)>) {
-    let mut cells = s.free();
+    let (mut cells, n) = (s.free(), n.min(s.table.geometry().config.n_tokens as usize));
     if scattered {
         for i in (1..cells.len()).rev() {
             cells.swap(i, r.below(i + 1));
@@ -204,6 +204,7 @@ fn apply(s: &mut Stream, r: &mut Random, op: &Op) {
         }
         Op::Replace { seq, n } => {
             let cells = s.cells_of(seq);
+            let n = n.min(s.table.geometry().config.n_tokens as usize);
             let tail = cells[cells.len().saturating_sub(n)..].to_vec();
             s.remove(seq, &tail);
             let cells: Vec<u32> = tail.into_iter().filter(|c| s.rows[*c as usize].is_none()).collect();
@@ -265,6 +266,23 @@ proptest! {
         apply(&mut s, &mut r, &Op::Clear);
         s.check(NEAR_A_GAP);
         prop_assert!(script(&mut s) == script(&mut stream()), "what was there before shows");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 8, max_shrink_iters: 30, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_sequence_of_operations_amid_another_fit_keeps_every_row(ops in prop::collection::vec(op(), 1..25), seed in any::<u32>(), steps in 0usize..30) {
+        let (mut s, mut r) = (amid_another_fit(4), Random::new(u64::from(seed)));
+        s.append(77, 1, steps, 1).unwrap();
+        for (i, op) in ops.iter().enumerate() {
+            apply(&mut s, &mut r, op);
+            if i % 6 == 5 {
+                s.check(NEAR_A_GAP);
+            }
+        }
+        s.check(NEAR_A_GAP);
     }
 }
 
@@ -513,9 +531,9 @@ fn few_rows_are_fitted_on_first_and_more_of_them_later() {
     }
 }
 
-/// A stream whose tiles are being coded again in new bases.
-fn amid_another_fit() -> Stream {
-    let mut s = stream_of(&Config { n_seqs: 2, n_tokens: 64, window: 64, bits: 10.0, ..config(4000) });
+/// A stream of so many sequences whose tiles are being coded again in new bases.
+fn amid_another_fit(n_seqs: u32) -> Stream {
+    let mut s = stream_of(&Config { n_seqs, n_tokens: 64, window: 64, bits: 10.0, ..config(3000 + 600 * n_seqs) });
     refit(&mut s, 40, |_, _| {});
     while s.former() == 0 {
         s.append(5000 + s.live().len() as u64, 0, 1, 1).unwrap();
@@ -526,7 +544,7 @@ fn amid_another_fit() -> Stream {
 
 #[test]
 fn tiles_in_former_bases_are_looked_after_like_others() {
-    let mut s = amid_another_fit();
+    let mut s = amid_another_fit(2);
     // A hole in each, and some without any row left.
     let cells = s.cells_of(0);
     let gone: Vec<u32> = cells.iter().copied().enumerate().filter(|(i, _)| i % 50 == 7 || (300..450).contains(i)).map(|(_, c)| c).collect();
@@ -552,7 +570,7 @@ fn tiles_in_former_bases_are_looked_after_like_others() {
 
 #[test]
 fn a_state_saved_amid_another_fit_continues_elsewhere() {
-    let s = amid_another_fit();
+    let s = amid_another_fit(2);
     let cells = s.cells_of(0);
     let (rows, bytes): (Vec<_>, _) = (cells.iter().map(|c| s.rows[*c as usize].clone().unwrap()).collect(), s.save(&cells).unwrap());
     let mut fresh = stream_of(&s.table.geometry().config);
@@ -562,7 +580,7 @@ fn a_state_saved_amid_another_fit_continues_elsewhere() {
     fresh.append(1, 0, 400, 40).unwrap();
     fresh.check(NEAR);
     // Into a stream that is itself in the middle of one: what finds room there, or is refused and changes nothing.
-    let mut other = amid_another_fit();
+    let mut other = amid_another_fit(2);
     let few = &cells[..200];
     let (rows, bytes): (Vec<_>, _) = (few.iter().map(|c| s.rows[*c as usize].clone().unwrap()).collect(), s.save(few).unwrap());
     let rows: Vec<ModelRow> = rows.into_iter().map(|r: ModelRow| ModelRow { seqs: 2, ..r }).collect();
