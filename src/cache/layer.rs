@@ -164,7 +164,7 @@ impl Layer {
             if plan.fitted {
                 arena::keep_former(self.shape(), bytes, &self.geometry.head(self.index, head));
             }
-            self.write_shared_bases(head, bytes, plan)?;
+            self.write_shared_bases(head, bytes, plan, step)?;
         }
         self.store(head, bytes, plan, step)
     }
@@ -189,8 +189,8 @@ impl Layer {
         Ok(())
     }
 
-    /// Write a head's bases, when all heads were looked at before.
-    fn write_shared_bases(&self, head: usize, bytes: &mut impl BytesMut, plan: &Plan) -> Result<()> {
+    /// Write a head's bases, when all heads were looked at before, and bits were shared out by what was found.
+    fn write_shared_bases(&self, head: usize, bytes: &mut impl BytesMut, plan: &Plan, step: Option<&Step>) -> Result<()> {
         if self.geometry.config.calibrated && !self.calibrated {
             return Err(Error::State("no calibration was set for this layer".into()));
         }
@@ -198,7 +198,8 @@ impl Layer {
         let (Some(found), Some(share)) = self.findings.head(id, self.first_head + head) else {
             return Err(Error::State("not all layers have been looked at for the fit".into()));
         };
-        self.write_bases(head, bytes, &found, &share, plan)
+        let again = step.filter(|_| plan.looks_again()).map(|step| self.look_at(head, bytes, plan, Some(step))).transpose()?;
+        self.write_bases(head, bytes, again.as_ref().unwrap_or(&found), &share, plan)
     }
 
     /// Rows are about to be stored: the rope stays as it is.
@@ -229,10 +230,10 @@ impl Layer {
 
     /// Whether storing the heads `ith, ith + nth, ..` of this plan looks at the output projection; a step that fits by itself is the first thread's.
     pub fn wants_projection(&self, plan: &Plan, ith: usize, nth: usize) -> bool {
-        if plan.fit {
-            return ith == 0 && !plan.shared;
+        if plan.fit && !plan.shared {
+            return ith == 0;
         }
-        (ith..self.shape().n_head_kv).step_by(nth).any(|head| plan.studies(self.first_head + head))
+        (ith..self.shape().n_head_kv).step_by(nth).any(|head| plan.looks_again() || plan.studies(self.first_head + head))
     }
 
     /// After a graph that stopped part-way: do what the plan does to rows already stored, unless this arena has done it.

@@ -444,6 +444,10 @@ impl<'a> Plan<'a> {
             Err(Error::Data("plan: a slot, tile, row or token is out of range".into()))
         }
     }
+    /// Whether heads are looked at in the step that fits, though all were before: its own rows are coded in it.
+    pub fn looks_again(&self) -> bool {
+        self.fit && self.shared && !self.fit_rows.is_empty()
+    }
     /// Whether there are bases to store with, and others before them.
     pub fn bases_to_store(&self) -> (bool, bool) {
         (self.fitted || self.fit, self.former || self.fitted && self.fit)

@@ -454,8 +454,10 @@ impl Table {
 
         let mut tiles = Tiles::new(self);
         let mut study = self.prepare_fit(&mut data, &tiles, cells, new, leaving.len());
-        self.record(&mut data, cells, new);
-        if data.fit && !data.shared || data.study.from < data.study.to {
+        // Rows of a long step that are coded in it have not been looked at: their heads are, once more.
+        let looks_again = data.fit && data.shared && !self.fitted && self.geometry.keeps_queries() && new.len() > window;
+        self.record(&mut data, cells, new, looks_again);
+        if data.fit && !data.shared || data.study.from < data.study.to || looks_again {
             let rows = self.fit_on(&mut data, cells, &sequences, new);
             study.iter_mut().for_each(|study| study.rows = rows);
         }
@@ -569,9 +571,9 @@ impl Table {
     }
 
     /// Which tokens leave their queries behind, for a fit and as recent ones.
-    fn record(&self, data: &mut PlanData, cells: &Cells, new: &[u32]) {
+    fn record(&self, data: &mut PlanData, cells: &Cells, new: &[u32], looks_again: bool) {
         let g = &self.geometry;
-        if g.keeps_queries() && self.waits() && !(data.fit && data.shared) {
+        if g.keeps_queries() && self.waits() && (looks_again || !(data.fit && data.shared)) {
             let rows = if self.fitted { self.refit_room * TILE + g.config.window as usize } else { g.fit_rows };
             let stride = (rows.min(g.fit_rows) / QUERY_SLOTS).max(1) as u64;
             let at = |i: usize| self.seen + i as u64;
