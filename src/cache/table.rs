@@ -818,13 +818,11 @@ impl Table {
         let former = self.former_tiles().count();
         let beyond = if former > 0 { waited.max(g.waiting_in_former()) } else { waited };
         let limit = if beyond > 0 { g.tiles_beside(beyond) } else { g.tiles };
-        // What is to be coded again needs free tiles to go to.
-        let least = (0..limit).rev().find(|used| g.can_code_all(*used, former, 0..waited));
-        let mut reserved = if former > 0 { limit - least.unwrap_or(0) } else { 0 };
         let mut is_open: Vec<bool> = (0..self.live.len()).map(|t| (t < limit || t >= g.tiles) && !self.is_former(t)).collect();
-        for t in (0..limit).rev().filter(|t| self.live[*t] == 0) {
-            let Some(left) = reserved.checked_sub(1) else { break };
-            (reserved, is_open[t]) = (left, false);
+        if former > 0 {
+            // What is to be coded again needs free tiles to go to.
+            let least = (0..limit).rev().find(|used| g.can_code_all(*used, former, 0..waited)).unwrap_or(0);
+            (0..limit).rev().filter(|t| self.live[*t] == 0).take(limit - least).for_each(|t| is_open[t] = false);
         }
         let mut holes: [_; BANDS + 1] = std::array::from_fn(|band| {
             let tiles = g.band(band).filter(|t| is_open[*t]);
