@@ -33,7 +33,7 @@ fn library() -> &'static Path {
     static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     LIBRARY.get_or_init(|| {
         let target = scratch("c_api");
-        let build = ["build", "--release", "--lib", "--no-default-features", "--offline", "--target-dir"];
+        let build = ["build", "--release", "--lib", "--offline", "--target-dir"];
         succeed(Command::new(env!("CARGO")).current_dir(root()).args(build).arg(&target).env_remove("CARGO_BUILD_TARGET"));
         target.join("release/libspectral_kv.a")
     })
