@@ -575,8 +575,12 @@ fn a_state_saved_amid_another_fit_continues_elsewhere() {
     let (rows, bytes): (Vec<_>, _) = (cells.iter().map(|c| s.rows[*c as usize].clone().unwrap()).collect(), s.save(&cells).unwrap());
     let mut fresh = stream_of(&s.table.geometry().config);
     fresh.restore(&cells, &rows, &bytes).unwrap();
-    assert_eq!((fresh.former(), fresh.save(&cells).unwrap().len() > 1000), (0, true));
+    assert_eq!(fresh.former(), 0);
     fresh.check(NEAR);
+    // What it then saves holds the same rows once more.
+    let mut third = stream_of(&s.table.geometry().config);
+    third.restore(&cells, &rows, &fresh.save(&cells).unwrap()).unwrap();
+    third.check(NEAR);
     fresh.append(1, 0, 400, 40).unwrap();
     fresh.check(NEAR);
     // Into a stream that is itself in the middle of one: what finds room there, or is refused and changes nothing.

@@ -4,6 +4,7 @@
 //! bytes is a copy of its contents. Must not know about threads: it hands out slices.
 
 use super::geometry::{waiting_form, Geometry, HeadRanges, Kind, FORMER, WAITING};
+use crate::attention::HeadBases;
 use crate::codec::{f16s, f16s_mut, Basis, Fine, TileForm};
 use crate::config::{Heads, BANDS, QUERY_SLOTS};
 use crate::error::{Error, Result};
@@ -188,9 +189,54 @@ fn bands(g: &Geometry, layer: usize, head: usize, record: &[u8], (k, v): (&[u8],
     Ok(bands)
 }
 
-/// What a head's tiles are coded in, K and V of each kind of [`Bases`].
+/// Bases of K and V in some form that a head's stored ones are read into.
+pub trait HeadBasis: Default {
+    /// Read stored bases; `to_encode` says whether rows will be coded in them.
+    fn load(&mut self, stored: (&[u8], &[u8]), h: &Heads, to_encode: bool) -> Result<()>;
+    /// Take bases that are not stored.
+    fn set(&mut self, k: Basis, v: Basis);
+}
+
+impl HeadBasis for (Basis, Basis) {
+    fn load(&mut self, (k, v): (&[u8], &[u8]), h: &Heads, to_encode: bool) -> Result<()> {
+        self.0.load(k, h.d_k, to_encode)?;
+        self.1.load(v, h.d_v, to_encode)
+    }
+    fn set(&mut self, k: Basis, v: Basis) {
+        *self = (k, v);
+    }
+}
+
+impl HeadBasis for HeadBases {
+    fn load(&mut self, stored: (&[u8], &[u8]), h: &Heads, _to_encode: bool) -> Result<()> {
+        HeadBases::load(self, stored, h.d_k, h.d_v)
+    }
+    fn set(&mut self, k: Basis, v: Basis) {
+        *self = HeadBases::of(k, v);
+    }
+}
+
+/// What a head's tiles are coded in, for each kind of [`Bases`].
 #[derive(Default)]
-pub struct AllBases([(Basis, Basis); 3]);
+pub struct AllBases<B = (Basis, Basis)>([B; 3]);
+
+impl<B: HeadBasis> AllBases<B> {
+    /// Read stored bases, fitted and former ones, and those of rows that wait in so many bits, as far as they are there: what is empty is not.
+    pub fn read(&mut self, h: &Heads, [fitted, former]: [&[u8]; 2], (plain, bits): (&[u8], u32), to_encode: bool) -> Result<()> {
+        let k_bytes = [Basis::bytes_of(h.d_k), Basis::decoder_bytes_of(h.d_k)];
+        let both = [(fitted, Bases::Fitted, to_encode), (former, Bases::Former, false)];
+        for ((stored, which, to_encode), k_bytes) in both.into_iter().zip(k_bytes) {
+            if !stored.is_empty() {
+                self.0[which as usize].load(stored.split_at(k_bytes), h, to_encode)?;
+            }
+        }
+        if !plain.is_empty() {
+            let (k, v) = self::plain(h, plain, bits);
+            self.0[Bases::Plain as usize].set(k, v);
+        }
+        Ok(())
+    }
+}
 
 impl AllBases {
     /// Read a head's. What rows wait in is always there; `fitted` and `former` say whether the others are, and `to_encode` whether rows will be coded in
@@ -209,25 +255,17 @@ impl AllBases {
         self.read(h, [fitted, former], (bytes.get(r.plain.clone()), g.waiting_bits), to_encode)
     }
 
-    /// Read stored bases, fitted and former ones, of which none may be there, and those of rows that wait in so many bits.
-    pub fn read(&mut self, h: &Heads, [fitted, former]: [&[u8]; 2], (plain, bits): (&[u8], u32), to_encode: bool) -> Result<()> {
-        let k_bytes = [Basis::bytes_of(h.d_k), Basis::decoder_bytes_of(h.d_k)];
-        let both = [(fitted, Bases::Fitted, to_encode), (former, Bases::Former, false)];
-        for ((stored, which, to_encode), k_bytes) in both.into_iter().zip(k_bytes) {
-            if !stored.is_empty() {
-                let ((k, v), (bk, bv)) = (stored.split_at(k_bytes), &mut self.0[which as usize]);
-                bk.load(k, h.d_k, to_encode)?;
-                bv.load(v, h.d_v, to_encode)?;
-            }
-        }
-        self.0[Bases::Plain as usize] = self::plain(h, plain, bits);
-        Ok(())
-    }
-
     /// Those of a kind of tile.
     pub fn of(&self, kind: Kind) -> (&Basis, &Basis) {
         let (k, v) = &self.0[bases_of(kind) as usize];
         (k, v)
+    }
+}
+
+impl AllBases<HeadBases> {
+    /// Those of a kind of tile.
+    pub fn of(&self, kind: Kind) -> &HeadBases {
+        &self.0[bases_of(kind) as usize]
     }
 }
 

@@ -1,6 +1,6 @@
-//! What fits found in the heads of all layers, while not all of them were looked at, and how the bits of a tile are then shared out.
+//! What fits found in the heads of all layers, while not all of them were studied, and how the bits of a tile are then shared out.
 //!
-//! One for all layers of a cache, on the heap. A study is one fit of one stream; who misses it looks again. Must not know about arenas, nor how
+//! One for all layers of a cache, on the heap. A study is one fit of one stream; who misses it studies again. Must not know about arenas, nor how
 //! a head is analysed.
 
 use super::geometry::{overhead_bytes, Geometry};
@@ -26,7 +26,7 @@ pub struct Share {
 struct Study {
     id: i32,
     heads: Vec<Option<Arc<HeadSpectrum>>>,
-    /// Of all heads, when all have been looked at.
+    /// Of all heads, when all have been studied.
     shares: Option<Arc<[Share]>>,
 }
 
@@ -44,7 +44,7 @@ impl Findings {
     }
 
     /// Note what was found in a head, counted over all layers.
-    pub fn note(&self, g: &Geometry, id: i32, head: usize, found: HeadSpectrum) {
+    pub fn add(&self, g: &Geometry, id: i32, head: usize, found: HeadSpectrum) {
         let mut studies = self.lock();
         let at = studies.iter().position(|s| s.id == id).unwrap_or_else(|| {
             // A stream has one study at a time, and one that it gave up and did not tell of: what is more belongs to streams that are no more.
@@ -61,7 +61,7 @@ impl Findings {
         }
     }
 
-    /// What was found in a head, and its share where all have been looked at.
+    /// What was found in a head, and its share where all have been studied.
     pub fn head(&self, id: i32, head: usize) -> (Option<Arc<HeadSpectrum>>, Option<Share>) {
         let studies = self.lock();
         let Some(study) = studies.iter().find(|s| s.id == id) else { return (None, None) };
@@ -69,7 +69,7 @@ impl Findings {
     }
 
     /// Note that a head's newest rows would be coded with an error that is `ratio` times what it was when the bases were fitted.
-    pub fn note_drift(&self, stream: i32, ratio: f64) {
+    pub fn add_drift(&self, stream: i32, ratio: f64) {
         let mut drift = self.drift.lock().unwrap_or_else(|e| e.into_inner());
         let (sum, n) = drift.entry(stream).or_default();
         (*sum, *n) = (*sum + ratio.max(1e-9).ln(), *n + 1);

@@ -1,4 +1,4 @@
-//! What a step brings to a layer: rows of its tokens, and which cells they see. Must not know what becomes of them.
+//! What a step brings to a layer: rows of its tokens. Must not know what becomes of them.
 
 use crate::error::{Error, Result};
 use half::f16;
@@ -48,36 +48,10 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// The visibility of cells for each query token.
-#[derive(Debug, Clone, Copy)]
-pub enum Mask<'a> {
-    /// Every row is visible.
-    All,
-    /// ggml's: f16, one row per token, `stride` elements apart; 0 shows, -inf hides, other values are added. Cells from
-    /// `n_kv` on are hidden.
-    F16 {
-        /// Rows of the mask.
-        values: &'a [f16],
-        /// Elements from a row to the next.
-        stride: usize,
-        /// Cells covered.
-        n_kv: usize,
-    },
-    /// The same in f32.
-    F32 {
-        /// Rows of the mask.
-        values: &'a [f32],
-        /// Elements from a row to the next.
-        stride: usize,
-        /// Cells covered.
-        n_kv: usize,
-    },
-}
-
 /// What a step brings to the layer that stores it.
 #[derive(Debug, Clone, Copy)]
 pub struct Step<'a> {
-    /// Queries, roped: a fit looks at them, and they tell which rows draw attention.
+    /// Queries, roped: they are part of a fit's sample, and tell which rows draw attention.
     pub q: Rows<'a>,
     /// Keys, roped.
     pub k: Rows<'a>,

@@ -1,5 +1,5 @@
-//! One layer: its heads, rotation and scoring, and how a plan is carried out on it. Storing is in [`super::store`], what a fit needs in
-//! [`super::study`], attention in [`super::attend`] and, for long steps, in [`super::prefill`].
+//! One layer: its heads, rotation and scoring, and in which order a plan is carried out on a head. Tiles and slots are filled in [`super::store`], what a
+//! fit takes is in [`super::fit`] and [`super::sample`], attention in [`super::attend`].
 //!
 //! A layer is immutable but for its counters and what it finds; arenas are passed in. Work is cut so that every piece touches bytes of its own:
 //! storing by KV head, attention by (KV head, chunk of rows), rebuilding by range of cells. Must not know how a plan is made.
@@ -28,7 +28,7 @@ pub struct Layer {
     pub(super) rope: Rope,
     pub(super) scoring: Scoring,
     /// A calibration was taken.
-    calibrated: bool,
+    pub(super) calibrated: bool,
     /// Rows were stored in some arena.
     used: AtomicBool,
     /// The layer's first KV head, counted over all layers.
@@ -92,7 +92,7 @@ impl Layer {
             return Err(Error::State("the cache was not configured for a calibration".into()));
         }
         for (head, found) in calibration.layer(model_layer, self.shape(), &self.rope)?.heads.iter().enumerate() {
-            self.findings.note(&self.geometry, findings::CALIBRATED, self.first_head + head, found.clone());
+            self.findings.add(&self.geometry, findings::CALIBRATED, self.first_head + head, found.clone());
         }
         self.calibrated = true;
         Ok(())
@@ -152,13 +152,13 @@ impl Layer {
             self.count_append(plan);
         }
         if plan.studies(self.first_head + head) {
-            let found = self.look_at(head, bytes, plan, Some(step))?;
-            self.findings.note(&self.geometry, plan.study.id, self.first_head + head, found);
+            let found = self.study_head(head, bytes, plan, Some(step))?;
+            self.findings.add(&self.geometry, plan.study.id, self.first_head + head, found);
         }
         self.write_and_store(head, bytes, plan, Some(step))
     }
 
-    /// What a plan does to a head, when nothing has to be looked at for it any more.
+    /// What a plan does to a head, when it needs no study.
     fn write_and_store(&self, head: usize, bytes: &mut impl BytesMut, plan: &Plan, step: Option<&Step>) -> Result<()> {
         if plan.fit {
             if plan.fitted {
@@ -169,37 +169,11 @@ impl Layer {
         self.store(head, bytes, plan, step)
     }
 
-    /// Store a whole step that looks at all heads and fits the bases. One thread.
+    /// Store a whole step that studies all heads and fits the bases. One thread.
     pub fn append_fit(&self, arena: &mut [u8], plan: &Plan, step: &Step) -> Result<()> {
         self.check_step(0..self.shape().n_head_kv, plan, step)?;
         self.count_append(plan);
         self.fit_and_store(arena, plan, Some(step))
-    }
-
-    fn fit_and_store(&self, mut arena: &mut [u8], plan: &Plan, step: Option<&Step>) -> Result<()> {
-        let known = |head: usize| self.findings.head(plan.study.id, self.first_head + head).0;
-        let look = |head: usize| known(head).map_or_else(|| self.look_at(head, &arena, plan, step).map(Arc::new), Ok);
-        let found = (0..self.shape().n_head_kv).map(look).collect::<Result<Vec<_>>>()?;
-        let borrowed: Vec<_> = found.iter().map(|f| &**f).collect();
-        let shares = findings::shares(&self.geometry, self.index..self.index + 1, &borrowed);
-        for (head, (found, share)) in found.iter().zip(shares).enumerate() {
-            self.write_bases(head, &mut arena, found, &share, plan)?;
-            self.store(head, &mut arena, plan, step)?;
-        }
-        Ok(())
-    }
-
-    /// Write a head's bases, when all heads were looked at before, and bits were shared out by what was found.
-    fn write_shared_bases(&self, head: usize, bytes: &mut impl BytesMut, plan: &Plan, step: Option<&Step>) -> Result<()> {
-        if self.geometry.config.calibrated && !self.calibrated {
-            return Err(Error::State("no calibration was set for this layer".into()));
-        }
-        let id = if self.geometry.config.calibrated { findings::CALIBRATED } else { plan.study.id };
-        let (Some(found), Some(share)) = self.findings.head(id, self.first_head + head) else {
-            return Err(Error::State("not all layers have been looked at for the fit".into()));
-        };
-        let again = step.filter(|_| plan.looks_again()).map(|step| self.look_at(head, bytes, plan, Some(step))).transpose()?;
-        self.write_bases(head, bytes, again.as_ref().unwrap_or(&found), &share, plan)
     }
 
     /// Rows are about to be stored: the rope stays as it is.
@@ -228,16 +202,8 @@ impl Layer {
         c.fits.fetch_add(u64::from(plan.fit), Relaxed);
     }
 
-    /// Whether storing the heads `ith, ith + nth, ..` of this plan looks at the output projection; a step that fits by itself is the first thread's.
-    pub fn wants_projection(&self, plan: &Plan, ith: usize, nth: usize) -> bool {
-        if plan.fit && !plan.shared {
-            return ith == 0;
-        }
-        (ith..self.shape().n_head_kv).step_by(nth).any(|head| plan.looks_again() || plan.studies(self.first_head + head))
-    }
-
     /// After a graph that stopped part-way: do what the plan does to rows already stored, unless this arena has done it.
-    /// New tokens are gone; tile rows meant for them hold nothing anyone will look at. A fit looks at the rows stored before the
+    /// New tokens are gone; tile rows meant for them hold nothing that anyone reads. A fit's sample is the rows stored before the
     /// step; with too few of them nothing is done, and the table forgets its rows. Single-threaded.
     pub fn replay(&self, mut arena: &mut [u8], plan: &Plan) -> Result<()> {
         let has_run = |arena: &[u8], head: usize| arena::epoch(&arena[self.geometry.head(self.index, head).record]) == plan.epoch;

@@ -16,7 +16,7 @@ const RECODE: i32 = 1;
 const SEAL: i32 = 2;
 const MOVE_INTS: usize = 3;
 const SEAL_INTS: usize = 2 + 2 * TILE + WITNESSES;
-/// Most rows a fit looks at.
+/// Most rows of a fit's sample.
 pub const FIT_ROWS_MAX: usize = 3072;
 /// The fewest rows that were stored before a step for which its fit is worth replaying.
 const FIT_ROWS_LEAST: usize = 384;
@@ -73,7 +73,7 @@ pub struct SealRow {
 pub struct Filling {
     /// The rows.
     pub rows: [SealRow; TILE],
-    /// Queries that came some time after all of the rows and looked at them: recent ones, or the step's own.
+    /// Queries that came some time after all of the rows: recent ones, or the step's own.
     pub witnesses: [Option<Source>; WITNESSES],
 }
 
@@ -103,12 +103,12 @@ pub enum Change<F> {
     },
 }
 
-/// A fit that is prepared in the steps before it: each looks at some heads. A study whose id a layer does not know has seen nothing.
+/// A fit that is prepared in the steps before it: each studies some heads. A study whose id a layer does not know has seen nothing.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Study {
     /// Tells studies apart, in a process; 0 for none, below that one to forget.
     pub id: i32,
-    /// First KV head to look at in this step, counted over all layers.
+    /// First KV head to study in this step, counted over all layers.
     pub from: i32,
     /// The one after the last.
     pub to: i32,
@@ -123,7 +123,7 @@ pub struct PlanData {
     pub stream: i32,
     /// Bases come in this step.
     pub fit: bool,
-    /// All heads were looked at before this step, so that bits are shared out over all layers; else each layer looks at its heads now.
+    /// All heads were studied before this step, so that bits are shared out over all layers; else each layer studies its heads now.
     pub shared: bool,
     /// Bases exist before this step.
     pub fitted: bool,
@@ -147,7 +147,7 @@ pub struct PlanData {
     pub fit_queries: Vec<(u32, i32, i32)>,
 }
 
-/// Whether replaying a fit on these rows is pointless: too few of them were stored before the step. What was looked at before, or comes from a
+/// Whether replaying a fit on these rows is pointless: too few of them were stored before the step. What was studied before, or comes from a
 /// calibration, needs none.
 pub fn replay_is_lost(g: &Geometry, shared: bool, sources: impl Iterator<Item = Source>) -> bool {
     !g.config.calibrated && !shared && sources.filter(|s| !matches!(s, Source::Token(_))).count() < FIT_ROWS_LEAST
@@ -444,15 +444,15 @@ impl<'a> Plan<'a> {
             Err(Error::Data("plan: a slot, tile, row or token is out of range".into()))
         }
     }
-    /// Whether heads are looked at in the step that fits, though all were before: its own rows are coded in it.
-    pub fn looks_again(&self) -> bool {
+    /// Whether heads are studied in the step that fits, though all were before: its own rows are coded in it.
+    pub fn studies_again(&self) -> bool {
         self.fit && self.shared && !self.fit_rows.is_empty()
     }
     /// Whether there are bases to store with, and others before them.
     pub fn bases_to_store(&self) -> (bool, bool) {
         (self.fitted || self.fit, self.former || self.fitted && self.fit)
     }
-    /// Whether a head, counted as in [`Study`], is looked at in this step.
+    /// Whether a head, counted as in [`Study`], is studied in this step.
     pub fn studies(&self, head: usize) -> bool {
         (self.study.from as usize..self.study.to as usize).contains(&head)
     }
@@ -463,10 +463,6 @@ impl<'a> Plan<'a> {
     /// Live exact rows: `(slot, cell, turn)`.
     pub fn exact(&self) -> impl ExactSizeIterator<Item = (usize, usize, i32)> + 'a {
         self.exact.chunks_exact(3).map(|e| (e[0] as usize, e[1] as usize, e[2]))
-    }
-    /// Some of the live exact rows.
-    pub fn exact_in(&self, rows: std::ops::Range<usize>) -> impl Iterator<Item = (usize, usize, i32)> + 'a {
-        self.exact[3 * rows.start..3 * rows.end].chunks_exact(3).map(|e| (e[0] as usize, e[1] as usize, e[2]))
     }
     /// Tiles in use.
     pub fn tiles(&self) -> impl ExactSizeIterator<Item = TileView<'a>> + 'a {

@@ -2,8 +2,8 @@
 //!
 //! Must not know what becomes of the rows.
 
-use super::arena::{self, AllBases, ExactRows, Pieces};
-use super::geometry::HeadRanges;
+use super::arena::AllBases;
+use super::head::Head;
 use super::input::Rows;
 use super::layer::Layer;
 use super::plan::{Plan, TileView};
@@ -67,21 +67,21 @@ impl Layer {
             }
         }
         let mut coded = 0;
-        for (head, r) in arena::heads(&self.geometry, self.index).into_iter().enumerate() {
-            self.rebuild_exact(head, &r, arena, plan, &mut out)?;
-            let n = self.rebuild_tiles(head, &r, arena, plan, &mut out)?;
-            coded += if head == 0 { n } else { 0 };
+        for index in 0..g.n_head_kv {
+            let head = Head::new(self, index, arena, plan)?;
+            self.rebuild_exact(&head, plan, &mut out);
+            let n = self.rebuild_tiles(&head, arena, plan, &mut out)?;
+            coded += if index == 0 { n } else { 0 };
         }
         self.counters.reconstructed.fetch_add(coded, Relaxed);
         Ok(())
     }
 
-    fn rebuild_exact(&self, head: usize, r: &HeadRanges, arena: &[u8], plan: &Plan, out: &mut Out) -> Result<()> {
-        let (g, rows) = (self.shape(), ExactRows::new(self.shape(), &arena[r.exact.clone()])?);
-        let mut turn = Turn::default();
+    fn rebuild_exact(&self, head: &Head, plan: &Plan, out: &mut Out) {
+        let (g, mut turn) = (self.shape(), Turn::default());
         for (slot, cell, t) in plan.exact() {
             let Some(i) = out.index(cell) else { continue };
-            let (row, (k, v)) = (rows.row(slot), out.row(i, head, g.d_k, g.d_v));
+            let (row, (k, v)) = (head.stored_row(slot), out.row(i, head.index, g.d_k, g.d_v));
             k.copy_from_slice(&row[..g.d_k]);
             if t != 0 && !self.rope.is_identity() {
                 let mut key: Vec<f32> = k.iter().map(|x| x.to_f32()).collect();
@@ -91,18 +91,12 @@ impl Layer {
             }
             v.copy_from_slice(&row[g.d_k..]);
         }
-        Ok(())
     }
 
     /// Gives how many rows there were.
-    fn rebuild_tiles(&self, head: usize, r: &HeadRanges, arena: &[u8], plan: &Plan, out: &mut Out) -> Result<u64> {
-        let g = self.shape();
-        if plan.tiles().len() == 0 {
-            return Ok(0);
-        }
-        let (there, mut bases) = ((plan.fitted, plan.former), AllBases::default());
-        let pieces = Pieces::new(&self.geometry, self.index, head, &arena, r, there)?;
-        bases.load(&self.geometry, g, &arena, r, there, false)?;
+    fn rebuild_tiles(&self, head: &Head, arena: &[u8], plan: &Plan, out: &mut Out) -> Result<u64> {
+        let (g, mut bases): (_, AllBases) = (self.shape(), AllBases::default());
+        head.read_bases(plan, &mut bases)?;
         let (mut keys, mut values, mut work) = (vec![0.0; TILE * g.d_k], vec![0.0; TILE * g.d_v], TileWork::default());
         let mut coded = 0;
         for t in plan.tiles() {
@@ -110,10 +104,9 @@ impl Layer {
             if wanted == 0 {
                 continue;
             }
-            let (kind, place) = pieces.place(t.tile);
-            let (from, form) = (bases.of(kind), pieces.form(kind));
-            codec::decode_rows(simd::kernels(), from, form, &arena[place], wanted, &mut keys, &mut values, &mut work);
-            self.put_rows(head, &t, wanted, (&mut keys, &values), out);
+            let (kind, place) = head.piece(&t);
+            codec::decode_rows(simd::kernels(), bases.of(kind), head.form(kind), &arena[place], wanted, &mut keys, &mut values, &mut work);
+            self.put_rows(head.index, &t, wanted, (&mut keys, &values), out);
             coded += u64::from(wanted.count_ones());
         }
         Ok(coded)

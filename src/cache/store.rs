@@ -3,14 +3,12 @@
 //! Must not know why a plan does what it does.
 
 use super::arena::{self, AllBases, Bytes, BytesMut, ExactRows, Pieces};
-use super::findings::Share;
 use super::geometry::HeadRanges;
 use super::input::{Rows, Step};
 use super::layer::Layer;
 use super::plan::{Change, FillingView, Plan, Source};
-use crate::codec::fit::HeadSpectrum;
-use crate::codec::{self, Basis, TileWork, FINE_ROWS};
-use crate::config::{BANDS, QUERY_SLOTS, RECENT_QUERIES, TILE};
+use crate::codec::{self, TileWork, FINE_ROWS};
+use crate::config::{QUERY_SLOTS, RECENT_QUERIES, TILE};
 use crate::error::Result;
 use crate::rope::Turn;
 use crate::simd::{self, MatMut, MatRef};
@@ -241,43 +239,6 @@ impl Layer {
         let from = (s.bases.of(from_kind), w.pieces.form(from_kind), &s.piece[..]);
         let to = (s.bases.of(to_kind), w.pieces.form(to_kind), bytes.get_mut(target));
         codec::recode_tile(simd::kernels(), from, to, &mut s.tile);
-    }
-
-    /// Write a head's bases for its share of the bits, where its pieces of tiles are, and what error the rows in its window would have.
-    pub(super) fn write_bases(&self, head: usize, bytes: &mut impl BytesMut, found: &HeadSpectrum, share: &Share, plan: &Plan) -> Result<()> {
-        let (g, r) = (self.shape(), self.geometry.head(self.index, head));
-        let (k, v) = found.bases(share.bits);
-        let (bk, bv) = bytes.get_mut(r.bases).split_at_mut(Basis::bytes_of(g.d_k));
-        k.store(bk);
-        v.store(bv);
-        let rows = ExactRows::new(g, bytes.get(r.exact))?;
-        let (mut value, mut sum, mut n) = (vec![0.0; g.d_v], 0.0, 0);
-        for (slot, ..) in plan.exact().step_by(4) {
-            (simd::kernels().widen)(&rows.row(slot)[g.d_k..], 1.0, &mut value);
-            (sum, n) = (sum + v.relative_error(BANDS - 1, &value), n + 1);
-        }
-        let record = bytes.get_mut(r.record);
-        arena::set_pieces(record, share.offset);
-        // What hardly moved was coded better than others will need.
-        let least = 0.25 * 4f32.powf(-(share.bits[BANDS - 1][1] as f32) / g.d_v as f32);
-        arena::set_promise(record, if n > 0 { (sum / n as f32).max(least) } else { 0.0 });
-        Ok(())
-    }
-
-    /// Note how well some of the step's values would be coded, against what it was at the fit.
-    fn watch(&self, head: usize, bytes: &impl Bytes, plan: &Plan, step: &Step) -> Result<()> {
-        let (g, r) = (self.shape(), self.geometry.head(self.index, head));
-        let promise = arena::promise(bytes.get(r.record));
-        if promise <= 0.0 {
-            return Ok(());
-        }
-        let mut basis = Basis::default();
-        basis.load_encoder(&bytes.get(r.bases)[Basis::bytes_of(g.d_k)..], g.d_v)?;
-        for (token, _) in plan.recents() {
-            let error = basis.relative_error(BANDS - 1, step.v.head(token, head, g.d_v));
-            self.findings.note_drift(plan.stream, f64::from(error / promise));
-        }
-        Ok(())
     }
 }
 

@@ -1,4 +1,4 @@
-//! What a fit looks at: the rows and queries of one KV head that a plan names, fetched from wherever they are.
+//! The sample of a fit: the rows and queries of one KV head that a plan names, fetched from wherever they are.
 //!
 //! Must not know what is found in them, nor when a fit is due.
 
@@ -7,45 +7,16 @@ use super::geometry::HeadRanges;
 use super::input::Step;
 use super::layer::Layer;
 use super::plan::{Plan, SealRow, Source};
-use crate::codec::fit::{self, HeadRows, HeadSpectrum, Place, Residual, Sample};
+use crate::codec::fit::{HeadRows, Place};
 use crate::codec::{self, TileWork, FINE_ROWS, NO_ROW};
-use crate::config::{BANDS, QUERY_SLOTS, TILE};
+use crate::config::{QUERY_SLOTS, TILE};
 use crate::error::{argument, Result};
 use crate::rope::Turn;
 use crate::simd;
 
 impl Layer {
-    /// What a head's rows and queries say. Without a step, its own rows and queries are missing.
-    pub(super) fn look_at(&self, head: usize, bytes: &impl Bytes, plan: &Plan, step: Option<&Step>) -> Result<HeadSpectrum> {
-        let (g, r) = (self.shape(), self.geometry.head(self.index, head));
-        let projection = step.map_or(&[][..], |s| s.projection);
-        self.check_projection(projection, head)?;
-        let from: Vec<(SealRow, i32, i32)> = plan.fit_rows().filter(|(r, ..)| step.is_some() || !matches!(r.source, Source::Token(_))).collect();
-        let mut own = self.fetch_sample(head, bytes, &r, plan, &from, step)?;
-        let (queries, residual) = self.fetch_queries(head, bytes, &r, plan, step, &mut own.q)?;
-        let rows: Vec<Place> = from.iter().map(|(_, pos, seq)| Place { pos: *pos, seq: *seq }).collect();
-        // A coded row turns out of its frame, an exact one into it.
-        let into = |row: &SealRow| if matches!(row.source, Source::Coded(_)) { row.turn.wrapping_neg() } else { row.turn };
-        let turns: Vec<i32> = from.iter().map(|(row, ..)| into(row)).collect();
-        let config = &self.geometry.config;
-        let sample = Sample {
-            rows: &rows,
-            turns: &turns,
-            queries: &queries,
-            residual: if residual.iter().all(|x| *x > 0.0) { Residual::Before(&residual) } else { Residual::Unknown },
-            projection,
-            scale: self.scoring.scale,
-            softcap: self.scoring.softcap,
-            window: config.window as i32,
-            sinks: config.sinks as i32,
-            n_cells: i64::from(config.n_cells),
-            bits: self.geometry.code_bits(BANDS - 1),
-        };
-        fit::analyse(simd::kernels(), g, &self.rope, &sample, head, &own)
-    }
-
     /// Keys, as they are now, and values; which of them draw attention is known of coded ones.
-    fn fetch_sample(
+    pub(super) fn fetch_sample(
         &self,
         head: usize,
         bytes: &impl Bytes,
@@ -79,7 +50,7 @@ impl Layer {
     }
 
     /// The queries that were kept, those of the step among them: where they stand, and the squared norms of the residual stream there.
-    fn fetch_queries(
+    pub(super) fn fetch_queries(
         &self,
         head: usize,
         bytes: &impl Bytes,
@@ -110,8 +81,8 @@ impl Layer {
         Ok((places, residual))
     }
 
-    /// Checks what a KV head looks at.
-    fn check_projection(&self, projection: &[f32], head: usize) -> Result<()> {
+    /// Checks the columns that belong to a KV head.
+    pub(super) fn check_projection(&self, projection: &[f32], head: usize) -> Result<()> {
         let (g, n) = (self.shape(), self.shape().group() * self.shape().d_v);
         // No early end within a row: a loop that may stop is not made of vectors.
         let is_finite = |row: &[f32]| row[head * n..(head + 1) * n].iter().fold(true, |finite, x| finite & x.is_finite());
