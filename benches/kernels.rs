@@ -11,11 +11,12 @@ use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Through
 use half::f16;
 use spectral_kv::attention::Scoring;
 use spectral_kv::cache::{Cache, Mask, Rows};
-use spectral_kv::codec::{encode_tile, Basis, Fine, TileForm, TileWork, KEY_CUT};
-use spectral_kv::config::{Config, LayerShape, BANDS, TILE};
+use spectral_kv::codec::{encode_tile, Basis, TileWork};
+use spectral_kv::config::{Config, LayerShape};
+use spectral_kv::layout::{Fine, TileForm, Widths, BANDS, KEY_CUT, TILE};
 use spectral_kv::rope::{Pairing, RopeParams};
 use spectral_kv::simd::lanes::LANES;
-use spectral_kv::simd::{self, Kernels, Level, Lines, MatMut, MatRef, Pass, Products, Widths, BATCH};
+use spectral_kv::simd::{self, Kernels, Level, Lines, MatMut, MatRef, Pass, Products, BATCH};
 use std::hint::black_box;
 
 const D: usize = 128;

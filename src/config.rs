@@ -1,24 +1,10 @@
-//! What a user asks for, and the numbers that everything else counts with: rows of a tile, bands, heads of a layer.
+//! What a user asks for, the checks of it and its defaults: a cache's [`Config`] and the heads of a layer.
 //!
-//! The ground floor: every other module may look here. Must not know what is stored, nor where; sizes that follow are in
-//! [`crate::cache::geometry`].
+//! The ground floor: every other module may look here. Must not know what follows from it, sizes and formats included ([`crate::layout`],
+//! [`crate::cache::geometry`]).
 
 use crate::error::{Error, Result};
 
-/// Rows of a tile.
-pub const TILE: usize = 64;
-/// Positions that share an anchor: tiles of one such stretch lie in one frame, and attention projects its queries once for all of them.
-pub const ANCHOR_GRID: i32 = 256;
-/// Most query tokens of one decode attention call.
-pub const MAX_QUERIES: usize = 64;
-/// Pieces into which one attention call is cut at least, whatever the number of threads; see [`Heads::chunks`].
-pub const UNITS: usize = 32;
-/// Query tokens kept for a fit.
-pub const QUERY_SLOTS: usize = 64;
-/// Recent query tokens that a stream keeps, to see which rows draw attention.
-pub const RECENT_QUERIES: usize = 16;
-/// Bands of tiles, finest rate first.
-pub const BANDS: usize = 3;
 /// [`Config::fine_rows`] from the number of cells.
 pub const FINE_ROWS_AUTO: u32 = u32::MAX;
 /// Most bits per element of a coded row, everything counted: codes have 8 at most.
@@ -119,41 +105,5 @@ impl LayerShape {
             && self.n_head.is_multiple_of(self.n_head_kv)
             && dims_ok(self.d_k)
             && dims_ok(self.d_v)
-    }
-}
-
-/// [`LayerShape`], to count with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Heads {
-    /// Query heads.
-    pub n_head: usize,
-    /// KV heads.
-    pub n_head_kv: usize,
-    /// Elements of a key head.
-    pub d_k: usize,
-    /// Elements of a value head.
-    pub d_v: usize,
-}
-
-impl Heads {
-    /// Those of a shape.
-    pub fn of(s: &LayerShape) -> Self {
-        Heads { n_head: s.n_head as usize, n_head_kv: s.n_head_kv as usize, d_k: s.d_k as usize, d_v: s.d_v as usize }
-    }
-    /// Query heads per KV head.
-    pub fn group(&self) -> usize {
-        self.n_head / self.n_head_kv
-    }
-    /// Elements of one row of one KV head, K and V.
-    pub fn elements(&self) -> usize {
-        self.d_k + self.d_v
-    }
-    /// Chunks into which the rows of one KV head are split in one attention call.
-    pub fn chunks(&self) -> usize {
-        UNITS.div_ceil(self.n_head_kv).max(2)
-    }
-    /// f16 bytes of one row of one KV head, K and V.
-    pub fn row_bytes(&self) -> usize {
-        2 * self.elements()
     }
 }

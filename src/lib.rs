@@ -18,6 +18,8 @@ pub mod config;
 pub mod error;
 pub mod ffi;
 #[deny(unsafe_code)]
+pub mod layout;
+#[deny(unsafe_code)]
 pub mod rope;
 pub mod simd;
 #[deny(unsafe_code)]

@@ -6,8 +6,9 @@
 
 use serde_json::Value;
 use spectral_kv::codec::fit::{analyse, share, HeadRows, HeadSpectrum, Place, Residual, Sample, LEAST};
-use spectral_kv::codec::{decode_rows, encode_tile, Fine, TileForm, TileWork};
-use spectral_kv::config::{Heads, LayerShape, BANDS, TILE};
+use spectral_kv::codec::{decode_rows, encode_tile, TileWork};
+use spectral_kv::config::LayerShape;
+use spectral_kv::layout::{Fine, Heads, TileForm, BANDS, TILE};
 use spectral_kv::rope::{Rope, RopeParams};
 use spectral_kv::simd::kernels;
 

@@ -103,8 +103,8 @@ fn version_macros_are_the_crates() {
         ("SKV_VERSION_MINOR", env!("CARGO_PKG_VERSION_MINOR").to_string()),
         ("SKV_VERSION_PATCH", env!("CARGO_PKG_VERSION_PATCH").to_string()),
         ("SKV_ABI_VERSION", spectral_kv::ffi::SKV_ABI_VERSION.to_string()),
-        ("SKV_MAX_QUERIES", spectral_kv::config::MAX_QUERIES.to_string()),
-        ("SKV_TILE_ROWS", spectral_kv::config::TILE.to_string()),
+        ("SKV_MAX_QUERIES", spectral_kv::layout::MAX_QUERIES.to_string()),
+        ("SKV_TILE_ROWS", spectral_kv::layout::TILE.to_string()),
     ] {
         assert!(header.contains(&format!("#define {name} {value}\n")), "{name}");
     }

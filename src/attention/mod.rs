@@ -8,12 +8,12 @@
 
 pub mod prefill;
 
-use crate::codec::{Basis, Side, TileForm, FINE_ROWS, PARTS};
-use crate::config::TILE;
+use crate::codec::Basis;
 use crate::error::{argument, Result};
+use crate::layout::{gain, Side, TileForm, FINE_ROWS, PARTS, TILE};
 use crate::rope::{Rope, Turn};
 use crate::simd::lanes::LANES;
-use crate::simd::{self, quant, Ahead, Kernels, Lines, MatMut, MatRef, Pass, Products};
+use crate::simd::{self, Ahead, Kernels, Lines, MatMut, MatRef, Pass, Products};
 use std::ops::Range;
 
 pub use crate::simd::BATCH;
@@ -256,7 +256,7 @@ impl Scorer {
         }
         let mut gains = [0.0; TILE];
         for (done, (part, own)) in form.k.some_parts().enumerate() {
-            (kernels.lookup)(quant::gains(), own.gains(tile), &mut gains);
+            (kernels.lookup)(gain::gains(), own.gains(tile), &mut gains);
             let pass = Pass { part, add: begun, finish: done + 1 == parts };
             (kernels.tile_scores)(&mut self.products, pass, own.codes(tile), &gains, out, stride);
             if !begun {
@@ -517,7 +517,7 @@ impl Accumulator {
         let rows = |q: usize, t: usize| q * stride + t * TILE..q * stride + (t + 1) * TILE;
         let (mut matters, mut gains) = (false, [0.0; TILE]);
         for (i, part) in form.v.some_parts() {
-            (kernels.lookup)(quant::gains(), part.gains(tile), &mut gains);
+            (kernels.lookup)(gain::gains(), part.gains(tile), &mut gains);
             let weighed = self.weighed[i].floats_mut();
             for q in 0..n {
                 let p = (&scores[rows(q, t)]).try_into().expect("invariant: the rows of a tile");
@@ -610,10 +610,10 @@ pub fn merge<'a>(partials: impl Iterator<Item = &'a [f32]> + Clone, sink: Option
 mod tests {
     use super::prefill::{Rebuilder, RowBlock};
     use super::*;
-    use crate::codec::{anchor, decode_rows, encode_tile, Fine, TileWork};
-    use crate::config::BANDS;
+    use crate::codec::{decode_rows, encode_tile, TileWork};
+    use crate::layout::{anchor, Fine, Widths, BANDS};
     use crate::rope::{Pairing, RopeParams};
-    use crate::simd::{at, plain, Level, Widths};
+    use crate::simd::{at, plain, Level};
 
     fn noise(n: usize, seed: usize) -> Vec<f32> {
         (0..n)

@@ -4,10 +4,10 @@
 //! row of every product only, never on the queries beside it, so callers may divide queries as they like. Must not know about cells, arenas or plans.
 
 use super::{Context, HeadBases, Turns, Visible};
-use crate::codec::{Basis, Side, TileForm};
-use crate::config::TILE;
+use crate::codec::Basis;
+use crate::layout::{gain, Side, TileForm, TILE};
 use crate::rope::Turn;
-use crate::simd::{quant, Kernels, Lines, MatMut, MatRef};
+use crate::simd::{Kernels, Lines, MatMut, MatRef};
 
 /// Most blocks of one step of the softmax.
 pub const STEP: usize = 4;
@@ -99,7 +99,7 @@ impl Rebuilder {
         for (_, part) in side.some_parts() {
             let own = &mut coefficients[part.first..part.first + part.rank()];
             (kernels.unpack)(part.widths, part.codes(tile), own);
-            (kernels.lookup)(quant::gains(), part.gains(tile), &mut gains);
+            (kernels.lookup)(gain::gains(), part.gains(tile), &mut gains);
             own.iter_mut().for_each(|x| x.iter_mut().zip(&gains).for_each(|(x, gain)| *x *= gain));
         }
     }

@@ -5,9 +5,9 @@
 
 use super::geometry::{waiting_form, Geometry, HeadRanges, Kind, FORMER, WAITING};
 use crate::attention::HeadBases;
-use crate::codec::{f16s, f16s_mut, Basis, Fine, TileForm};
-use crate::config::{Heads, BANDS, QUERY_SLOTS};
+use crate::codec::Basis;
 use crate::error::{Error, Result};
+use crate::layout::{f16s, f16s_mut, Fine, Heads, TileForm, BANDS, QUERY_SLOTS};
 use half::f16;
 use std::ops::Range;
 

@@ -5,7 +5,7 @@
 
 use super::geometry::{overhead_bytes, Geometry};
 use crate::codec::fit::{relative_errors, share, HeadSpectrum, LEAST};
-use crate::config::{BANDS, TILE};
+use crate::layout::{BANDS, TILE};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -97,7 +97,7 @@ impl Findings {
 
 /// The bytes of codes that the layers up to one have in a block of a band, when each gets what its elements are of all.
 fn code_bytes(g: &Geometry, band: usize, layers: usize) -> usize {
-    let sum = |n: usize, of: fn(&crate::config::Heads) -> usize| g.layers[..n].iter().map(|h| h.n_head_kv * of(h)).sum::<usize>();
+    let sum = |n: usize, of: fn(&crate::layout::Heads) -> usize| g.layers[..n].iter().map(|h| h.n_head_kv * of(h)).sum::<usize>();
     let codes = g.block_bytes[band].saturating_sub(sum(g.layers.len(), overhead_bytes));
     let (part, all) = (sum(layers, |h| h.elements()), sum(g.layers.len(), |h| h.elements()));
     (codes as u128 * part as u128 / all as u128) as usize

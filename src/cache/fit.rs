@@ -9,8 +9,8 @@ use super::layer::Layer;
 use super::plan::{Plan, SealRow, Source};
 use crate::codec::fit::{self, HeadSpectrum, Place, Residual, Sample};
 use crate::codec::Basis;
-use crate::config::BANDS;
 use crate::error::{Error, Result};
+use crate::layout::BANDS;
 use crate::simd;
 use std::sync::Arc;
 

@@ -4,8 +4,9 @@
 
 use super::{plan, Call, Cells, Findings, Geometry, Layer, Mask, Plan, Rows, SizeReport, Stats, Step, Table};
 use crate::attention::Scoring;
-use crate::config::{Config, LayerShape, MAX_QUERIES};
+use crate::config::{Config, LayerShape};
 use crate::error::{argument, Error, Result};
+use crate::layout::MAX_QUERIES;
 use crate::rope::RopeParams;
 use half::f16;
 use std::sync::Arc;

@@ -5,8 +5,8 @@ use super::geometry::{HeadRanges, Kind, FORMER, WAITING};
 use super::input::Rows;
 use super::layer::Layer;
 use super::plan::{Plan, Source, TileView};
-use crate::codec::TileForm;
 use crate::error::Result;
+use crate::layout::TileForm;
 use crate::rope::Turn;
 
 /// See the module.

@@ -1,6 +1,6 @@
 //! Which cells the query tokens of a step see, and what that means for up to 64 rows of them at a time. Must not know what the rows are.
 
-use crate::config::TILE;
+use crate::layout::TILE;
 use half::f16;
 use std::ops::Range;
 

@@ -4,8 +4,8 @@
 //! Sections follow the header in the order of the fields of [`Plan`]. Must not know what a row contains.
 
 use super::geometry::Geometry;
-use crate::config::{BANDS, QUERY_SLOTS, RECENT_QUERIES, TILE};
 use crate::error::{Error, Result};
+use crate::layout::{BANDS, QUERY_SLOTS, RECENT_QUERIES, TILE};
 
 const MAGIC: i32 = 0x534b_5650;
 const VERSION: i32 = 6;

@@ -8,9 +8,9 @@ use super::input::Step;
 use super::layer::Layer;
 use super::plan::{Plan, SealRow, Source};
 use crate::codec::fit::{HeadRows, Place};
-use crate::codec::{self, TileWork, FINE_ROWS, NO_ROW};
-use crate::config::{QUERY_SLOTS, TILE};
+use crate::codec::{self, TileWork};
 use crate::error::{argument, Result};
+use crate::layout::{FINE_ROWS, NO_ROW, QUERY_SLOTS, TILE};
 use crate::rope::Turn;
 use crate::simd;
 
@@ -128,6 +128,6 @@ impl CodedRows {
         let (kind, place) = self.pieces.place(tile);
         let (form, piece) = (self.pieces.form(kind), bytes.get(place));
         codec::decode_rows(simd::kernels(), self.bases.of(kind), form, piece, u64::MAX, &mut self.k, &mut self.v, &mut self.work);
-        self.fine = codec::fine_rows(form, piece);
+        self.fine = form.fine_rows(piece);
     }
 }

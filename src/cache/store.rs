@@ -7,9 +7,9 @@ use super::geometry::HeadRanges;
 use super::input::{Rows, Step};
 use super::layer::Layer;
 use super::plan::{Change, FillingView, Plan, Source};
-use crate::codec::{self, TileWork, FINE_ROWS};
-use crate::config::{QUERY_SLOTS, RECENT_QUERIES, TILE};
+use crate::codec::{self, TileWork};
 use crate::error::Result;
+use crate::layout::{FINE_ROWS, QUERY_SLOTS, RECENT_QUERIES, TILE};
 use crate::rope::Turn;
 use crate::simd::{self, MatMut, MatRef};
 use half::f16;
@@ -228,8 +228,8 @@ impl Layer {
     fn move_row(&self, w: &Work, bytes: &mut impl BytesMut, from: usize, to: usize) {
         let (kind, source) = w.pieces.place(from / TILE);
         let form = w.pieces.form(kind);
-        let taken = codec::take_row(form, bytes.get(source), from % TILE);
-        codec::put_row(form, bytes.get_mut(w.pieces.place(to / TILE).1), to % TILE, &taken);
+        let taken = form.take_row(bytes.get(source), from % TILE);
+        form.put_row(bytes.get_mut(w.pieces.place(to / TILE).1), to % TILE, &taken);
     }
 
     fn recode(&self, w: &Work, bytes: &mut impl BytesMut, from: usize, to: usize, s: &mut Scratch) {

@@ -3,10 +3,10 @@
 //! A row less its mean (values have none) becomes coefficients of unit variance, in the order of the variance that they stand for; each band codes
 //! the first few. All coefficients are kept, because the residual of fine rows is coded in all of them. Must not know how coefficients are coded.
 
-use super::f16s;
-use crate::config::BANDS;
 use crate::error::{Error, Result};
-use crate::simd::{self, quant, MatMut, MatRef, Widths};
+use crate::layout::f16s;
+use crate::layout::{quant, Widths, BANDS};
+use crate::simd::{self, MatMut, MatRef};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 

@@ -3,7 +3,7 @@
 //! Greedy by marginal gain per bit on the measured distortion of the quantiser; optimal for convex distortion curves
 //! (Shoham and Gersho 1988). Must not know what a coefficient is.
 
-use crate::simd::quant::{DISTORTION, WIDTHS};
+use crate::layout::quant::{DISTORTION, WIDTHS};
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 

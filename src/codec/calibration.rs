@@ -8,12 +8,13 @@
 //! mean of K in f32, variances in f64, both matrices as row scales in f32 and f16 with rows scaled to a largest element of 1, which is as
 //! precise as what a cache stores), both errors, the output and the stream in f64; CRC-32 of all that.
 
-use super::anchor;
 use super::basis::row_scale;
 use super::fit::{analyse, HeadRows, HeadSpectrum, Place, Residual, Sample, Transform};
 use crate::attention::Scoring;
-use crate::config::{Config, Heads, LayerShape, TILE};
+use crate::config::{Config, LayerShape};
 use crate::error::{argument, Error, Result};
+use crate::layout::anchor;
+use crate::layout::{Heads, TILE};
 use crate::rope::{Rope, RopeParams};
 use crate::simd;
 use half::f16;

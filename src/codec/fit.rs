@@ -12,11 +12,11 @@
 
 use super::bits::allocate;
 use super::measure::{measure, Measured};
-use super::{encode_tile, Basis, Fine, TileForm, TileWork};
-use crate::config::{Heads, ANCHOR_GRID, BANDS, TILE};
+use super::{encode_tile, Basis, TileWork};
 use crate::error::{Error, Result};
+use crate::layout::{Fine, Heads, TileForm, Widths, ANCHOR_GRID, BANDS, TILE};
 use crate::rope::{Rope, Turn};
-use crate::simd::{Kernels, MatMut, MatRef, Widths};
+use crate::simd::{Kernels, MatMut, MatRef};
 use faer::{Mat, Side};
 
 /// Bits that a half gets for an error four times as large: 1 would make all errors alike, but those of a short sample are not all of a model's.
@@ -438,6 +438,7 @@ pub fn share(errors: &[(f64, usize)], bits: f64, least: f64) -> Vec<f64> {
 mod tests {
     use super::*;
     use crate::config::LayerShape;
+    use crate::layout::anchor;
     use crate::rope::{Pairing, RopeParams};
     use crate::simd::kernels;
 
@@ -527,7 +528,7 @@ mod tests {
         let (g, n) = (Heads::of(&SHAPE), 300usize);
         let rope = Rope::new(&RopeParams::plain(Pairing::Halves, 16, 10000.0), 16).unwrap();
         let rows: Vec<Place> = (0..n as i32).map(|i| Place { pos: i / sequences, seq: i % sequences }).collect();
-        let turns = rows.iter().map(|r| -super::super::anchor(r.pos)).collect();
+        let turns = rows.iter().map(|r| -anchor(r.pos)).collect();
         let queries: Vec<Place> = rows.iter().step_by(7).copied().collect();
         let residual = (0..queries.len()).map(|i| 2.0 + (i % 5) as f32).collect();
         let tilt = |x: Vec<f32>, d: usize| x.iter().enumerate().map(|(i, x)| x * 2.0 * 0.8f32.powi((i % d) as i32)).collect::<Vec<f32>>();

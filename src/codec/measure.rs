@@ -5,7 +5,7 @@
 //! and values, so each is measured by itself. Must not know how rows are coded.
 
 use super::fit::{HeadRows, Place, Sample};
-use crate::config::{Heads, TILE};
+use crate::layout::{Heads, TILE};
 use crate::simd::{Kernels, MatMut, MatRef};
 
 /// Query tokens of one product.

@@ -1,191 +1,11 @@
-//! Tiles: the codes of 64 rows of one head, keys and values.
+//! Coding the rows of tiles, and what codes stand for. Bytes of a tile: [`crate::layout::tile`].
 //!
-//! The coefficients of a row, widest first, are divided into a wide and a narrow part with a gain of its own each: with one gain for all, a row with
-//! a huge coefficient would drown the others. A few rows, which the caller chooses, are *fine*: what coding leaves of all their coefficients, in
-//! units of its importance, is coded in 4 bits more.
-//!
-//! Layout: gains of the parts that there are (a byte a row each), K wide, K narrow, V wide, V narrow; codes of K, of V; the numbers of the fine rows,
-//! plus one; for each of them the residual of K, then of V: a step in f16 and a nibble a coefficient. Must not know where tiles lie.
+//! A residual is coded in units of its coefficients' importance. Must not know where tiles lie.
 
 use super::Basis;
-use crate::config::TILE;
-use crate::simd::{quant, Kernels, MatMut, MatRef, Widths};
-use half::f16;
-
-/// Parts of the coefficients of a row.
-pub const PARTS: usize = 2;
-/// Rows of a tile that may be fine.
-pub const FINE_ROWS: usize = 2;
-/// The number of a fine row that there is not.
-pub const NO_ROW: u8 = 255;
-/// Least width of the wide part of keys.
-pub const KEY_CUT: u32 = 4;
-/// Least width of the wide part of values.
-pub const VALUE_CUT: u32 = 3;
-/// Bytes of a residual's step.
-const STEP_BYTES: usize = 2;
-
-/// The row that a fine slot belongs to: a tile of zeros has none.
-fn marked(mark: u8) -> Option<usize> {
-    usize::from(mark).checked_sub(1).filter(|row| *row < TILE)
-}
-
-/// What a tile keeps of its fine rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fine {
-    /// Their residuals.
-    Residuals,
-    /// Which they are, and no more: rows of 8 bits that wait for a fit need no residual, but shall be fine when they are coded again.
-    Marks,
-}
-
-/// A part of the coefficients, and where a tile has it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Part {
-    /// Its coefficients.
-    pub widths: Widths,
-    /// The number of its first coefficient.
-    pub first: usize,
-    gains: usize,
-    codes: usize,
-}
-
-impl Part {
-    /// Coefficients.
-    pub fn rank(&self) -> usize {
-        self.widths.rank()
-    }
-    /// A gain of every row. Not to be asked of a part without coefficients.
-    pub fn gains<'a>(&self, tile: &'a [u8]) -> &'a [u8] {
-        &tile[self.gains..self.gains + TILE]
-    }
-    /// Its codes.
-    pub fn codes<'a>(&self, tile: &'a [u8]) -> &'a [u8] {
-        &tile[self.codes..self.codes + self.widths.bytes()]
-    }
-    fn split_mut<'a>(&self, tile: &'a mut [u8]) -> (&'a mut [u8], &'a mut [u8]) {
-        // Gains lie before all codes.
-        let (front, codes) = tile.split_at_mut(self.codes);
-        (&mut front[self.gains..self.gains + TILE], &mut codes[..self.widths.bytes()])
-    }
-    fn range(&self) -> std::ops::Range<usize> {
-        self.first..self.first + self.rank()
-    }
-}
-
-/// Keys or values of a tile.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Side {
-    /// Elements of a row.
-    pub d: usize,
-    /// All coefficients.
-    pub widths: Widths,
-    /// Their parts, each possibly without any.
-    pub parts: [Part; PARTS],
-    /// The first byte of its part of a residual.
-    residual: usize,
-}
-
-impl Side {
-    /// The parts that have coefficients.
-    pub fn some_parts(&self) -> impl Iterator<Item = (usize, &Part)> {
-        self.parts.iter().enumerate().filter(|(_, p)| p.rank() > 0)
-    }
-    const fn residual_bytes(d: usize) -> usize {
-        STEP_BYTES + d.div_ceil(2)
-    }
-    /// Bits of the codes of a row.
-    fn bits(&self) -> usize {
-        self.widths.bytes() * 8 / TILE
-    }
-}
-
-/// What the bytes of a tile mean.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct TileForm {
-    /// Keys.
-    pub k: Side,
-    /// Values.
-    pub v: Side,
-    fine: Fine,
-    /// The first byte of the numbers of the fine rows.
-    fine_at: usize,
-}
-
-impl TileForm {
-    /// Tiles of these widths.
-    pub fn new(k: Widths, v: Widths, d_k: usize, d_v: usize, fine: Fine) -> Self {
-        let (k_parts, v_parts) = (k.parts(KEY_CUT), v.parts(VALUE_CUT));
-        let n_gains = k_parts.iter().chain(&v_parts).filter(|w| w.rank() > 0).count();
-        let (mut gains, mut codes) = (0, n_gains * TILE);
-        let mut side = |widths: Widths, parts: [Widths; PARTS], d: usize, residual: usize| {
-            let mut first = 0;
-            let parts = parts.map(|widths| {
-                let part = Part { widths, first, gains, codes };
-                first += widths.rank();
-                gains += if widths.rank() > 0 { TILE } else { 0 };
-                codes += widths.bytes();
-                part
-            });
-            Side { d, widths, parts, residual }
-        };
-        let (k, v) = (side(k, k_parts, d_k, 0), side(v, v_parts, d_v, Side::residual_bytes(d_k)));
-        TileForm { k, v, fine, fine_at: codes }
-    }
-
-    /// Bytes of a tile: whole words of 8 bytes, so that the codes of neighbouring tiles begin at such.
-    pub fn bytes(&self) -> usize {
-        (self.fine_at + FINE_ROWS * (1 + self.residual_bytes())).next_multiple_of(8)
-    }
-
-    /// Bytes of the residual of a fine row.
-    fn residual_bytes(&self) -> usize {
-        match self.fine {
-            Fine::Residuals => Side::residual_bytes(self.k.d) + Side::residual_bytes(self.v.d),
-            Fine::Marks => 0,
-        }
-    }
-
-    fn residual(&self, slot: usize) -> std::ops::Range<usize> {
-        let (first, n) = (self.fine_at + FINE_ROWS, self.residual_bytes());
-        first + slot * n..first + (slot + 1) * n
-    }
-
-    /// Number and row of each fine slot in use.
-    fn slots<'a>(&self, tile: &'a [u8]) -> impl Iterator<Item = (usize, usize)> + 'a {
-        let marks = &tile[self.fine_at..self.fine_at + FINE_ROWS];
-        marks.iter().enumerate().filter_map(|(slot, mark)| marked(*mark).map(|row| (slot, row)))
-    }
-
-    /// The residuals that a tile has: row, step, a nibble per coefficient.
-    pub fn residuals<'a>(&self, side: &Side, tile: &'a [u8]) -> impl Iterator<Item = (usize, f32, &'a [u8])> {
-        let (form, at, n) = (*self, side.residual, Side::residual_bytes(side.d));
-        let slots = self.slots(tile).filter(move |_| form.fine == Fine::Residuals);
-        slots.map(move |(slot, row)| {
-            let (step, nibbles) = tile[form.residual(slot)][at..at + n].split_at(STEP_BYTES);
-            (row, f16::from_le_bytes([step[0], step[1]]).to_f32(), nibbles)
-        })
-    }
-
-    /// Make these the fine rows, with residuals of nothing.
-    fn mark(&self, tile: &mut [u8], rows: &[u8]) {
-        let (marks, residuals) = tile[self.fine_at..].split_at_mut(FINE_ROWS);
-        residuals.fill(0);
-        marks.fill(0);
-        marks.iter_mut().zip(rows.iter().filter(|row| usize::from(**row) < TILE)).for_each(|(mark, row)| *mark = row + 1);
-    }
-
-    /// Bytes of a row as [`take_row`] gives it, the first of which is `flag`; `None` when none begins so.
-    pub fn taken_bytes(&self, flag: u8) -> Option<usize> {
-        let gains = self.k.some_parts().chain(self.v.some_parts()).count();
-        let plain = 1 + gains + (self.k.bits() + self.v.bits()).div_ceil(8);
-        match flag {
-            0 => Some(plain),
-            1 => Some(plain + self.residual_bytes()),
-            _ => None,
-        }
-    }
-}
+use crate::layout::row::Taken;
+use crate::layout::{gain, quant, Fine, Side, TileForm, FINE_ROWS, TILE};
+use crate::simd::{code_row, Kernels, MatMut, MatRef};
 
 /// Memory to code tiles in.
 #[derive(Debug, Default)]
@@ -263,25 +83,21 @@ fn code(kernels: &Kernels, basis: &Basis, form: &TileForm, side: &Side, tile: &m
         return;
     }
     for slot in 0..FINE_ROWS {
-        let Some(row) = marked(tile[form.fine_at + slot]) else { continue };
+        let Some(row) = form.slots(tile).find(|(used, _)| *used == slot).map(|(_, row)| row) else { continue };
         let [residual, coded] = &mut work.row;
         coded.fill(0.0);
         row_coefficients(side, tile, row, coded);
         for (j, residual) in residual.iter_mut().enumerate() {
             *residual = (work.z[j][row] - coded[j]) * basis.weight[j].sqrt();
         }
-        let at = form.residual(slot).start + side.residual;
-        let (step, nibbles) = tile[at..at + Side::residual_bytes(side.d)].split_at_mut(STEP_BYTES);
-        // A residual out of f16's range stands in a row that nothing can be made of.
-        let found = (kernels.quantise_fine)(residual, nibbles).min(f16::MAX.to_f32());
-        step.copy_from_slice(&f16::from_f32(found).to_le_bytes());
+        form.put_residual(side, slot, tile, |nibbles| (kernels.quantise_fine)(residual, nibbles));
     }
 }
 
 /// The coefficients of one row that are coded.
 fn row_coefficients(side: &Side, tile: &[u8], row: usize, out: &mut [f32]) {
     for (_, part) in side.some_parts() {
-        let (gain, codes) = (quant::gain(part.gains(tile)[row]), part.codes(tile));
+        let (gain, codes) = (gain::gain(part.gains(tile)[row]), part.codes(tile));
         for (j, out) in out[part.range()].iter_mut().enumerate() {
             let (width, at) = part.widths.place(j);
             *out = gain * quant::level(width, quant::get(width, &codes[at..], row));
@@ -301,7 +117,7 @@ fn coefficients(kernels: &Kernels, side: &Side, tile: &[u8], work: &mut TileWork
         let z = &mut work.z[part.range()];
         (kernels.unpack)(part.widths, part.codes(tile), z);
         let mut gains = [0.0; TILE];
-        (kernels.lookup)(quant::gains(), part.gains(tile), &mut gains);
+        (kernels.lookup)(gain::gains(), part.gains(tile), &mut gains);
         for z in z {
             z.iter_mut().zip(&gains).for_each(|(z, gain)| *z *= gain);
         }
@@ -352,13 +168,6 @@ pub fn decode_rows(
     }
 }
 
-/// The fine rows of a tile; [`NO_ROW`] where there are fewer.
-pub fn fine_rows(form: &TileForm, tile: &[u8]) -> [u8; FINE_ROWS] {
-    let mut rows = [NO_ROW; FINE_ROWS];
-    form.slots(tile).zip(&mut rows).for_each(|((_, row), out)| *out = row as u8);
-    rows
-}
-
 /// A tile that is read: bases of K and V, form and bytes.
 pub type Coded<'a> = ((&'a Basis, &'a Basis), &'a TileForm, &'a [u8]);
 /// A tile that is written.
@@ -369,7 +178,7 @@ pub type CodedMut<'a> = ((&'a Basis, &'a Basis), &'a TileForm, &'a mut [u8]);
 pub fn recode_tile(kernels: &Kernels, from: Coded, to: CodedMut, work: &mut TileWork) {
     let (from_bases, from_form, source) = from;
     let (to_bases, to_form, target) = to;
-    to_form.mark(target, &fine_rows(from_form, source));
+    to_form.mark(target, &from_form.fine_rows(source));
     let pairs = [(from_bases.0, &from_form.k, to_bases.0, &to_form.k), (from_bases.1, &from_form.v, to_bases.1, &to_form.v)];
     for (old, old_side, new, side) in pairs {
         work.clear(side.d);
@@ -403,7 +212,7 @@ pub fn encode_row(
     tile: &mut [u8],
     work: &mut TileWork,
 ) {
-    free_slot(form, tile, row);
+    form.unmark(tile, row);
     for (basis, side, x) in [(bases.0, &form.k, k), (bases.1, &form.v, v)] {
         let d = side.d;
         work.clear(d);
@@ -413,7 +222,7 @@ pub fn encode_row(
         for (_, part) in side.some_parts() {
             let (gains, codes) = part.split_mut(tile);
             let z = &z[part.range()];
-            gains[row] = quant::code_row(part.widths, &basis.weight[part.range()], z, |j, code| {
+            gains[row] = code_row(part.widths, &basis.weight[part.range()], z, |j, code| {
                 let (width, at) = part.widths.place(j);
                 quant::put(width, &mut codes[at..], row, code);
             });
@@ -421,100 +230,22 @@ pub fn encode_row(
     }
 }
 
-/// Let a row be fine no longer.
-fn free_slot(form: &TileForm, tile: &mut [u8], row: usize) {
-    tile[form.fine_at..form.fine_at + FINE_ROWS].iter_mut().filter(|mark| marked(**mark) == Some(row)).for_each(|mark| *mark = 0);
-}
-
-/// Codes of few bits one after another, lowest bits first.
-struct Bits<B> {
-    bytes: B,
-    at: usize,
-}
-
-impl Bits<&mut [u8]> {
-    /// The bits were zero.
-    fn put(&mut self, width: u32, code: u8) {
-        let wide = (u16::from(code) & ((1 << width) - 1)) << (self.at % 8);
-        let [low, high] = wide.to_le_bytes();
-        self.bytes[self.at / 8] |= low;
-        if high != 0 {
-            self.bytes[self.at / 8 + 1] |= high;
-        }
-        self.at += width as usize;
-    }
-}
-
-impl Bits<&[u8]> {
-    fn get(&mut self, width: u32) -> u8 {
-        let byte = |i: usize| self.bytes.get(i).copied().unwrap_or(0);
-        let wide = u16::from_le_bytes([byte(self.at / 8), byte(self.at / 8 + 1)]) >> (self.at % 8);
-        self.at += width as usize;
-        (wide & ((1 << width) - 1)) as u8
-    }
-}
-
-/// All that a tile holds of a row: whether it is fine, gains, codes in whole bits, and its residual.
-pub fn take_row(form: &TileForm, tile: &[u8], row: usize) -> Vec<u8> {
-    let slot = form.slots(tile).find(|(_, fine)| *fine == row).map(|(slot, _)| slot);
-    let mut out = vec![u8::from(slot.is_some())];
-    let sides = [&form.k, &form.v];
-    sides.iter().flat_map(|side| side.some_parts()).for_each(|(_, part)| out.push(part.gains(tile)[row]));
-    let at = out.len();
-    out.resize(at + (form.k.bits() + form.v.bits()).div_ceil(8), 0);
-    let mut bits = Bits { bytes: &mut out[at..], at: 0 };
-    for (_, part) in sides.iter().flat_map(|side| side.some_parts()) {
-        let codes = part.codes(tile);
-        for (width, at) in (0..part.rank()).map(|j| part.widths.place(j)) {
-            bits.put(width, quant::get(width, &codes[at..], row));
-        }
-    }
-    out.extend(slot.into_iter().flat_map(|slot| &tile[form.residual(slot)]));
-    out
-}
-
-/// What [`take_row`] gave, in parts: gains, codes, residual.
-fn split_taken<'a>(form: &TileForm, taken: &'a [u8]) -> (&'a [u8], Bits<&'a [u8]>, &'a [u8]) {
-    let gains = form.k.some_parts().chain(form.v.some_parts()).count();
-    let (gains, rest) = taken[1..].split_at(gains);
-    let (bits, residual) = rest.split_at((form.k.bits() + form.v.bits()).div_ceil(8));
-    (gains, Bits { bytes: bits, at: 0 }, residual)
-}
-
-/// Write what [`take_row`] gave for a row of the same form to row `row`. It stays fine if that row was or a fine slot is free.
-pub fn put_row(form: &TileForm, tile: &mut [u8], row: usize, taken: &[u8]) {
-    let (gains, mut bits, residual) = split_taken(form, taken);
-    for ((_, part), gain) in form.k.some_parts().chain(form.v.some_parts()).zip(gains) {
-        let (gains, codes) = part.split_mut(tile);
-        gains[row] = *gain;
-        for (width, at) in (0..part.rank()).map(|j| part.widths.place(j)) {
-            quant::put(width, &mut codes[at..], row, bits.get(width));
-        }
-    }
-    free_slot(form, tile, row);
-    let free = tile[form.fine_at..form.fine_at + FINE_ROWS].iter().position(|mark| marked(*mark).is_none());
-    if let (1, Some(slot)) = (taken[0], free) {
-        tile[form.fine_at + slot] = row as u8 + 1;
-        tile[form.residual(slot)].copy_from_slice(residual);
-    }
-}
-
-/// The row that [`take_row`]'s bytes stand for: `d_k` then `d_v` floats, the key in its frame.
+/// The row that [`TileForm::take_row`]'s bytes stand for: `d_k` then `d_v` floats, the key in its frame.
 pub fn decode_taken(kernels: &Kernels, bases: (&Basis, &Basis), form: &TileForm, taken: &[u8], out: &mut [f32]) {
-    let (gains, mut bits, residual) = split_taken(form, taken);
+    let Taken { is_fine, gains, mut codes, residual } = Taken::of(form, taken);
     let mut gains = gains.iter();
     let (out_k, out_v) = out.split_at_mut(form.k.d);
     for (basis, side, out) in [(bases.0, &form.k, out_k), (bases.1, &form.v, out_v)] {
         let mut z = vec![0.0; side.d];
-        if form.fine == Fine::Residuals && taken[0] == 1 {
-            let (step, nibbles) = residual[side.residual..][..Side::residual_bytes(side.d)].split_at(STEP_BYTES);
-            residual_coefficients(kernels, basis, f16::from_le_bytes([step[0], step[1]]).to_f32(), nibbles, &mut z);
+        if form.fine == Fine::Residuals && is_fine {
+            let (step, nibbles) = form.of_residual(side, residual);
+            residual_coefficients(kernels, basis, step, nibbles, &mut z);
         }
         for (_, part) in side.some_parts() {
-            let gain = quant::gain(*gains.next().expect("invariant: a taken row has a gain for every part"));
+            let gain = gain::gain(*gains.next().expect("invariant: a taken row has a gain for every part"));
             for (j, z) in z[part.range()].iter_mut().enumerate() {
                 let width = part.widths.place(j).0;
-                *z += gain * quant::level(width, bits.get(width));
+                *z += gain * quant::level(width, codes.get(width));
             }
         }
         out.fill(0.0);
@@ -526,7 +257,7 @@ pub fn decode_taken(kernels: &Kernels, bases: (&Basis, &Basis), form: &TileForm,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::BANDS;
+    use crate::layout::{Widths, BANDS, NO_ROW};
     use crate::simd::{at, kernels, Level};
 
     fn noise(n: usize, seed: usize) -> Vec<f32> {
@@ -604,7 +335,7 @@ mod tests {
                 encode_row(kernels(), (&k, &v), &form, &own(&rows_k), &own(&rows_v), row, &mut single, &mut work);
             }
             // Rounding may choose another of two levels that are equally near.
-            let other = (0..TILE).filter(|row| take_row(&form, &whole, *row) != take_row(&form, &single, *row)).count();
+            let other = (0..TILE).filter(|row| form.take_row(&whole, *row) != form.take_row(&single, *row)).count();
             assert!(other <= 1, "band {band}: {other} rows");
         }
     }
@@ -625,27 +356,27 @@ mod tests {
             let mut copy = vec![0x5a; form.bytes()];
             form.mark(&mut copy, &[]);
             for row in 0..TILE {
-                let taken = take_row(&form, &tile, row);
+                let taken = form.take_row(&tile, row);
                 assert_eq!(form.taken_bytes(taken[0]), Some(taken.len()));
                 assert_eq!(taken[0] == 1, [9, 3].contains(&row));
                 let mut out = vec![f32::NAN; 2 * D];
                 decode_taken(kernels(), bases, &form, &taken, &mut out);
                 let want = [&got_k[row * D..(row + 1) * D], &got_v[row * D..(row + 1) * D]].concat();
                 assert!(out.iter().zip(&want).all(|(a, b)| (a - b).abs() <= 1e-5 * (1.0 + b.abs())), "row {row}");
-                put_row(&form, &mut copy, row, &taken);
-                assert_eq!(take_row(&form, &copy, row), taken, "row {row}");
+                form.put_row(&mut copy, row, &taken);
+                assert_eq!(form.take_row(&copy, row), taken, "row {row}");
             }
-            assert_eq!(fine_rows(&form, &tile), [9, 3]);
+            assert_eq!(form.fine_rows(&tile), [9, 3]);
             assert_eq!(decode(bases, &form, &copy), (got_k, got_v));
             assert_eq!(form.taken_bytes(2), None);
             // A third fine row finds no place, and takes one when its row had it; coded anew, a row is fine no longer.
-            let taken = take_row(&form, &tile, 9);
-            put_row(&form, &mut copy, 20, &taken);
-            assert_eq!((fine_rows(&form, &copy), take_row(&form, &copy, 20)[0]), ([3, 9], 0));
-            put_row(&form, &mut copy, 3, &taken);
-            assert_eq!(fine_rows(&form, &copy), [3, 9]);
+            let taken = form.take_row(&tile, 9);
+            form.put_row(&mut copy, 20, &taken);
+            assert_eq!((form.fine_rows(&copy), form.take_row(&copy, 20)[0]), ([3, 9], 0));
+            form.put_row(&mut copy, 3, &taken);
+            assert_eq!(form.fine_rows(&copy), [3, 9]);
             encode_row(kernels(), bases, &form, &rows_k[..D], &rows_v[..D], 9, &mut copy, &mut work);
-            assert_eq!(fine_rows(&form, &copy), [3, NO_ROW]);
+            assert_eq!(form.fine_rows(&copy), [3, NO_ROW]);
         }
     }
 
@@ -688,7 +419,7 @@ mod tests {
             let (mut got, mut want) = (vec![0xa5; to_form.bytes()], vec![0x5a; to_form.bytes()]);
             recode_tile(kernels(), (old, &from_form, &source), (new, &to_form, &mut got), &mut work);
             encode_tile(kernels(), new, &to_form, &old_k, &old_v, &[40], &mut want, &mut work);
-            assert_eq!(fine_rows(&to_form, &got), [40, NO_ROW]);
+            assert_eq!(to_form.fine_rows(&got), [40, NO_ROW]);
             let ((got_k, got_v), (want_k, want_v)) = (decode(new, &to_form, &got), decode(new, &to_form, &want));
             for row in 0..TILE {
                 for (got, want, mean) in [(&got_k, &want_k, &new.0.mean[..]), (&got_v, &want_v, &[][..])] {
@@ -697,7 +428,7 @@ mod tests {
                     assert!(apart < 0.25, "{from} to {to}, same basis {same}, row {row}: {apart}");
                 }
             }
-            let near = (0..TILE).filter(|row| take_row(&to_form, &got, *row) == take_row(&to_form, &want, *row)).count();
+            let near = (0..TILE).filter(|row| to_form.take_row(&got, *row) == to_form.take_row(&want, *row)).count();
             assert!(near >= TILE - 12, "{from} to {to}, same basis {same}: {near} rows are the same");
         }
     }
@@ -720,7 +451,7 @@ mod tests {
         let to = form(1);
         let mut target = vec![0xa5; to.bytes()];
         recode_tile(kernels(), ((&plain.0, &plain.1), &waiting, &tile), ((&k, &v), &to, &mut target), &mut work);
-        assert_eq!(fine_rows(&to, &target), [0, 63]);
+        assert_eq!(to.fine_rows(&target), [0, 63]);
         let (got_k, got_v) = decode((&k, &v), &to, &target);
         assert!((0..TILE).all(|row| error(&got_k, &rows_k, &k.mean, row) < 0.6 && error(&got_v, &rows_v, &[], row) < 0.6));
         assert!([0, 63].iter().all(|row| error(&got_k, &rows_k, &k.mean, *row) < 0.06 && error(&got_v, &rows_v, &[], *row) < 0.06));

@@ -67,7 +67,7 @@ pub const SKV_PAIRING_ADJACENT: i32 = 1;
 /// `skv_rope.pairing`: elements i and i + n_dims/2 (ggml NEOX).
 pub const SKV_PAIRING_HALVES: i32 = 2;
 
-const _: () = assert!(SKV_MAX_QUERIES == crate::config::MAX_QUERIES && SKV_TILE_ROWS == crate::config::TILE);
+const _: () = assert!(SKV_MAX_QUERIES == crate::layout::MAX_QUERIES && SKV_TILE_ROWS == crate::layout::TILE);
 const _: () = assert!(SKV_FINE_ROWS_AUTO == crate::config::FINE_ROWS_AUTO);
 
 /// A short name for a status; static text, never NULL. Any integer may be passed.

@@ -3,8 +3,8 @@
 #![expect(clippy::needless_range_loop, reason = "indices into arrays of registers are unrolled, iterators over them not always")]
 
 use super::lanes::{Lanes, LANES};
-use super::quant::LEVELS_4;
-use crate::config::TILE;
+use crate::layout::quant::LEVELS_4;
+use crate::layout::TILE;
 use half::f16;
 
 /// A row-major matrix that is only read: its floats and the distance from a row to the next.

@@ -7,10 +7,13 @@
 #![expect(clippy::needless_range_loop, reason = "indices into arrays of registers are unrolled, iterators over them not always")]
 
 use super::lanes::{Ymm, LANES};
-use super::quant::{self, STEP};
+use super::memory::Ahead;
+use super::products::{Pass, Products, BATCH};
 use super::vnni::{table, OFFSET};
-use super::{tile, whole, Ahead, Pass, Products, Widths, BATCH};
-use crate::config::TILE;
+use super::{tile, whole};
+use crate::layout::quant::{self, STEP};
+use crate::layout::widths::with_width;
+use crate::layout::{Widths, TILE};
 use std::arch::x86_64::*;
 
 /// Queries whose sums are in registers together, with those of 16 rows or of two coefficients.
@@ -106,7 +109,7 @@ unsafe fn sum(x: __m256i) -> i32 {
 pub unsafe fn prepare(s: &mut Products, part: usize) {
     whole::prepare(s, part);
     let p = &mut s.parts[part];
-    let padded = (p.widths.rank() - tile::narrow_from(p.widths)).next_multiple_of(TILE);
+    let padded = (p.widths.rank() - p.widths.narrow_from()).next_multiple_of(TILE);
     p.offsets.clear();
     for q in 0..s.frames * s.n {
         let digits = &p.digits.bytes()[q * padded * 2..][..padded * 2];
@@ -238,7 +241,7 @@ unsafe fn scores<const Q: usize>(rows: &[u8], digits: *const i16, padded: usize,
 #[inline(always)]
 pub unsafe fn tile_scores(s: &mut Products, pass: Pass, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
     let widths = s.parts[pass.part].widths;
-    let (first, rank) = (tile::narrow_from(widths), widths.rank());
+    let (first, rank) = (widths.narrow_from(), widths.rank());
     let (length, padded) = ((rank - first).next_multiple_of(4) * TILE, (rank - first).next_multiple_of(TILE));
     assert!(codes.len() >= widths.bytes() && s.n > 0 && out.len() >= (s.n - 1) * stride + TILE);
     // The first of the frame's queries.
@@ -256,17 +259,9 @@ pub unsafe fn tile_scores(s: &mut Products, pass: Pass, codes: &[u8], gains: &[f
         let p = &s.parts[pass.part];
         s.unpacked.resize(length);
         let rows = &mut s.unpacked.bytes_mut()[..length];
-        let mut at = 0;
-        for (bits, n, from) in tile::narrow_runs(widths) {
-            let (codes, out) = (&codes[from..from + n * quant::coefficient_bytes(bits)], &mut rows[at * TILE..(at + n) * TILE]);
-            match bits {
-                5 => unpack_run::<5>(codes, out),
-                4 => unpack_run::<4>(codes, out),
-                3 => unpack_run::<3>(codes, out),
-                2 => unpack_run::<2>(codes, out),
-                _ => unpack_run::<1>(codes, out),
-            }
-            at += n;
+        for run in widths.narrow_runs() {
+            let (codes, out) = (&codes[run.bytes()], &mut rows[(run.first - first) * TILE..][..run.n * TILE]);
+            with_width!(narrow run.bits, WIDTH => unpack_run::<WIDTH>(codes, out));
         }
         for four in rows.chunks_exact_mut(4 * TILE) {
             interleave(four.as_mut_ptr());
@@ -401,16 +396,8 @@ unsafe fn values<const Q: usize>(
                 s.offsets[q] = _mm256_add_epi32(s.offsets[q], sort(rows.as_mut_ptr()));
             }
         }
-        let mut j = tile::narrow_from(widths);
-        for (bits, count, from) in tile::narrow_runs(widths) {
-            match bits {
-                5 => value_run::<5, Q>(tiles, from, j, count, &mut s),
-                4 => value_run::<4, Q>(tiles, from, j, count, &mut s),
-                3 => value_run::<3, Q>(tiles, from, j, count, &mut s),
-                2 => value_run::<2, Q>(tiles, from, j, count, &mut s),
-                _ => value_run::<1, Q>(tiles, from, j, count, &mut s),
-            }
-            j += count;
+        for run in widths.narrow_runs() {
+            with_width!(narrow run.bits, WIDTH => value_run::<WIDTH, Q>(tiles, run.at, run.first, run.n, &mut s));
         }
     }
 }
@@ -427,8 +414,8 @@ pub unsafe fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: us
     assert!(n > 0 && length <= stride && p.len() >= (n - 1) * stride + length && sums.len() >= widths.rank() * n * LANES);
     // SAFETY: features are the caller's, sizes were checked.
     unsafe {
-        tile::wide_values::<Ymm>(widths, tiles, tile::narrow_from(widths), p, stride, n, sums, work);
-        if tile::narrow_from(widths) == widths.rank() {
+        tile::wide_values::<Ymm>(widths, tiles, widths.narrow_from(), p, stride, n, sums, work);
+        if widths.narrow_from() == widths.rank() {
             return;
         }
         work.unpacked.resize(length * QUERIES * 2);

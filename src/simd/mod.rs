@@ -10,16 +10,20 @@ mod encode;
 pub mod lanes;
 #[cfg(target_arch = "x86_64")]
 mod madd;
-pub mod quant;
+mod memory;
+mod products;
 mod tile;
+mod unpack;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 mod whole;
 
 pub use dense::{MatMut, MatRef};
-use lanes::Plain;
+pub use encode::code_row;
+pub use memory::{Ahead, Lines};
+pub use products::{Pass, Products, Projected, BATCH};
 
-use crate::config::TILE;
+use crate::layout::{Widths, TILE};
 use half::f16;
 use std::sync::OnceLock;
 
@@ -54,180 +58,6 @@ impl Level {
     pub(crate) fn rounds_to_16_bits(self) -> bool {
         !matches!(self, Level::Avx512)
     }
-}
-
-/// How many coefficients of a tile have each width, widest first, in the order in which they are stored.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Widths {
-    /// Coefficients of 8, 6, 5, 4, 3, 2 and 1 bits.
-    pub counts: [usize; Widths::BITS.len()],
-}
-
-impl Widths {
-    /// The widths that are stored, in their order.
-    pub const BITS: [u32; 7] = [8, 6, 5, 4, 3, 2, 1];
-
-    /// `n` coefficients of `bits` each.
-    pub fn equal(n: usize, bits: u32) -> Self {
-        Widths { counts: Self::BITS.map(|b| if b == bits { n } else { 0 }) }
-    }
-
-    /// Those of `cut` bits and more, and the others: what is wide comes first.
-    pub fn parts(&self, cut: u32) -> [Widths; 2] {
-        let part = |wide: bool| Widths { counts: std::array::from_fn(|i| if (Self::BITS[i] >= cut) == wide { self.counts[i] } else { 0 }) };
-        [part(true), part(false)]
-    }
-    /// Coefficients in all.
-    pub fn rank(&self) -> usize {
-        self.counts.iter().sum()
-    }
-    /// Bytes of one tile's codes.
-    pub fn bytes(&self) -> usize {
-        self.counts.iter().zip(Self::BITS).map(|(n, bits)| n * quant::coefficient_bytes(bits)).sum()
-    }
-    /// Width and byte offset of coefficient `j`.
-    #[inline(always)]
-    pub fn place(&self, j: usize) -> (u32, usize) {
-        let (mut j, mut at) = (j, 0);
-        for (n, bits) in self.counts.into_iter().zip(Self::BITS) {
-            if j < n {
-                return (bits, at + j * quant::coefficient_bytes(bits));
-            }
-            j -= n;
-            at += n * quant::coefficient_bytes(bits);
-        }
-        (0, at)
-    }
-}
-
-/// Most tiles of one [`Kernels::tile_values`] call.
-pub const BATCH: usize = 16;
-
-/// Memory in whole cache lines, so that wide loads never straddle two. Keeps its size when asked for less.
-#[derive(Debug, Default)]
-pub struct Lines(Vec<Line>);
-
-#[derive(Debug, Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
-#[repr(C, align(64))]
-struct Line([f32; 16]);
-
-impl Lines {
-    /// At least `bytes` bytes; what is new is zero.
-    pub fn resize(&mut self, bytes: usize) {
-        let lines = bytes.div_ceil(64);
-        if lines > self.0.len() {
-            self.0.resize(lines, Line([0.0; 16]));
-        }
-    }
-    /// As floats.
-    pub fn floats(&self) -> &[f32] {
-        bytemuck::cast_slice(&self.0)
-    }
-    /// As mutable floats.
-    pub fn floats_mut(&mut self) -> &mut [f32] {
-        bytemuck::cast_slice_mut(&mut self.0)
-    }
-    /// As bytes.
-    pub fn bytes(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.0)
-    }
-    /// As mutable bytes.
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        bytemuck::cast_slice_mut(&mut self.0)
-    }
-}
-
-/// Memory that will be read soon, asked for a few cache lines at a time between other work: tiles are read in pieces too short for the hardware to
-/// guess the next, and many requests at once wait for each other. Keeps addresses only, and never reads.
-#[derive(Debug, Default)]
-pub struct Ahead {
-    at: usize,
-    /// Where the present piece ends, and how many there are behind it.
-    end: usize,
-    pieces: usize,
-    piece: usize,
-    stride: usize,
-}
-
-impl Ahead {
-    /// `n` pieces of `piece` bytes in some memory, `stride` apart, as far as they lie in it.
-    pub fn pieces(memory: &[u8], first: usize, piece: usize, stride: usize, n: usize) -> Self {
-        let room = memory.len().saturating_sub(first + piece);
-        let n = if first + piece > memory.len() { 0 } else { n.min(1 + room.checked_div(stride).unwrap_or(0)) };
-        let at = memory.as_ptr().addr() + first;
-        Ahead { at, end: if n > 0 { at + piece } else { at }, pieces: n.saturating_sub(1), piece, stride }
-    }
-    /// Ask for the next lines, as far as there are any, to come to the second cache.
-    #[inline(always)]
-    pub fn fetch(&mut self, lines: usize) {
-        for _ in 0..lines {
-            if self.at >= self.end {
-                if self.pieces == 0 {
-                    return;
-                }
-                let first = self.end - self.piece + self.stride;
-                (self.at, self.end, self.pieces) = (first, first + self.piece, self.pieces - 1);
-            }
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: a prefetch reads nothing, whatever the address.
-            unsafe {
-                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(std::ptr::without_provenance(self.at));
-            }
-            self.at += 64;
-        }
-    }
-}
-
-/// Queries projected to the coefficients of a part of the tiles of one band, for one or more frames.
-#[derive(Debug, Default)]
-pub struct Projected {
-    /// Widths of the part.
-    pub widths: Widths,
-    /// Projected queries, [`Products::n`] for each frame, a coefficient per float, `stride` apart.
-    pub z: Lines,
-    /// See `z`. There is room for 64 floats behind the last query.
-    pub stride: usize,
-    /// Step of each coefficient's levels, and of which widths.
-    steps: (Widths, Lines),
-    digits: Lines,
-    offsets: Vec<i32>,
-    scales: Vec<f32>,
-}
-
-/// Projected queries made ready for the tiles of one band, and memory to work in.
-#[derive(Debug, Default)]
-pub struct Products {
-    /// By part of the coefficients: each has a gain per row of its own.
-    pub parts: [Projected; 2],
-    /// Queries.
-    pub n: usize,
-    /// Frames that they are projected for.
-    pub frames: usize,
-    /// The frame of the next tile.
-    pub frame: usize,
-    /// Per frame and query: its product with the mean key.
-    pub means: Vec<f32>,
-    /// Factor on all scores.
-    pub scale: f32,
-    /// Per query: the largest score so far.
-    pub largest: Vec<f32>,
-    /// What will be read after these tiles.
-    pub ahead: Ahead,
-    /// Sums of wide coefficients, 64 for each query.
-    sums: Lines,
-    unpacked: Lines,
-    values: Lines,
-}
-
-/// What one call of [`Kernels::tile_scores`] does: scores of a tile are made part by part.
-#[derive(Debug, Clone, Copy)]
-pub struct Pass {
-    /// The part whose sums are made.
-    pub part: usize,
-    /// Add to what was left, instead of beginning anew.
-    pub add: bool,
-    /// Make scores of the sums: nothing will be added any more.
-    pub finish: bool,
 }
 
 /// One level's kernels. Matrices are row-major.
@@ -423,7 +253,7 @@ macro_rules! level {
     };
 }
 
-level!(plain, Portable, Plain, 1,);
+level!(plain, Portable, lanes::Plain, 1,);
 #[cfg(target_arch = "x86_64")]
 level!(avx2_f32, Avx2, lanes::Ymm, 2, #[target_feature(enable = "avx2,fma,f16c")]);
 #[cfg(target_arch = "x86_64")]
@@ -543,6 +373,7 @@ pub(crate) fn plain() -> &'static Kernels {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout::quant;
 
     fn noise(n: usize, seed: u32) -> Vec<f32> {
         let mut s = seed.wrapping_mul(2_654_435_761).wrapping_add(1);

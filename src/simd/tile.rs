@@ -2,9 +2,11 @@
 
 use super::dense::{MatMut, MatRef};
 use super::lanes::{Lanes, Plain, LANES};
-use super::quant::{self, STEP};
-use super::{dense, Pass, Products, Projected, Widths};
-use crate::config::TILE;
+use super::products::{Pass, Products, Projected};
+use super::{dense, unpack};
+use crate::layout::quant::{coefficient_bytes, STEP};
+use crate::layout::widths::with_width;
+use crate::layout::{Widths, TILE};
 
 /// A level's way from codes to floats.
 pub trait Unpack: Lanes {
@@ -18,29 +20,13 @@ pub trait Unpack: Lanes {
 impl Unpack for Plain {
     #[inline(always)]
     unsafe fn unpack<const WIDTH: u32>(packed: &[u8], out: &mut [f32; TILE]) {
-        quant::unpack(WIDTH, packed, out)
+        unpack::unpack(WIDTH, packed, out)
     }
 }
 
 /// What the largest element of a factor becomes that is rounded to a whole number: two digits of base 256 are then between -128 and 127, and
 /// products with levels of a byte stay under 2^22.
 pub const FULL: f32 = 32_630.0;
-
-/// The first coefficient that whole numbers can have: those before it, of 8 and 6 bits, take the f32 way.
-pub fn narrow_from(widths: Widths) -> usize {
-    widths.counts[0] + widths.counts[1]
-}
-
-/// The runs of coefficients of 5 to 1 bits: width, number, first byte in a tile.
-pub fn narrow_runs(widths: Widths) -> impl Iterator<Item = (u32, usize, usize)> {
-    let mut at = 0;
-    let run = move |(n, bits): (usize, u32)| {
-        let from = at;
-        at += n * quant::coefficient_bytes(bits);
-        (bits, n, from)
-    };
-    widths.counts.into_iter().zip(Widths::BITS).map(run).skip(2)
-}
 
 /// Step of each narrow coefficient's levels, zeros behind the last up to `padded`.
 pub fn fill_steps(p: &mut Projected, padded: usize) {
@@ -50,17 +36,17 @@ pub fn fill_steps(p: &mut Projected, padded: usize) {
     p.steps.0 = p.widths;
     p.steps.1.resize(padded * 4);
     let steps = p.steps.1.floats_mut();
-    let mut j = 0;
-    for (bits, n, _) in narrow_runs(p.widths) {
-        steps[j..j + n].fill(STEP[bits as usize]);
-        j += n;
+    let mut n = 0;
+    for run in p.widths.narrow_runs() {
+        steps[n..n + run.n].fill(STEP[run.bits as usize]);
+        n += run.n;
     }
-    steps[j..].fill(0.0);
+    steps[n..].fill(0.0);
 }
 
 #[inline(always)]
 unsafe fn unpack_run<V: Unpack, const WIDTH: u32>(codes: &[u8], out: &mut [[f32; TILE]]) {
-    for (packed, out) in codes.chunks_exact(quant::coefficient_bytes(WIDTH)).zip(out) {
+    for (packed, out) in codes.chunks_exact(coefficient_bytes(WIDTH)).zip(out) {
         // SAFETY: the slice has the coefficient's bytes; features are the caller's.
         unsafe { V::unpack::<WIDTH>(packed, out) }
     }
@@ -72,26 +58,15 @@ unsafe fn unpack_run<V: Unpack, const WIDTH: u32>(codes: &[u8], out: &mut [[f32;
 /// The features of `V` are there.
 #[inline(always)]
 pub unsafe fn unpack_tile<V: Unpack>(widths: Widths, codes: &[u8], first: usize, out: &mut [[f32; TILE]]) {
-    let (mut codes, mut out, mut skip) = (&codes[..widths.bytes()], out, first);
-    for (n, bits) in widths.counts.into_iter().zip(Widths::BITS) {
-        let (run, later) = codes.split_at(n * quant::coefficient_bytes(bits));
-        let skipped = skip.min(n);
+    let (mut out, mut skip) = (out, first);
+    for run in widths.runs() {
+        let skipped = skip.min(run.n);
         skip -= skipped;
-        let run = &run[skipped * quant::coefficient_bytes(bits)..];
-        let (values, rest) = out.split_at_mut((n - skipped).min(out.len()));
+        let codes = &codes[run.bytes()][skipped * coefficient_bytes(run.bits)..];
+        let (values, rest) = out.split_at_mut((run.n - skipped).min(out.len()));
         // SAFETY: features are the caller's.
-        unsafe {
-            match bits {
-                8 => unpack_run::<V, 8>(run, values),
-                6 => unpack_run::<V, 6>(run, values),
-                5 => unpack_run::<V, 5>(run, values),
-                4 => unpack_run::<V, 4>(run, values),
-                3 => unpack_run::<V, 3>(run, values),
-                2 => unpack_run::<V, 2>(run, values),
-                _ => unpack_run::<V, 1>(run, values),
-            }
-        }
-        (codes, out) = (later, rest);
+        unsafe { with_width!(run.bits, WIDTH => unpack_run::<V, WIDTH>(codes, values)) }
+        out = rest;
     }
 }
 
@@ -236,8 +211,8 @@ pub unsafe fn wide_values<V: Unpack>(
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::super::lanes::{Ymm, Zmm};
-    use super::super::quant::{A_8, B_8, LEVELS_1, LEVELS_2, LEVELS_3, LEVELS_4, LEVELS_5, LEVELS_6};
     use super::{Unpack, TILE};
+    use crate::layout::quant::{A_8, B_8, LEVELS_1, LEVELS_2, LEVELS_3, LEVELS_4, LEVELS_5, LEVELS_6};
     use std::arch::x86_64::*;
 
     impl Unpack for Ymm {

@@ -9,10 +9,12 @@
 #![expect(clippy::needless_range_loop, reason = "indices into arrays of registers are unrolled, iterators over them not always")]
 
 use super::lanes::{Zmm, LANES};
-use super::quant::{self, STEP};
+use super::memory::Ahead;
+use super::products::{Pass, Products, BATCH};
 use super::tile::{self, FULL};
-use super::{Ahead, Pass, Products, Widths};
-use crate::config::TILE;
+use crate::layout::quant::{self, STEP};
+use crate::layout::widths::with_width;
+use crate::layout::{Widths, TILE};
 use std::arch::x86_64::*;
 
 /// Digits of base 256 of a factor, the lowest first.
@@ -111,7 +113,7 @@ unsafe fn magnitude(x: &[f32]) -> f32 {
 #[inline(always)]
 pub unsafe fn prepare(s: &mut Products, part: usize) {
     let (queries, s) = (s.frames * s.n, &mut s.parts[part]);
-    let (first, rank) = (tile::narrow_from(s.widths), s.widths.rank());
+    let (first, rank) = (s.widths.narrow_from(), s.widths.rank());
     let padded = (rank - first).next_multiple_of(64);
     tile::fill_steps(s, padded);
     s.digits.resize(queries * DIGITS * padded);
@@ -244,7 +246,7 @@ unsafe fn scores<const Q: usize>(rows: &[u8], digits: *const u8, padded: usize, 
 #[inline(always)]
 pub unsafe fn tile_scores(s: &mut Products, pass: Pass, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
     let widths = s.parts[pass.part].widths;
-    let (first, rank) = (tile::narrow_from(widths), widths.rank());
+    let (first, rank) = (widths.narrow_from(), widths.rank());
     let (narrow, padded) = (rank - first, (rank - first).next_multiple_of(64));
     assert!(codes.len() >= widths.bytes() && s.n > 0 && out.len() >= (s.n - 1) * stride + TILE);
     // The first of the frame's queries.
@@ -264,17 +266,9 @@ pub unsafe fn tile_scores(s: &mut Products, pass: Pass, codes: &[u8], gains: &[f
         let p = &s.parts[pass.part];
         s.unpacked.resize(narrow.next_multiple_of(4) * TILE);
         let rows = &mut s.unpacked.bytes_mut()[..narrow.next_multiple_of(4) * TILE];
-        let mut at = 0;
-        for (bits, n, from) in tile::narrow_runs(widths) {
-            let (codes, out) = (&codes[from..from + n * quant::coefficient_bytes(bits)], &mut rows[at * TILE..(at + n) * TILE]);
-            match bits {
-                5 => unpack_run::<5>(codes, out),
-                4 => unpack_run::<4>(codes, out),
-                3 => unpack_run::<3>(codes, out),
-                2 => unpack_run::<2>(codes, out),
-                _ => unpack_run::<1>(codes, out),
-            }
-            at += n;
+        for run in widths.narrow_runs() {
+            let (codes, out) = (&codes[run.bytes()], &mut rows[(run.first - first) * TILE..][..run.n * TILE]);
+            with_width!(narrow run.bits, WIDTH => unpack_run::<WIDTH>(codes, out));
         }
         for four in rows.chunks_exact_mut(4 * TILE) {
             let p = four.as_mut_ptr();
@@ -393,16 +387,8 @@ unsafe fn values<const Q: usize>(
             }
         }
         let mut s = Sums { digits: digit_bytes.as_ptr(), offsets: &offsets, scales, out, n, ahead };
-        let mut j = tile::narrow_from(widths);
-        for (bits, count, from) in tile::narrow_runs(widths) {
-            match bits {
-                5 => value_run::<5, Q>(tiles, from, j, count, &mut s),
-                4 => value_run::<4, Q>(tiles, from, j, count, &mut s),
-                3 => value_run::<3, Q>(tiles, from, j, count, &mut s),
-                2 => value_run::<2, Q>(tiles, from, j, count, &mut s),
-                _ => value_run::<1, Q>(tiles, from, j, count, &mut s),
-            }
-            j += count;
+        for run in widths.narrow_runs() {
+            with_width!(narrow run.bits, WIDTH => value_run::<WIDTH, Q>(tiles, run.at, run.first, run.n, &mut s));
         }
     }
 }
@@ -414,12 +400,12 @@ unsafe fn values<const Q: usize>(
 #[inline(always)]
 pub unsafe fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: usize, n: usize, sums: &mut [f32], work: &mut Products) {
     let length = tiles.len() * TILE;
-    assert!(tiles.iter().all(|t| t.len() >= widths.bytes()) && tiles.len() <= super::BATCH);
+    assert!(tiles.iter().all(|t| t.len() >= widths.bytes()) && tiles.len() <= BATCH);
     assert!(n > 0 && length <= stride && p.len() >= (n - 1) * stride + length && sums.len() >= widths.rank() * n * LANES);
     // SAFETY: features are the caller's, sizes were checked.
     unsafe {
-        tile::wide_values::<Zmm>(widths, tiles, tile::narrow_from(widths), p, stride, n, sums, work);
-        if tile::narrow_from(widths) == widths.rank() {
+        tile::wide_values::<Zmm>(widths, tiles, widths.narrow_from(), p, stride, n, sums, work);
+        if widths.narrow_from() == widths.rank() {
             return;
         }
         work.unpacked.resize(length * 4 * DIGITS);

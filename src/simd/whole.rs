@@ -6,10 +6,12 @@
 //! f32 way.
 
 use super::lanes::{Plain, LANES, ROUND};
-use super::quant::{self, STEP};
+use super::products::{Pass, Products};
 use super::tile::{self, FULL};
-use super::{Pass, Products, Widths};
-use crate::config::TILE;
+use super::unpack::unpack_units;
+use crate::layout::quant::{self, STEP};
+use crate::layout::widths::with_width;
+use crate::layout::{Widths, TILE};
 
 /// Coefficients of a row that are summed at once; as many as a tile has rows, so that both sums are one function.
 const BLOCK: usize = TILE;
@@ -52,7 +54,7 @@ pub fn round(x: &[f32], out: &mut [Digits]) -> f32 {
 #[inline(always)]
 pub fn prepare(s: &mut Products, part: usize) {
     let (queries, p) = (s.frames * s.n, &mut s.parts[part]);
-    let (first, rank) = (tile::narrow_from(p.widths), p.widths.rank());
+    let (first, rank) = (p.widths.narrow_from(), p.widths.rank());
     let padded = (rank - first).next_multiple_of(BLOCK);
     tile::fill_steps(p, padded);
     p.digits.resize(queries * padded * 2);
@@ -73,7 +75,7 @@ pub fn prepare(s: &mut Products, part: usize) {
 #[inline(always)]
 fn unpack_run(width: u32, codes: &[u8], out: &mut [[i8; TILE]]) {
     for (packed, out) in codes.chunks_exact(quant::coefficient_bytes(width)).zip(out) {
-        *out = quant::unpack_units(width, packed);
+        *out = unpack_units(width, packed);
     }
 }
 
@@ -108,23 +110,15 @@ fn transpose(units: &[[i8; TILE]], rows: &mut [Digits]) {
 /// See [`super::Kernels::tile_scores`].
 pub fn tile_scores(s: &mut Products, pass: Pass, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
     let widths = s.parts[pass.part].widths;
-    let (first, rank) = (tile::narrow_from(widths), widths.rank());
+    let (first, rank) = (widths.narrow_from(), widths.rank());
     let blocks = (rank - first).div_ceil(BLOCK);
     // SAFETY: plain Rust needs no features.
     unsafe { tile::wide_sums::<Plain, 1>(s, pass.part, codes, first) }
     s.unpacked.resize(blocks * BLOCK * TILE);
     let (units, _) = bytemuck::cast_slice_mut::<u8, i8>(s.unpacked.bytes_mut()).as_chunks_mut();
-    let mut at = 0;
-    for (bits, n, from) in tile::narrow_runs(widths) {
-        let (codes, units) = (&codes[from..from + n * quant::coefficient_bytes(bits)], &mut units[at..at + n]);
-        match bits {
-            5 => unpack_run(5, codes, units),
-            4 => unpack_run(4, codes, units),
-            3 => unpack_run(3, codes, units),
-            2 => unpack_run(2, codes, units),
-            _ => unpack_run(1, codes, units),
-        }
-        at += n;
+    for run in widths.narrow_runs() {
+        let (codes, units) = (&codes[run.bytes()], &mut units[run.first - first..][..run.n]);
+        with_width!(narrow run.bits, WIDTH => unpack_run(WIDTH, codes, units));
     }
     s.values.resize(TILE * BLOCK * 2);
     let (rows, _) = bytemuck::cast_slice_mut::<f32, i16>(s.values.floats_mut()).as_chunks_mut();
@@ -161,7 +155,7 @@ fn value_run(width: u32, tiles: &[&[u8]], from: usize, f: &mut Factors, sums: &m
         let at = from + i * quant::coefficient_bytes(width);
         // Levels of all tiles before all sums: the compiler would make other products of what it knows to be bytes.
         for (row, tile) in f.rows.iter_mut().zip(tiles) {
-            let units = quant::unpack_units(width, &tile[at..at + quant::coefficient_bytes(width)]);
+            let units = unpack_units(width, &tile[at..at + quant::coefficient_bytes(width)]);
             for (x, unit) in row.iter_mut().zip(units) {
                 *x = i16::from(unit);
             }
@@ -176,7 +170,7 @@ fn value_run(width: u32, tiles: &[&[u8]], from: usize, f: &mut Factors, sums: &m
 
 /// See [`super::Kernels::tile_values`].
 pub fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: usize, n: usize, sums: &mut [f32], work: &mut Products) {
-    let (first, length) = (tile::narrow_from(widths), tiles.len() * TILE);
+    let (first, length) = (widths.narrow_from(), tiles.len() * TILE);
     // SAFETY: plain Rust needs no features.
     unsafe { tile::wide_values::<Plain>(widths, tiles, first, p, stride, n, sums, work) }
     work.unpacked.resize(QUERIES * length * 2);
@@ -191,18 +185,10 @@ pub fn tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: usize, n:
             *scale = round(&p[..length], digits);
         }
         let mut factors = Factors { digits, scales: &scales[..queries], rows: &mut rows[..tiles.len()] };
-        let mut j = first;
-        for (bits, count, from) in tile::narrow_runs(widths) {
-            let sums = &mut sums[j * n * LANES..(j + count) * n * LANES];
+        for run in widths.narrow_runs() {
+            let sums = &mut sums[run.first * n * LANES..(run.first + run.n) * n * LANES];
             let sums = sums.get_mut(q * LANES..).unwrap_or_default();
-            match bits {
-                5 => value_run(5, tiles, from, &mut factors, sums, n),
-                4 => value_run(4, tiles, from, &mut factors, sums, n),
-                3 => value_run(3, tiles, from, &mut factors, sums, n),
-                2 => value_run(2, tiles, from, &mut factors, sums, n),
-                _ => value_run(1, tiles, from, &mut factors, sums, n),
-            }
-            j += count;
+            with_width!(narrow run.bits, WIDTH => value_run(WIDTH, tiles, run.at, &mut factors, sums, n));
         }
     }
 }

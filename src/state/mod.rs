@@ -11,9 +11,9 @@
 use crate::cache::arena::{self, AllBases, ExactRows, Pieces};
 use crate::cache::geometry::{waiting_form, HeadRanges, Kind, FORMER, KINDS, WAITING, WAITING_BITS};
 use crate::cache::{Cells, Geometry, Layer, Location, Restore, Table};
-use crate::codec::{self, Basis, Fine, TileForm};
-use crate::config::{Heads, BANDS, TILE};
+use crate::codec::{self, Basis};
 use crate::error::{argument, Error, Result};
+use crate::layout::{Fine, Heads, TileForm, BANDS, TILE};
 use crate::rope::Turn;
 use crate::simd;
 use half::f16;
@@ -102,7 +102,7 @@ fn write_head(
             Location::Slot(slot) => out.extend(rows.row(*slot).iter().flat_map(|x| x.to_le_bytes())),
             Location::Coded(tile, row) => {
                 let (kind, place) = pieces.place(table.number(*tile));
-                out.extend(codec::take_row(pieces.form(kind), &arena[place], *row));
+                out.extend(pieces.form(kind).take_row(&arena[place], *row));
             }
         }
     }
@@ -355,7 +355,7 @@ fn restore_head(
         let target = place.rows[i] as usize;
         let (to, at) = pieces.place(target / TILE);
         if saved.coded[i] == Some(to) && same(to) {
-            codec::put_row(pieces.form(to), &mut arena[at], target % TILE, bytes);
+            pieces.form(to).put_row(&mut arena[at], target % TILE, bytes);
             continue;
         }
         if let Some(kind) = saved.coded[i] {

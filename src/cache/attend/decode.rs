@@ -1,6 +1,6 @@
 //! Attention of steps of up to 64 tokens, from the codes.
 //!
-//! Work is cut into units of one KV head and one of [`crate::config::Heads::chunks`] chunks of the rows, whatever the number of threads, so results do
+//! Work is cut into units of one KV head and one of [`crate::layout::Heads::chunks`] chunks of the rows, whatever the number of threads, so results do
 //! not depend on it. Must not know how scores are computed, nor about threads.
 
 use super::seating::{Block, Seating};
@@ -11,8 +11,8 @@ use crate::cache::geometry::Kind;
 use crate::cache::head::Head;
 use crate::cache::mask::Seen;
 use crate::cache::Layer;
-use crate::config::{ANCHOR_GRID, MAX_QUERIES, TILE};
 use crate::error::{argument, Error, Result};
+use crate::layout::{ANCHOR_GRID, MAX_QUERIES, TILE};
 use crate::simd::{self, Ahead};
 use std::ops::Range;
 use std::sync::atomic::Ordering::Relaxed;

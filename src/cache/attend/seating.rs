@@ -5,7 +5,7 @@
 
 use crate::cache::mask::{Mask, Seen};
 use crate::cache::plan::{Plan, Source, TileView};
-use crate::config::TILE;
+use crate::layout::TILE;
 use std::ops::Range;
 
 /// Up to 64 rows.

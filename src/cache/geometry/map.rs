@@ -1,8 +1,8 @@
 //! Where everything lies in a stream's arena. The layout is described in [`super`]. Must not know how sizes came about.
 
 use super::{align, query_bytes, waiting_form, Geometry, RECORD_BYTES};
-use crate::codec::{Basis, TileForm};
-use crate::config::{Heads, BANDS, QUERY_SLOTS, RECENT_QUERIES};
+use crate::codec::Basis;
+use crate::layout::{Heads, TileForm, BANDS, QUERY_SLOTS, RECENT_QUERIES};
 use std::ops::Range;
 
 /// Which bytes of an arena belong to one KV head, but for its pieces of tiles.

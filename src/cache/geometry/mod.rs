@@ -23,10 +23,9 @@ mod numbers;
 
 pub use map::HeadRanges;
 
-use crate::codec::{Fine, TileForm};
-use crate::config::{Config, Heads, LayerShape, BANDS, FINE_ROWS_AUTO, MAX_BITS, QUERY_SLOTS, RECENT_QUERIES, TILE};
+use crate::config::{Config, LayerShape, FINE_ROWS_AUTO, MAX_BITS};
 use crate::error::{Error, Result};
-use crate::simd::Widths;
+use crate::layout::{Fine, Heads, TileForm, Widths, BANDS, QUERY_SLOTS, RECENT_QUERIES, TILE};
 use std::ops::Range;
 
 /// Rows that a basis is best fitted on, of one sequence.

@@ -1,7 +1,7 @@
 //! Numbers of tiles, bands and heads, as plans and tables use them. Must not know about bytes.
 
 use super::{Geometry, Kind, FORMER};
-use crate::config::BANDS;
+use crate::layout::BANDS;
 use std::ops::Range;
 
 impl Geometry {

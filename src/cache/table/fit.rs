@@ -7,7 +7,7 @@ use super::step::{anchors, Candidate};
 use super::tiles::Tiles;
 use super::{new_number, Cells, Table};
 use crate::cache::plan::{PlanData, SealRow, Source, Study, FIT_ROWS_MAX};
-use crate::config::{QUERY_SLOTS, TILE};
+use crate::layout::{QUERY_SLOTS, TILE};
 use std::collections::BTreeMap;
 
 /// Rows that come in while heads are studied in steps of few tokens.

@@ -5,7 +5,7 @@
 use super::Cells;
 use crate::cache::geometry::Geometry;
 use crate::cache::plan::{Change, Filling, Source};
-use crate::config::TILE;
+use crate::layout::TILE;
 use std::sync::Arc;
 
 /// In place of a cell or a row's place: there is none.

@@ -6,9 +6,8 @@ use super::places::NOWHERE;
 use super::tiles::{Fill, Tiles};
 use super::{Cells, Pending, Table};
 use crate::cache::plan::{Change, Filling, PlanData, SealRow, Source, WITNESSES};
-use crate::codec::anchor;
-use crate::config::{RECENT_QUERIES, TILE};
 use crate::error::{Error, Result};
+use crate::layout::{anchor, RECENT_QUERIES, TILE};
 
 /// Of recent tokens every one whose position is a multiple of this leaves its query.
 const RECENT_STRIDE: i32 = 8;

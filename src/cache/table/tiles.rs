@@ -3,8 +3,8 @@
 use super::Table;
 use crate::cache::geometry::Geometry;
 use crate::cache::plan::{Change, Filling};
-use crate::config::{BANDS, TILE};
 use crate::error::{Error, Result};
+use crate::layout::{BANDS, TILE};
 use std::ops::Range;
 
 /// What a tile is filled with, and the cell and the `turn - position` of each row.

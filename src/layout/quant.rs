@@ -1,4 +1,4 @@
-//! Scalar quantisers, their packed form and the gain byte.
+//! Scalar quantisers and their packed form.
 //!
 //! A coefficient of unit variance is coded with one of [`WIDTHS`]: Lloyd-Max for N(0,1) up to 5 bits (Max 1960). Real coefficients
 //! have heavier tails, which at fine rates is where the error comes from: the 6-bit levels are Lloyd-Max for a Gaussian of which
@@ -13,17 +13,10 @@
 //! A tile stores each coefficient for its 64 rows together, in planes that unpack with shifts and masks. A code is cut into a
 //! plane of its low 4 bits, then its next 2, then 1, as its width has them (8 bits: one plane). Plane of 4 bits: byte `k` of 32 holds rows
 //! `k, k+32`; of 2: byte `k` of 16 holds `k, k+16, k+32, k+48`; of 1: byte `k` of 8 holds `8k .. 8k+7`, a mask register's order; lowest bits first.
-//! Must not know about bases, heads or cells.
+//! Must not know about tiles as a whole.
 
-use super::Widths;
-use crate::config::TILE;
+use super::TILE;
 
-/// The least root mean square of a row's coefficients: none is divided by less.
-pub(super) const LEAST_SCALE: f32 = 1e-6;
-/// Least width at which codes make up for what the byte cannot say of a gain: they are chosen for the gain as it is stored. At 8 bits that makes the
-/// error 0.000095 instead of 0.00012 to 0.00024; coarse codes would only change at random, which moves scores more than the byte does (relative
-/// deviation of a row's product with itself at 4 and 5 bits: 0.5 % as they are, 1.4 % chosen anew; simulated).
-pub(super) const FINE_WIDTH: u32 = 6;
 /// Bit widths a coefficient can have, ascending.
 pub const WIDTHS: [u32; 8] = [0, 1, 2, 3, 4, 5, 6, 8];
 /// Mean squared error of each width for N(0,1).
@@ -36,11 +29,15 @@ pub fn distortion(width: u32) -> f64 {
 
 /// Positive halves of the levels of 1 to 5 bits, ascending, in units of [`STEP`]: whole numbers that fit a byte, so that integer kernels compute
 /// with exactly these levels. Rounding them costs under 0.03 % of the distortion, 0.7 % at 5 bits.
-const HALF_1: [i8; 1] = [118];
-const HALF_2: [i8; 2] = [36, 120];
-const HALF_3: [i8; 4] = [14, 43, 76, 122];
-const HALF_4: [i8; 8] = [6, 18, 30, 43, 57, 73, 93, 123];
-const HALF_5: [i8; 16] = [2, 7, 12, 17, 22, 27, 32, 38, 44, 50, 57, 65, 74, 84, 98, 118];
+pub const HALF_1: [i8; 1] = [118];
+/// See [`HALF_1`].
+pub const HALF_2: [i8; 2] = [36, 120];
+/// See [`HALF_1`].
+pub const HALF_3: [i8; 4] = [14, 43, 76, 122];
+/// See [`HALF_1`].
+pub const HALF_4: [i8; 8] = [6, 18, 30, 43, 57, 73, 93, 123];
+/// See [`HALF_1`].
+pub const HALF_5: [i8; 16] = [2, 7, 12, 17, 22, 27, 32, 38, 44, 50, 57, 65, 74, 84, 98, 118];
 const HALF_6: [f32; 32] = [
     0.03607, 0.10849, 0.18102, 0.25389, 0.32755, 0.40186, 0.47734, 0.55389, 0.63184, 0.71089, 0.79216, 0.87619, 0.96267, 1.05263, 1.14611, 1.24371,
     1.34641, 1.45513, 1.57074, 1.69461, 1.82868, 1.97680, 2.14280, 2.33183, 2.55468, 2.82264, 3.14861, 3.54490, 4.02779, 4.61255, 5.37981, 6.53752,
@@ -119,8 +116,9 @@ static LEVELS_8: [f32; 255] = {
     out
 };
 
+/// Level of an 8-bit code, for code and level as numbers.
 #[inline(always)]
-pub(super) const fn cubic(c: f32) -> f32 {
+pub const fn cubic(c: f32) -> f32 {
     c * (A_8 + B_8 * c * c)
 }
 
@@ -204,159 +202,12 @@ pub fn get(width: u32, packed: &[u8], row: usize) -> u8 {
     })
 }
 
-/// Codes of up to `2 * H` levels, in place, become the levels: `half` has the positive ones, the others are these with their signs changed.
-/// Sums of steps between levels, because comparisons of bytes are vectors on every target and table lookups are not.
-#[inline(always)]
-fn to_levels<const H: usize>(half: [i8; H], codes: &mut [i8; TILE]) {
-    for x in codes {
-        let above = *x - H as i8;
-        // All ones for the lower half, where -1 is the first level from the middle, as 0 is in the upper.
-        let sign = above >> 7;
-        let place = above ^ sign;
-        let mut level = half[0];
-        for i in 1..H {
-            level += if place >= i as i8 { half[i] - half[i - 1] } else { 0 };
-        }
-        *x = (level ^ sign) - sign;
-    }
-}
-
-/// The 64 levels of a packed coefficient of 1 to 5 bits, in units of [`STEP`], in Rust that vectorises.
-#[inline(always)]
-pub fn unpack_units(width: u32, packed: &[u8]) -> [i8; TILE] {
-    let (mut codes, mut rest) = ([0i8; TILE], packed);
-    if width & 4 != 0 {
-        let (nibbles, later) = rest.split_at(TILE / 2);
-        for k in 0..TILE / 2 {
-            codes[k] = (nibbles[k] & 15) as i8;
-            codes[k + TILE / 2] = (nibbles[k] >> 4) as i8;
-        }
-        rest = later;
-    }
-    if width & 2 != 0 {
-        let (pairs, later) = rest.split_at(TILE / 4);
-        for (group, codes) in codes.chunks_exact_mut(TILE / 4).enumerate() {
-            for (code, byte) in codes.iter_mut().zip(pairs) {
-                *code = (byte >> (2 * group) & 3) as i8;
-            }
-        }
-        rest = later;
-    }
-    if width & 1 != 0 {
-        // Each byte of the plane is copied to those of its eight rows, which keep a bit each.
-        const COPIES: u64 = 0x0101_0101_0101_0101;
-        const BITS: u64 = 0x8040_2010_0804_0201;
-        let mut set = [0; TILE];
-        for (set, byte) in set.chunks_exact_mut(8).zip(rest) {
-            set.copy_from_slice(&((u64::from(*byte) * COPIES) & BITS).to_le_bytes());
-        }
-        for (code, set) in codes.iter_mut().zip(set) {
-            *code |= i8::from(set != 0) << (width & 6);
-        }
-    }
-    match width {
-        1 => to_levels(HALF_1, &mut codes),
-        2 => to_levels(HALF_2, &mut codes),
-        3 => to_levels(HALF_3, &mut codes),
-        4 => to_levels(HALF_4, &mut codes),
-        _ => to_levels(HALF_5, &mut codes),
-    }
-    codes
-}
-
-/// All 64 values of a packed coefficient, in Rust that vectorises, but for the table of 6 bits.
-#[inline(always)]
-pub fn unpack(width: u32, packed: &[u8], out: &mut [f32; TILE]) {
-    match width {
-        6 => {
-            for k in 0..32 {
-                let high = |row: usize| packed[32 + row % 16] >> (row / 16 * 2) & 3;
-                out[k] = LEVELS_6[(packed[k] & 15 | high(k) << 4) as usize];
-                out[k + 32] = LEVELS_6[(packed[k] >> 4 | high(k + 32) << 4) as usize];
-            }
-        }
-        8 => {
-            for k in 0..64 {
-                out[k] = cubic(f32::from(packed[k] as i8));
-            }
-        }
-        _ => {
-            let units = unpack_units(width, packed);
-            for k in 0..64 {
-                out[k] = f32::from(units[k]) * STEP[width as usize];
-            }
-        }
-    }
-}
-
-/// Largest exponent of a gain, either way.
-const GAIN_OCTAVES: f32 = 16.0;
-/// How much finer the steps near a gain of 1 are.
-const GAIN_BEND: f32 = 5.0;
-
-/// Code of a non-negative gain: 0 for one too small to matter, else its logarithm on a scale bent by sinh: steps of 0.6 % near
-/// 1, where almost all gains are, wider ones out to 2^16 and 2^-16, for rows unlike all that the bases were fitted to. An error in a gain moves all
-/// scores of a row together: even steps of 3.9 % over 14 octaves cost 1.6 times the KL divergence.
-pub fn gain_code(gain: f32) -> u8 {
-    static LEAST: std::sync::OnceLock<[f32; 255]> = std::sync::OnceLock::new();
-    // The least gain of every code from 1 on: half-way to the one before, on the bent scale.
-    let least = LEAST.get_or_init(|| std::array::from_fn(|i| if i == 0 { (-GAIN_OCTAVES - 1.0).exp2() } else { unbent(i as f32 + 0.5) }));
-    least.partition_point(|least| *least <= gain) as u8
-}
-
-fn unbent(code: f32) -> f32 {
-    let bent = (code - 128.0) / 127.0;
-    (GAIN_OCTAVES * (GAIN_BEND * bent).sinh() / GAIN_BEND.sinh()).exp2()
-}
-
-/// Gain a code stands for.
-pub fn gain(code: u8) -> f32 {
-    if code == 0 {
-        0.0
-    } else {
-        unbent(f32::from(code))
-    }
-}
-
-/// Gain and codes of a part of the coefficients of one row: what [`super::Kernels::quantise`] finds for 64 rows. `put` gets number and code of each.
-pub fn code_row(widths: Widths, weights: &[f32], z: &[f32], mut put: impl FnMut(usize, u8)) -> u8 {
-    let scale = (z.iter().map(|z| z * z).sum::<f32>() / z.len().max(1) as f32).sqrt().max(LEAST_SCALE);
-    let (mut zz, mut zo) = (0.0f32, 0.0f32);
-    for ((j, z), weight) in z.iter().enumerate().zip(weights) {
-        let width = widths.place(j).0;
-        zz += weight * z * z;
-        zo += weight * z * level(width, code(width, z * scale.recip()));
-    }
-    let (stored, inverse, exact) = gain_and_inverses(scale, zz, zo);
-    for (j, z) in z.iter().enumerate() {
-        let width = widths.place(j).0;
-        put(j, code(width, z * if width >= FINE_WIDTH { exact } else { inverse }));
-    }
-    stored
-}
-
-/// Code of the gain that makes the product of a row with its coded form (`zo`) that with itself (`zz`), and what coefficients are multiplied by
-/// before they are coded: in general, and from [`FINE_WIDTH`] bits on.
-#[inline(always)]
-pub(super) fn gain_and_inverses(scale: f32, zz: f32, zo: f32) -> (u8, f32, f32) {
-    let unbiased = if zo > 0.0 { zz / zo } else { 0.0 };
-    let stored = gain_code(unbiased);
-    let (gain, inverse) = (gains()[usize::from(stored)], scale.recip());
-    (stored, inverse, if gain > 0.0 { (scale * gain / unbiased).recip() } else { inverse })
-}
-
-/// All 256 gains.
-pub fn gains() -> &'static [f32; 256] {
-    static TABLE: std::sync::OnceLock<[f32; 256]> = std::sync::OnceLock::new();
-    TABLE.get_or_init(|| std::array::from_fn(|code| gain(code as u8)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn pack_and_unpack_agree_for_every_code_and_row() {
+    fn every_row_keeps_its_code() {
         for width in WIDTHS.into_iter().skip(1) {
             let mut packed = vec![0xa5; coefficient_bytes(width)];
             let mut want = [0u8; TILE];
@@ -369,11 +220,8 @@ mod tests {
                     put(width, &mut packed, row, *want);
                 }
             }
-            let mut values = [0.0; TILE];
-            unpack(width, &packed, &mut values);
-            for row in 0..TILE {
-                assert_eq!(get(width, &packed, row), want[row]);
-                assert!((values[row] - level(width, want[row])).abs() < 1e-6, "{width} {row}");
+            for (row, want) in want.into_iter().enumerate() {
+                assert_eq!(get(width, &packed, row), want, "{width} {row}");
             }
         }
     }
@@ -391,18 +239,5 @@ mod tests {
             let tolerance = 0.01;
             assert!((error / DISTORTION[i] - 1.0).abs() < tolerance, "{width}: {error} {}", DISTORTION[i]);
         }
-    }
-
-    #[test]
-    fn gains_survive_finely_near_one_and_coarsely_far_away() {
-        for i in 0..1000 {
-            let exponent = -15.9f32 + 31.8 * i as f32 / 1000.0;
-            let g = exponent.exp2();
-            let worst = if exponent.abs() < 0.3 { 0.006 } else { 0.004 + 0.018 * exponent.abs() };
-            assert!((gain(gain_code(g)) / g - 1.0).abs() < worst, "{g}");
-        }
-        assert_eq!(gain(gain_code(0.0)), 0.0);
-        assert_eq!(gain(gain_code(f32::NAN)), 0.0);
-        assert!(gain(gain_code(1e30)) > 65_000.0);
     }
 }
