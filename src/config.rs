@@ -1,9 +1,10 @@
-//! What a user asks for, the checks of it and its defaults: a cache's [`Config`] and the heads of a layer.
+//! What a user asks for, the checks of it and its defaults: a cache's [`Config`], the heads of a layer and how its products
+//! become scores.
 //!
 //! The ground floor: every other module may look here. Must not know what follows from it, sizes and formats included ([`crate::layout`],
 //! [`crate::cache::geometry`]).
 
-use crate::error::{Error, Result};
+use crate::error::{argument, Error, Result};
 
 /// [`Config::fine_rows`] from the number of cells.
 pub const FINE_ROWS_AUTO: u32 = u32::MAX;
@@ -105,5 +106,30 @@ impl LayerShape {
             && self.n_head.is_multiple_of(self.n_head_kv)
             && dims_ok(self.d_k)
             && dims_ok(self.d_v)
+    }
+}
+
+/// How a raw product becomes a score.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scoring {
+    /// Factor on `q . k`.
+    pub scale: f32,
+    /// `cap * tanh(score / cap)`, 0 for none.
+    pub softcap: f32,
+}
+
+impl Scoring {
+    /// Refuse what gives no scores.
+    pub fn check(&self) -> Result<()> {
+        if self.scale.is_finite() && self.softcap.is_finite() && self.softcap >= 0.0 {
+            return Ok(());
+        }
+        argument(format!("score scale {} and soft cap {}", self.scale, self.softcap))
+    }
+    /// Bend scores that are scaled already.
+    pub(crate) fn cap(&self, scores: &mut [f32]) {
+        if self.softcap > 0.0 {
+            scores.iter_mut().for_each(|s| *s = self.softcap * (*s / self.softcap).tanh());
+        }
     }
 }

@@ -4,9 +4,8 @@ mod common;
 
 use common::{input, rel_rms, rotate_f64, widen, Random, Reference};
 use half::f16;
-use spectral_kv::attention::Scoring;
 use spectral_kv::cache::{Cache, Mask, Rows};
-use spectral_kv::config::{Config, LayerShape};
+use spectral_kv::config::{Config, LayerShape, Scoring};
 use spectral_kv::rope::{Pairing, Rope, RopeParams, Turn};
 
 struct Case {

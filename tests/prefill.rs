@@ -4,9 +4,8 @@ mod common;
 
 use common::{rel_rms, rows_of, widen, Random, Reference, Stream};
 use half::f16;
-use spectral_kv::attention::Scoring;
 use spectral_kv::cache::{Call, Mask, Plan, Rows};
-use spectral_kv::config::{Config, LayerShape};
+use spectral_kv::config::{Config, LayerShape, Scoring};
 use spectral_kv::rope::{Pairing, RopeParams};
 
 const CELLS: u32 = 1100;

@@ -8,9 +8,8 @@ use std::process::ExitCode;
 
 use anyhow::{bail, ensure, Context as _, Result};
 use half::f16;
-use spectral_kv::attention::Scoring;
 use spectral_kv::codec::calibration::{CalibratedLayer, Calibration, LayerModel, Text};
-use spectral_kv::config::LayerShape;
+use spectral_kv::config::{LayerShape, Scoring};
 use spectral_kv::layout::QUERY_SLOTS;
 use spectral_kv::rope::RopeParams;
 

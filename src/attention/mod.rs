@@ -9,7 +9,8 @@
 pub mod prefill;
 
 use crate::codec::Basis;
-use crate::error::{argument, Result};
+use crate::config::Scoring;
+use crate::error::Result;
 use crate::layout::{gain, Side, TileForm, FINE_ROWS, PARTS, TILE};
 use crate::rope::{Rope, Turn};
 use crate::simd::lanes::LANES;
@@ -17,31 +18,6 @@ use crate::simd::{self, Ahead, Kernels, Lines, MatMut, MatRef, Pass, Products};
 use std::ops::Range;
 
 pub use crate::simd::BATCH;
-
-/// How a raw product becomes a score.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Scoring {
-    /// Factor on `q . k`.
-    pub scale: f32,
-    /// `cap * tanh(score / cap)`, 0 for none.
-    pub softcap: f32,
-}
-
-impl Scoring {
-    /// Refuse what gives no scores.
-    pub fn check(&self) -> Result<()> {
-        if self.scale.is_finite() && self.softcap.is_finite() && self.softcap >= 0.0 {
-            return Ok(());
-        }
-        argument(format!("score scale {} and soft cap {}", self.scale, self.softcap))
-    }
-    /// Bend scores that are scaled already.
-    pub(crate) fn cap(&self, scores: &mut [f32]) {
-        if self.softcap > 0.0 {
-            scores.iter_mut().for_each(|s| *s = self.softcap * (*s / self.softcap).tanh());
-        }
-    }
-}
 
 /// Floats of one query in a partial result: maximum, sum, then the unnormalised output.
 pub const fn partial_floats(d_v: usize) -> usize {

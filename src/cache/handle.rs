@@ -3,8 +3,7 @@
 //! Cells are numbered in the order of appending. Must not know about C.
 
 use super::{plan, Call, Cells, Findings, Geometry, Layer, Mask, Plan, Rows, SizeReport, Stats, Step, Table};
-use crate::attention::Scoring;
-use crate::config::{Config, LayerShape};
+use crate::config::{Config, LayerShape, Scoring};
 use crate::error::{argument, Error, Result};
 use crate::layout::MAX_QUERIES;
 use crate::rope::RopeParams;

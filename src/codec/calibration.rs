@@ -10,8 +10,7 @@
 
 use super::basis::row_scale;
 use super::fit::{analyse, HeadRows, HeadSpectrum, Place, Residual, Sample, Transform};
-use crate::attention::Scoring;
-use crate::config::{Config, LayerShape};
+use crate::config::{Config, LayerShape, Scoring};
 use crate::error::{argument, Error, Result};
 use crate::layout::anchor;
 use crate::layout::{Heads, TILE};

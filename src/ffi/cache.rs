@@ -1,8 +1,8 @@
 //! `skv_cache`: a cache of one layer and one sequence that owns its memory.
 
 use super::*;
-use crate::attention::Scoring;
 use crate::cache::{Cache, Mask, Rows};
+use crate::config::Scoring;
 use half::f16;
 
 /// A cache of one layer and one sequence, for callers that have no arenas to lend. Cells are numbered in the order of appending.

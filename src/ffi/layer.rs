@@ -3,9 +3,9 @@
 //! `ith` of `nth` threads call the same function with the same arguments; each does its share and writes bytes of its own.
 
 use super::*;
-use crate::attention::Scoring;
 use crate::cache::arena::{Bytes, BytesMut};
 use crate::cache::{Call, Layer, Mask, Plan, Rows, Step};
+use crate::config::Scoring;
 use half::f16;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};

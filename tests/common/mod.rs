@@ -4,10 +4,9 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 use half::f16;
-use spectral_kv::attention::Scoring;
 use spectral_kv::cache::{plan, Call, Cells, Findings, Geometry, Layer, Location, Mask, Plan, Rows, Step, Table};
 use spectral_kv::codec::calibration::{CalibratedLayer, Calibration, LayerModel, Text};
-use spectral_kv::config::{Config, LayerShape};
+use spectral_kv::config::{Config, LayerShape, Scoring};
 use spectral_kv::error::Result;
 use spectral_kv::layout::BANDS;
 use spectral_kv::rope::{Pairing, RopeParams};
