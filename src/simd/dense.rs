@@ -78,12 +78,25 @@ unsafe fn block<V: Lanes, const R: usize, const C: usize>(a: *const f32, sa: usi
     }
 }
 
-/// `c[n][m] += a[n][k] * b[k][m]`. `C` is how many vectors wide a register block is.
+/// `c[n][m] += a[n][k] * b[k][m]`.
 ///
 /// # Safety
 /// The features of `V` are there.
 #[inline(always)]
-pub unsafe fn multiply<V: Lanes, const C: usize>(a: MatRef, b: MatRef, c: MatMut, n: usize, k: usize, m: usize) {
+pub unsafe fn multiply<V: Lanes>(a: MatRef, b: MatRef, c: MatMut, n: usize, k: usize, m: usize) {
+    // SAFETY: features are the caller's.
+    unsafe {
+        match V::COLUMNS {
+            1 => multiply_in_blocks::<V, 1>(a, b, c, n, k, m),
+            2 => multiply_in_blocks::<V, 2>(a, b, c, n, k, m),
+            _ => multiply_in_blocks::<V, 4>(a, b, c, n, k, m),
+        }
+    }
+}
+
+/// The same in register blocks that are `C` vectors wide.
+#[inline(always)]
+unsafe fn multiply_in_blocks<V: Lanes, const C: usize>(a: MatRef, b: MatRef, c: MatMut, n: usize, k: usize, m: usize) {
     a.check(n, k);
     b.check(k, m);
     c.check(n, m);
