@@ -46,7 +46,7 @@ use fetch::SourceKind;
 
 /// llama.cpp with an 8x smaller KV cache: build it, run it, see it work.
 #[derive(Parser)]
-#[command(name = "spectral-kv", version, about)]
+#[command(name = "spectral-kv", version)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -138,6 +138,21 @@ struct DemoArgs {
     from: From,
 }
 
+impl DemoArgs {
+    fn demo(self) -> Demo {
+        Demo {
+            ratio: self.ratio,
+            ctx: self.ctx,
+            tokens: self.tokens,
+            model: self.model,
+            prompt: self.prompt,
+            threads: threads(self.threads),
+            source: self.from.source,
+            jobs: self.from.jobs,
+        }
+    }
+}
+
 #[derive(Args)]
 struct DiffArgs {
     /// A GGUF model, or the name of one (see the command `model`)
@@ -188,6 +203,33 @@ struct DiffArgs {
     from: From,
 }
 
+impl DiffArgs {
+    /// With files in the place of names.
+    fn diff(self) -> anyhow::Result<Diff> {
+        Ok(Diff {
+            model: model::resolve(&self.model)?,
+            prompt: match (self.prompt.file, self.prompt.prompt) {
+                (Some(file), _) => Prompt::File(texts::resolve(&file)?),
+                (None, text) => Prompt::Text(text.unwrap_or_default()),
+            },
+            tokens: self.tokens as usize,
+            ctx: self.ctx,
+            ratio: self.kv_spectral as f32,
+            bits: self.bits,
+            window: self.window,
+            basis: self.basis,
+            layers: self.layers,
+            step: self.step,
+            sampler: Sampler { seed: self.seed, temperature: self.temp },
+            stop: self.stop,
+            threads: threads(self.threads),
+            log: self.output,
+            source: self.from.source,
+            jobs: self.from.jobs,
+        })
+    }
+}
+
 #[derive(Args)]
 struct CalibrateArgs {
     /// A GGUF model, or the name of one (see the command `model`)
@@ -213,6 +255,23 @@ struct CalibrateArgs {
     threads: Option<u32>,
     #[command(flatten)]
     from: From,
+}
+
+impl CalibrateArgs {
+    /// With files in the place of names.
+    fn calibrate(self) -> anyhow::Result<Calibrate> {
+        Ok(Calibrate {
+            model: model::resolve(&self.model)?,
+            files: self.files.iter().map(|f| texts::resolve(f)).collect::<anyhow::Result<_>>()?,
+            texts: self.texts as usize,
+            length: self.length as usize,
+            ctx: self.ctx,
+            output: self.output,
+            threads: threads(self.threads),
+            source: self.from.source,
+            jobs: self.from.jobs,
+        })
+    }
 }
 
 #[derive(Args)]
@@ -254,6 +313,14 @@ struct BuildArgs {
     print_bin_dir: bool,
     #[command(flatten)]
     from: From,
+}
+
+impl BuildArgs {
+    fn request(&self) -> anyhow::Result<Request> {
+        let targets = self.targets.iter().map(|t| build::tool_name(t)).collect::<anyhow::Result<_>>()?;
+        let tree = if self.stock { Tree::Stock } else { Tree::Patched };
+        Ok(Request { tree, targets, source: self.from.source, jobs: self.from.jobs })
+    }
 }
 
 #[derive(Args)]
@@ -299,56 +366,15 @@ fn threads(asked: Option<u32>) -> usize {
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
-        Command::Demo(a) => demo::run(&Demo {
-            ratio: a.ratio,
-            ctx: a.ctx,
-            tokens: a.tokens,
-            model: a.model,
-            prompt: a.prompt,
-            threads: threads(a.threads),
-            source: a.from.source,
-            jobs: a.from.jobs,
-        }),
+        Command::Demo(a) => demo::run(&a.demo()),
         Command::Llama(a) => {
             let LlamaTool::Call(words) = a.tool;
             llama::run(&words, a.from.source, a.from.jobs)
         }
-        Command::Diff(a) => diff::run(&Diff {
-            model: model::resolve(&a.model)?,
-            prompt: match (a.prompt.file, a.prompt.prompt) {
-                (Some(file), _) => Prompt::File(texts::resolve(&file)?),
-                (None, text) => Prompt::Text(text.unwrap_or_default()),
-            },
-            tokens: a.tokens as usize,
-            ctx: a.ctx,
-            ratio: a.kv_spectral as f32,
-            bits: a.bits,
-            window: a.window,
-            basis: a.basis,
-            layers: a.layers,
-            step: a.step,
-            sampler: Sampler { seed: a.seed, temperature: a.temp },
-            stop: a.stop,
-            threads: threads(a.threads),
-            log: a.output,
-            source: a.from.source,
-            jobs: a.from.jobs,
-        }),
-        Command::Calibrate(a) => calibrate::run(&Calibrate {
-            model: model::resolve(&a.model)?,
-            files: a.files.iter().map(|f| texts::resolve(f)).collect::<anyhow::Result<_>>()?,
-            texts: a.texts as usize,
-            length: a.length as usize,
-            ctx: a.ctx,
-            output: a.output,
-            threads: threads(a.threads),
-            source: a.from.source,
-            jobs: a.from.jobs,
-        }),
+        Command::Diff(a) => diff::run(&a.diff()?),
+        Command::Calibrate(a) => calibrate::run(&a.calibrate()?),
         Command::Build(a) => {
-            let targets = a.targets.iter().map(|t| build::tool_name(t)).collect::<anyhow::Result<_>>()?;
-            let tree = if a.stock { Tree::Stock } else { Tree::Patched };
-            let bin = build::ensure(&Request { tree, targets, source: a.from.source, jobs: a.from.jobs })?;
+            let bin = build::ensure(&a.request()?)?;
             if a.print_bin_dir {
                 println!("{}", bin.display());
             } else {

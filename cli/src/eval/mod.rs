@@ -166,6 +166,28 @@ impl Options {
         }
         Ok(self)
     }
+
+    /// What the results are to be read with.
+    fn used(&self) -> Used {
+        Used {
+            ctx: self.ctx,
+            length: self.length,
+            texts: self.texts.into(),
+            needles: self.needles.into(),
+            window: self.window.into(),
+            sinks: self.sinks.into(),
+            seed: self.seed,
+            step: self.step,
+            weights: self.weights.and_then(|w| w.to_possible_value()).map(|w| w.get_name().to_string()),
+            threads: self.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from),
+        }
+    }
+
+    /// How tokens go through a cache on a path.
+    fn feed(&self, way: Way) -> Feed {
+        let ubatch = if way == Way::Decode { self.step } else { 512 };
+        Feed { ctx: self.ctx, ubatch, window: self.window.into(), sinks: self.sinks.into() }
+    }
 }
 
 /// A text file and its tokens.
@@ -183,10 +205,10 @@ pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCod
     let layout = Layout::find()?;
     let dir = o.out.clone().unwrap_or_else(|| layout.target.join("eval"));
     let bin = build::ensure(&Request { tree: Tree::Patched, targets: vec![probe::TOOL], source, jobs })?;
-    let threads = o.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
-    let model = fsutil::sha256(&o.model)?;
-    let weights = widened(o, &bin, &dir, &model)?;
-    let mut probe = Probe::start(&bin, weights.as_ref().unwrap_or(&o.model), threads)?;
+    let used = o.used();
+    let sha256 = fsutil::sha256(&o.model)?;
+    let weights = widened(o, &bin, &dir, &sha256)?;
+    let mut probe = Probe::start(&bin, weights.as_ref().unwrap_or(&o.model), used.threads)?;
     if o.ctx as usize > probe.info().n_ctx_train {
         // Only the code rate follows from the context size; positions stay below the length of the texts.
         eprintln!(
@@ -196,9 +218,8 @@ pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCod
             o.length
         );
     }
-    let weights_name = o.weights.and_then(|w| w.to_possible_value()).map(|w| w.get_name().to_string());
-    let parts =
-        Parts::open(&dir.join("parts"), &common(&format!("{model} {weights_name:?}"), &bin, threads)?.iter().map(Vec::as_slice).collect::<Vec<_>>())?;
+    let common = common(&format!("{sha256} {:?}", used.weights), &bin, used.threads)?;
+    let parts = Parts::open(&dir.join("parts"), &common.iter().map(Vec::as_slice).collect::<Vec<_>>())?;
 
     let files = o.files.iter().map(|f| read(&mut probe, f)).collect::<Result<Vec<_>>>()?;
     let mut one = |file: &Option<PathBuf>| file.as_ref().map(|f| read(&mut probe, f)).transpose();
@@ -206,10 +227,30 @@ pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCod
     let material = Material::prepare(o, &mut probe, &files, other.as_ref(), code.as_ref())?;
     let longest = material.longest();
     ensure!(o.ctx as usize >= longest, "-c must be at least {longest}, for texts of {} tokens and these scenarios", o.length);
-    let bar = progress(o, &settings, &material);
 
-    let feed = |way: Way| Feed { ctx: o.ctx, ubatch: if way == Way::Decode { o.step } else { 512 }, window: o.window.into(), sinks: o.sinks.into() };
-    let holdings = Bench { probe: &mut probe, parts: &parts, settings: &settings, feed: feed(Way::Prefill), bar: &bar }.holdings()?;
+    let (entries, paths) = measured(o, &mut probe, &parts, &settings, &material)?;
+    let summary = Summary {
+        version: env!("CARGO_PKG_VERSION"),
+        model: Model { file: file_name(&o.model), description: probe.info().description.clone(), sha256 },
+        texts: files.into_iter().chain(other).chain(code).map(|t| t.source).collect(),
+        options: used,
+        settings: entries,
+        paths,
+    };
+    print!("{}", table::all(&summary));
+    for (name, text) in [("eval.json", serde_json::to_string_pretty(&summary)? + "\n"), ("eval.html", html::page(&summary)?)] {
+        let path = dir.join(name);
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        println!("{}", path.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What the settings hold, and what the material shows of them on each path.
+fn measured(o: &Options, probe: &mut Probe, parts: &Parts, settings: &[Setting], material: &Material) -> Result<(Vec<Entry>, Vec<PathResults>)> {
+    let bar = progress(o, settings, material);
+    let mut bench = Bench { probe, parts, settings, feed: o.feed(Way::Prefill), bar: &bar };
+    let holdings = bench.holdings()?;
     let entries = settings.iter().zip(&holdings).map(|(s, h)| Entry {
         name: s.name.clone(),
         origin: s.origin(),
@@ -221,39 +262,12 @@ pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCod
     let entries: Vec<Entry> = entries.collect();
     let mut paths = vec![];
     for way in &o.paths {
-        let mut bench = Bench { probe: &mut probe, parts: &parts, settings: &settings, feed: feed(*way), bar: &bar };
-        let rows = measure::rows(&mut bench, way.name(), &material, o.seed)?;
+        bench.feed = o.feed(*way);
+        let rows = measure::rows(&mut bench, way.name(), material, o.seed)?;
         paths.push(PathResults::of(way.name(), &entries, rows));
     }
     bar.finish_and_clear();
-
-    let description = probe.info().description.clone();
-    let summary = Summary {
-        version: env!("CARGO_PKG_VERSION"),
-        model: Model { file: file_name(&o.model), description, sha256: model },
-        texts: files.into_iter().chain(other).chain(code).map(|t| t.source).collect(),
-        options: Used {
-            ctx: o.ctx,
-            length: o.length,
-            texts: o.texts.into(),
-            needles: o.needles.into(),
-            window: o.window.into(),
-            sinks: o.sinks.into(),
-            seed: o.seed,
-            step: o.step,
-            weights: weights_name,
-            threads,
-        },
-        settings: entries,
-        paths,
-    };
-    print!("{}", table::all(&summary));
-    for (name, text) in [("eval.json", serde_json::to_string_pretty(&summary)? + "\n"), ("eval.html", html::page(&summary)?)] {
-        let path = dir.join(name);
-        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
-        println!("{}", path.display());
-    }
-    Ok(ExitCode::SUCCESS)
+    Ok((entries, paths))
 }
 
 /// The file with wider weights, if these are asked for; made on the first call.

@@ -50,8 +50,8 @@ pub struct Golden {
 impl Golden {
     /// Of a model in steps of so many tokens.
     pub fn new(model: &str, step: &str) -> Self {
-        let golden = golden();
-        let is_it = |run: &&Value| run["model"] == model && run["step"].to_string() == step;
+        let (golden, tokens) = (golden(), step.parse::<u64>().unwrap());
+        let is_it = |run: &&Value| run["model"] == model && run["step"] == tokens;
         let run = golden["runs"].as_array().unwrap().iter().find(is_it).unwrap_or_else(|| panic!("no run of {model} in steps of {step}"));
         Golden { bits: run["bits"].to_string(), chunks: run["chunks"].to_string(), kl: run["kl"].as_f64().unwrap() }
     }
