@@ -6,9 +6,9 @@
 //!
 //! Keys are weighted by the second moment of the queries as tiles see them, which makes the *score* error diagonal. Values count alike whatever
 //! their size, and are not centred: rows that soak up attention without saying anything have tiny values, which an error in proportion to a mean
-//! would ruin. Sums of these errors over heads and layers predict the KL divergence of a model (within 15 % for SmolLM2 from 1.6 to 4.5 bits); what
-//! energies of attention say of a head is off by up to ten times, and starving such a head costs more than all the others gain. There is no second
-//! fit: with rates by age a change of topic after the first one costs less than it costs stock types. Must not know about arenas.
+//! would ruin. Sums of these errors over heads and layers predict the KL divergence of a model, which energies of attention do not
+//! (`docs/measurements.md`): starving a head that these think little of costs more than all the others gain. Must not know about arenas, nor how often
+//! there is a fit.
 
 use super::bits::allocate;
 use super::measure::{measure, Measured};
@@ -271,7 +271,7 @@ fn transform(moments: Moments, weight: &Mat<f64>) -> Result<Transform> {
 }
 
 /// Second moment of the group's queries in the frames of tiles at all distances, in units of squared score. (Each query at a quarter of them would do
-/// for SmolLM2, but costs a model of sharp heads, `tests/models/bench-a`, 30 % of its KL divergence in the simulation.)
+/// for SmolLM2, but not for a model of sharp heads: `docs/measurements.md`.)
 fn query_moment(kernels: &Kernels, s: &Sample, g: &Heads, rope: &Rope, head: usize, own: &HeadRows) -> Mat<f64> {
     let (group, d) = (g.group(), g.d_k);
     let mut distances: Vec<i64> = DISTANCES.to_vec();

@@ -9,7 +9,7 @@ const GAIN_BEND: f32 = 5.0;
 
 /// Code of a non-negative gain: 0 for one too small to matter, else its logarithm on a scale bent by sinh: steps of 0.6 % near
 /// 1, where almost all gains are, wider ones out to 2^16 and 2^-16, for rows unlike all that the bases were fitted to. An error in a gain moves all
-/// scores of a row together: even steps of 3.9 % over 14 octaves cost 1.6 times the KL divergence.
+/// scores of a row together, so that even steps over as many octaves would be too coarse (`docs/measurements.md`).
 pub fn gain_code(gain: f32) -> u8 {
     static LEAST: std::sync::OnceLock<[f32; 255]> = std::sync::OnceLock::new();
     // The least gain of every code from 1 on: half-way to the one before, on the bent scale.

@@ -2,13 +2,8 @@
 //!
 //! A coefficient of unit variance is coded with one of [`WIDTHS`]: Lloyd-Max for N(0,1) up to 5 bits (Max 1960). Real coefficients
 //! have heavier tails, which at fine rates is where the error comes from: the 6-bit levels are Lloyd-Max for a Gaussian of which
-//! a 20th has twice the deviation, the 8-bit ones a cubic that reaches 8 deviations (with the Gaussian's own 4.5, coefficients
-//! of the small model were coded with up to 10 times the error that the allocation believed in).
-//!
-//! What else was measured, simulated on the small model with one rate, mean KL divergence at 0.86 / 1.55 / 3.5 bits: {0,2,4,5,6,8} 0.0099 /
-//! 0.00143 / 0.000086; all widths up to 6 and 8, as here, 0.0086 / 0.00129 / 0.000083; trellis-coded quantisation (Marcellin
-//! and Fischer 1990) at 1 and 2 bits with a window of 4 bits 0.0077 / 0.00126 / 0.000077, at 1 to 3 bits with 5 bits 0.0070 / 0.00113 /
-//! 0.000077. The trellis is not taken: it would unpack two to five bits where one to three are stored.
+//! a 20th has twice the deviation, the 8-bit ones a cubic that reaches 8 deviations, where the Gaussian's own reach 4.5. Other sets of widths and
+//! trellis-coded quantisation are compared in `docs/measurements.md`.
 //!
 //! A tile stores each coefficient for its 64 rows together, in planes that unpack with shifts and masks. A code is cut into a
 //! plane of its low 4 bits, then its next 2, then 1, as its width has them (8 bits: one plane). Plane of 4 bits: byte `k` of 32 holds rows

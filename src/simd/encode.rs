@@ -11,9 +11,8 @@ use crate::layout::{Widths, TILE};
 
 /// The least root mean square of a row's coefficients: none is divided by less.
 const LEAST_SCALE: f32 = 1e-6;
-/// Least width at which codes make up for what the byte cannot say of a gain: they are chosen for the gain as it is stored. At 8 bits that makes the
-/// error 0.000095 instead of 0.00012 to 0.00024; coarse codes would only change at random, which moves scores more than the byte does (relative
-/// deviation of a row's product with itself at 4 and 5 bits: 0.5 % as they are, 1.4 % chosen anew; simulated).
+/// Least width at which codes make up for what the byte cannot say of a gain: they are chosen for the gain as it is stored. Coarse codes would only
+/// change at random, which moves scores more than the byte does (`docs/measurements.md`).
 const FINE_WIDTH: u32 = 6;
 /// Boundaries between the `B + 1` positive levels.
 const fn boundaries<const N: usize, const B: usize>(levels: &[f32; N]) -> [f32; B] {
