@@ -2,8 +2,8 @@
 //!
 //! What is computed stands once, over what an instruction set has for it: floats in [`dense`], coding in `encode`, tiles of codes in `tiles_float` and
 //! `tiles_whole`. What that is has a file for each set: `portable` for any target, `avx2`, `avx512`, and `vnni` for AVX-512 that multiplies bytes.
-//! `kernels` lists the kernels and compiles them for each [`Level`]; this file chooses one. `SPECTRAL_KV_CPU_LEVEL` (`portable`, `avx2`, `avx512`,
-//! `avx512vnni`) may lower the level, never raise it. Sums run in a fixed order per level, so results repeat; levels differ in the last bits. Must not
+//! `kernels` lists the kernels and compiles them for each [`Level`]; this file chooses one: the best that the CPU has, or what `SPECTRAL_KV_CPU_LEVEL`
+//! names (`portable`, `avx2`, `avx512`, `avx512vnni`). A name that is none of these, or one of a level that the CPU lacks, is an error. Sums run in a fixed order per level, so results repeat; levels differ in the last bits. Must not
 //! know about bases, cells or arenas: it sees slices.
 
 #[cfg(target_arch = "x86_64")]
@@ -30,6 +30,7 @@ pub use kernels::Kernels;
 pub use memory::{Ahead, Lines};
 pub use products::{Pass, Products, Projected, BATCH};
 
+use crate::error::{Error, Result};
 use std::sync::OnceLock;
 
 /// An instruction-set level, lowest first.
@@ -88,14 +89,41 @@ pub fn at(level: Level) -> Option<&'static Kernels> {
     }
 }
 
-/// The best kernels of this CPU, or those of the lower level that `SPECTRAL_KV_CPU_LEVEL` names.
+/// What names a level that is to be used instead of the best.
+const VARIABLE: &str = "SPECTRAL_KV_CPU_LEVEL";
+
+/// The best kernels of this CPU.
+fn best() -> &'static Kernels {
+    Level::ALL.into_iter().rev().find_map(at).unwrap_or(&kernels::PORTABLE)
+}
+
+/// The kernels of the level that is asked for by name, the best if none is. What cannot be had is refused: who measures or tests a level wants no other.
+fn choose(name: Option<&str>) -> Result<&'static Kernels> {
+    let Some(name) = name.filter(|name| !name.is_empty()) else { return Ok(best()) };
+    let fail = |why: String| Err(Error::Config(format!("{VARIABLE}={name}: {why}")));
+    let Some(level) = Level::ALL.into_iter().find(|level| level.name() == name) else {
+        return fail(format!("no such level; there are {}", Level::ALL.map(Level::name).join(", ")));
+    };
+    match at(level) {
+        Some(kernels) => Ok(kernels),
+        None => fail(format!("this CPU has no more than {}", best().level.name())),
+    }
+}
+
+fn chosen() -> &'static Result<&'static Kernels> {
+    static CHOSEN: OnceLock<Result<&'static Kernels>> = OnceLock::new();
+    CHOSEN.get_or_init(|| choose(std::env::var_os(VARIABLE).map(|name| name.to_string_lossy().into_owned()).as_deref()))
+}
+
+/// Refuse a level in `SPECTRAL_KV_CPU_LEVEL` that cannot be had. Whatever a cache needs first asks this.
+pub fn check_level() -> Result<()> {
+    chosen().clone().map(|_| ())
+}
+
+/// The best kernels of this CPU, or those of the level that `SPECTRAL_KV_CPU_LEVEL` names, looked at once in a process. What [`check_level`] refuses
+/// changes nothing here.
 pub fn kernels() -> &'static Kernels {
-    static CHOSEN: OnceLock<&'static Kernels> = OnceLock::new();
-    CHOSEN.get_or_init(|| {
-        let named = std::env::var("SPECTRAL_KV_CPU_LEVEL").ok().and_then(|name| Level::ALL.into_iter().find(|l| l.name() == name));
-        let most = named.unwrap_or(Level::Avx512Vnni);
-        Level::ALL.into_iter().rev().filter(|l| *l <= most).find_map(at).unwrap_or(&kernels::PORTABLE)
-    })
+    chosen().as_ref().copied().unwrap_or_else(|_| best())
 }
 
 /// Tiles in f32 without intrinsics: what every level is compared with.

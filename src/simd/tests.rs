@@ -314,3 +314,19 @@ fn cosines_and_sines_of_every_level_agree_with_f64() {
         }
     }
 }
+
+#[test]
+fn a_level_that_cannot_be_had_is_refused_by_name() {
+    for level in Level::ALL {
+        let text = choose(Some(level.name())).map(|k| k.level).map_err(|e| e.to_string());
+        match at(level) {
+            Some(_) => assert_eq!(text, Ok(level)),
+            None => assert!(text.unwrap_err().ends_with(&format!("={}: this CPU has no more than {}", level.name(), best().level.name()))),
+        }
+    }
+    for name in ["avx", "AVX2", "avx2 ", "4"] {
+        let text = choose(Some(name)).map(|k| k.level).unwrap_err().to_string();
+        assert!(text.contains(&format!("{VARIABLE}={name}: ")) && text.ends_with("there are portable, avx2, avx512, avx512vnni"), "{text}");
+    }
+    assert!([None, Some("")].into_iter().all(|name| choose(name).is_ok_and(|k| k.level == best().level)));
+}

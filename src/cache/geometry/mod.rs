@@ -170,6 +170,7 @@ impl Geometry {
     /// Check a configuration and compute every size.
     pub fn new(config: &Config, shapes: &[LayerShape]) -> Result<Self> {
         config.check()?;
+        crate::simd::check_level()?;
         if shapes.is_empty() || shapes.len() > 4096 {
             return Err(Error::Config(format!("{} layers; 1 to 4096 are possible", shapes.len())));
         }
