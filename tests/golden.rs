@@ -6,7 +6,7 @@
 
 use serde_json::Value;
 use spectral_kv::codec::fit::{analyse, share, HeadRows, HeadSpectrum, Place, Residual, Sample, LEAST};
-use spectral_kv::codec::{decode_rows, encode_tile, TileWork};
+use spectral_kv::codec::{decode_tile, encode_tile, TileWork};
 use spectral_kv::config::LayerShape;
 use spectral_kv::layout::{Fine, Heads, TileForm, BANDS, TILE};
 use spectral_kv::rope::{Rope, RopeParams};
@@ -114,7 +114,7 @@ fn left(own: &HeadRows, found: &HeadSpectrum, bits: f64) -> [[f64; 2]; 2] {
     for (own_k, own_v) in own.k.chunks_exact(TILE * D).zip(own.v.chunks_exact(TILE * D)) {
         let (mut got_k, mut got_v) = (vec![0.0; TILE * D], vec![0.0; TILE * D]);
         encode_tile(kernels(), (&k, &v), &form, own_k, own_v, &FINE, &mut tile, &mut work);
-        decode_rows(kernels(), (&k, &v), &form, &tile, u64::MAX, &mut got_k, &mut got_v, &mut work);
+        decode_tile(kernels(), (&k, &v), &form, &tile, u64::MAX, &mut got_k, &mut got_v, &mut work);
         for row in 0..TILE {
             let [own_k, own_v, got_k, got_v] = [own_k, own_v, &got_k, &got_v].map(|x| &x[row * D..(row + 1) * D]);
             let one = [scores(&less(got_k, own_k)), scores(&less(own_k, &mean)), squares(&less(got_v, own_v)), squares(own_v)];

@@ -586,7 +586,7 @@ pub fn merge<'a>(partials: impl Iterator<Item = &'a [f32]> + Clone, sink: Option
 mod tests {
     use super::prefill::{Rebuilder, RowBlock};
     use super::*;
-    use crate::codec::{decode_rows, encode_tile, TileWork};
+    use crate::codec::{decode_tile, encode_tile, TileWork};
     use crate::layout::{anchor, Fine, Widths, BANDS};
     use crate::rope::{Pairing, RopeParams};
     use crate::simd::{at, plain, Level};
@@ -664,7 +664,7 @@ mod tests {
             let mut r = Rows { d, keys: vec![0.0; TILES * n], values: vec![0.0; TILES * n], queries, tiles, bases, forms, rope };
             for t in 0..TILES {
                 let (b, out_k, out_v) = (&r.bases[t / 4], &mut r.keys[t * n..(t + 1) * n], &mut r.values[t * n..(t + 1) * n]);
-                decode_rows(plain(), (&b.k, &b.v), &r.forms[t / 4], &r.tiles[t], u64::MAX, out_k, out_v, &mut work);
+                decode_tile(plain(), (&b.k, &b.v), &r.forms[t / 4], &r.tiles[t], u64::MAX, out_k, out_v, &mut work);
             }
             r.turn();
             r

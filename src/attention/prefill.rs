@@ -4,8 +4,8 @@
 //! row of every product only, never on the queries beside it, so callers may divide queries as they like. Must not know about cells, arenas or plans.
 
 use super::{Context, HeadBases, Turns, Visible};
-use crate::codec::Basis;
-use crate::layout::{gain, Side, TileForm, TILE};
+use crate::codec::{coefficients, Basis};
+use crate::layout::{TileForm, TILE};
 use crate::rope::Turn;
 use crate::simd::{Kernels, Lines, MatMut, MatRef};
 
@@ -46,7 +46,8 @@ impl RowBlock {
     }
 }
 
-/// Rebuilds tiles.
+/// Rebuilds tiles for products: unlike [`crate::codec::decode_tile`], each coordinate of the keys together, turned to where they are, and residuals by the
+/// reciprocals that [`HeadBases`] has, in one sum, which may tell in the last bits.
 #[derive(Debug, Default)]
 pub struct Rebuilder {
     coefficients: Lines,
@@ -63,7 +64,8 @@ impl Rebuilder {
     /// Rebuild all rows of a tile.
     pub fn tile(&mut self, c: Context, bases: &HeadBases, form: &TileForm, tile: &[u8], turns: Turns, out: &mut RowBlock) {
         let (kernels, k, v) = (c.kernels, &bases.k, &bases.v);
-        self.unpack(kernels, &form.k, tile);
+        self.coefficients.resize(k.d * TILE * 4);
+        coefficients(kernels, &form.k, tile, self.coefficients.floats_mut().as_chunks_mut().0);
         out.keys.resize(k.d * TILE * 4);
         let keys = &mut out.keys.floats_mut()[..k.d * TILE];
         keys.fill(0.0);
@@ -76,7 +78,8 @@ impl Rebuilder {
         }
         self.turn_keys(c, turns, keys, k.d);
 
-        self.unpack(kernels, &form.v, tile);
+        self.coefficients.resize(v.d * TILE * 4);
+        coefficients(kernels, &form.v, tile, self.coefficients.floats_mut().as_chunks_mut().0);
         out.values.resize(TILE * v.d * 4);
         let values = &mut out.values.floats_mut()[..TILE * v.d];
         values.fill(0.0);
@@ -88,19 +91,6 @@ impl Rebuilder {
         for (row, step, nibbles) in form.residuals(&form.v, tile) {
             self.residual(kernels, v, &bases.finer[1], step, nibbles);
             values[row * v.d..][..v.d].iter_mut().zip(&self.added).for_each(|(to, x)| *to += x);
-        }
-    }
-
-    /// Coefficients of all rows.
-    fn unpack(&mut self, kernels: &Kernels, side: &Side, tile: &[u8]) {
-        self.coefficients.resize(side.d * TILE * 4);
-        let (coefficients, _) = self.coefficients.floats_mut().as_chunks_mut::<TILE>();
-        let mut gains = [0.0; TILE];
-        for (_, part) in side.some_parts() {
-            let own = &mut coefficients[part.first..part.first + part.rank()];
-            (kernels.unpack)(part.widths, part.codes(tile), own);
-            (kernels.lookup)(gain::gains(), part.gains(tile), &mut gains);
-            own.iter_mut().for_each(|x| x.iter_mut().zip(&gains).for_each(|(x, gain)| *x *= gain));
         }
     }
 

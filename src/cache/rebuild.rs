@@ -105,7 +105,7 @@ impl Layer {
                 continue;
             }
             let (kind, place) = head.piece(&t);
-            codec::decode_rows(simd::kernels(), bases.of(kind), head.form(kind), &arena[place], wanted, &mut keys, &mut values, &mut work);
+            codec::decode_tile(simd::kernels(), bases.of(kind), head.form(kind), &arena[place], wanted, &mut keys, &mut values, &mut work);
             self.put_rows(head.index, &t, wanted, (&mut keys, &values), out);
             coded += u64::from(wanted.count_ones());
         }

@@ -127,7 +127,7 @@ impl CodedRows {
         }
         let (kind, place) = self.pieces.place(tile);
         let (form, piece) = (self.pieces.form(kind), bytes.get(place));
-        codec::decode_rows(simd::kernels(), self.bases.of(kind), form, piece, u64::MAX, &mut self.k, &mut self.v, &mut self.work);
+        codec::decode_tile(simd::kernels(), self.bases.of(kind), form, piece, u64::MAX, &mut self.k, &mut self.v, &mut self.work);
         self.fine = form.fine_rows(piece);
     }
 }

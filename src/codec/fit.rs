@@ -163,7 +163,8 @@ impl<'a> Gram<'a> {
 
     fn add(&mut self) {
         let (d, n) = (self.d, self.rows.len() / self.d);
-        transpose(&self.rows, d, &mut self.columns);
+        self.columns.resize(d * n, 0.0);
+        (self.kernels.transpose)(MatRef::new(&self.rows, d), MatMut::new(&mut self.columns, n), n, d);
         (self.kernels.multiply)(MatRef::new(&self.columns, n), MatRef::new(&self.rows, d), MatMut::new(&mut self.sum, d), d, n, d);
         self.rows.clear();
     }
@@ -171,20 +172,6 @@ impl<'a> Gram<'a> {
     fn finish(mut self, scale: f64) -> Mat<f64> {
         self.add();
         to_matrix(self.d, &self.sum, scale)
-    }
-}
-
-/// `columns[j][i] = rows[i][j]` for rows of `d` floats.
-fn transpose(rows: &[f32], d: usize, columns: &mut Vec<f32>) {
-    const BLOCK: usize = 16;
-    let n = rows.len() / d;
-    columns.resize(d * n, 0.0);
-    for (from, block) in rows.chunks(BLOCK * d).enumerate() {
-        for (j, column) in columns.chunks_exact_mut(n.max(1)).enumerate() {
-            for (out, row) in column[from * BLOCK..].iter_mut().zip(block.chunks_exact(d)) {
-                *out = row[j];
-            }
-        }
     }
 }
 
@@ -351,7 +338,7 @@ fn changes(kernels: &Kernels, s: &Sample, rope: &Rope, bases: (&Basis, &Basis), 
     v.resize(rows * d_v, 0.0);
     for (k, v) in k.chunks_exact_mut(TILE * d_k).zip(v.chunks_exact_mut(TILE * d_v)) {
         encode_tile(kernels, bases, &form, k, v, &[], &mut tile, &mut work);
-        super::decode_rows(kernels, bases, &form, &tile, u64::MAX, k, v, &mut work);
+        super::decode_tile(kernels, bases, &form, &tile, u64::MAX, k, v, &mut work);
     }
     k.iter_mut().zip(framed).for_each(|(k, exact)| *k -= exact);
     v.iter_mut().zip(&own.v).for_each(|(v, exact)| *v -= exact);

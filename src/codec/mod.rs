@@ -11,4 +11,5 @@ mod measure;
 mod tile;
 
 pub use basis::{Basis, BASIS_HEADER_BYTES};
-pub use tile::{decode_rows, decode_taken, encode_row, encode_tile, recode_tile, Coded, CodedMut, TileWork};
+pub(crate) use tile::coefficients;
+pub use tile::{decode_row, decode_tile, encode_row, encode_tile, recode_tile, Coded, CodedMut, TileWork};

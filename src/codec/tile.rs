@@ -1,6 +1,7 @@
 //! Coding the rows of tiles, and what codes stand for. Bytes of a tile: [`crate::layout::tile`].
 //!
-//! A residual is coded in units of its coefficients' importance. Must not know where tiles lie.
+//! A residual is coded in units of its coefficients' importance. Whole tiles are coded and decoded by products of matrices, single rows by themselves:
+//! sums of the two differ in their last bits. Must not know where tiles lie.
 
 use super::Basis;
 use crate::layout::row::Taken;
@@ -111,16 +112,14 @@ fn residual_coefficients(kernels: &Kernels, basis: &Basis, step: f32, nibbles: &
     out.iter_mut().zip(&basis.weight).for_each(|(x, weight)| *x /= weight.sqrt());
 }
 
-/// Coded coefficients of all rows of a tile; `work` was cleared.
-fn coefficients(kernels: &Kernels, side: &Side, tile: &[u8], work: &mut TileWork) {
+/// Coded coefficients of all rows of a tile; of what is not coded, `z` stays as it was.
+pub(crate) fn coefficients(kernels: &Kernels, side: &Side, tile: &[u8], z: &mut [[f32; TILE]]) {
+    let mut gains = [0.0; TILE];
     for (_, part) in side.some_parts() {
-        let z = &mut work.z[part.range()];
+        let z = &mut z[part.range()];
         (kernels.unpack)(part.widths, part.codes(tile), z);
-        let mut gains = [0.0; TILE];
         (kernels.lookup)(gain::gains(), part.gains(tile), &mut gains);
-        for z in z {
-            z.iter_mut().zip(&gains).for_each(|(z, gain)| *z *= gain);
-        }
+        z.iter_mut().for_each(|z| z.iter_mut().zip(&gains).for_each(|(z, gain)| *z *= gain));
     }
 }
 
@@ -128,7 +127,7 @@ fn coefficients(kernels: &Kernels, side: &Side, tile: &[u8], work: &mut TileWork
 #[expect(clippy::too_many_arguments, reason = "a tile, what codes it and where its rows go")]
 fn decode_side(kernels: &Kernels, basis: &Basis, form: &TileForm, side: &Side, tile: &[u8], wanted: u64, out: &mut [f32], work: &mut TileWork) {
     let (d, rank) = (side.d, side.widths.rank());
-    coefficients(kernels, side, tile, work);
+    coefficients(kernels, side, tile, &mut work.z);
     work.columns.resize(TILE * d, 0.0);
     (kernels.transpose)(MatRef::new(work.z.as_flattened(), TILE), MatMut::new(&mut work.columns, d), rank, TILE);
     let mut row = 0;
@@ -152,7 +151,7 @@ fn decode_side(kernels: &Kernels, basis: &Basis, form: &TileForm, side: &Side, t
 
 /// Rebuild the rows of a tile that `wanted` has a bit for, keys in their frame: row `i` goes to the `i`th `d` floats.
 #[expect(clippy::too_many_arguments, reason = "a tile, what codes it and where its rows go")]
-pub fn decode_rows(
+pub fn decode_tile(
     kernels: &Kernels,
     bases: (&Basis, &Basis),
     form: &TileForm,
@@ -183,7 +182,7 @@ pub fn recode_tile(kernels: &Kernels, from: Coded, to: CodedMut, work: &mut Tile
     for (old, old_side, new, side) in pairs {
         work.clear(side.d);
         if std::ptr::eq(old, new) {
-            coefficients(kernels, old_side, source, work);
+            coefficients(kernels, old_side, source, &mut work.z);
             for (row, step, nibbles) in from_form.residuals(old_side, source) {
                 residual_coefficients(kernels, old, step, nibbles, &mut work.row[0]);
                 work.z.iter_mut().zip(&work.row[0]).for_each(|(z, x)| z[row] += x);
@@ -231,7 +230,7 @@ pub fn encode_row(
 }
 
 /// The row that [`TileForm::take_row`]'s bytes stand for: `d_k` then `d_v` floats, the key in its frame.
-pub fn decode_taken(kernels: &Kernels, bases: (&Basis, &Basis), form: &TileForm, taken: &[u8], out: &mut [f32]) {
+pub fn decode_row(kernels: &Kernels, bases: (&Basis, &Basis), form: &TileForm, taken: &[u8], out: &mut [f32]) {
     let Taken { is_fine, gains, mut codes, residual } = Taken::of(form, taken);
     let mut gains = gains.iter();
     let (out_k, out_v) = out.split_at_mut(form.k.d);
@@ -308,7 +307,7 @@ mod tests {
 
     fn decode(bases: (&Basis, &Basis), form: &TileForm, tile: &[u8]) -> (Vec<f32>, Vec<f32>) {
         let (mut k, mut v) = (vec![f32::NAN; TILE * D], vec![f32::NAN; TILE * D]);
-        decode_rows(kernels(), bases, form, tile, u64::MAX, &mut k, &mut v, &mut TileWork::default());
+        decode_tile(kernels(), bases, form, tile, u64::MAX, &mut k, &mut v, &mut TileWork::default());
         (k, v)
     }
 
@@ -360,7 +359,7 @@ mod tests {
                 assert_eq!(form.taken_bytes(taken[0]), Some(taken.len()));
                 assert_eq!(taken[0] == 1, [9, 3].contains(&row));
                 let mut out = vec![f32::NAN; 2 * D];
-                decode_taken(kernels(), bases, &form, &taken, &mut out);
+                decode_row(kernels(), bases, &form, &taken, &mut out);
                 let want = [&got_k[row * D..(row + 1) * D], &got_v[row * D..(row + 1) * D]].concat();
                 assert!(out.iter().zip(&want).all(|(a, b)| (a - b).abs() <= 1e-5 * (1.0 + b.abs())), "row {row}");
                 form.put_row(&mut copy, row, &taken);

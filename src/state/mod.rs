@@ -359,7 +359,7 @@ fn restore_head(
             continue;
         }
         if let Some(kind) = saved.coded[i] {
-            codec::decode_taken(kernels, there.of(kind), &own.forms[kind], bytes, &mut row);
+            codec::decode_row(kernels, there.of(kind), &own.forms[kind], bytes, &mut row);
         } else {
             row.iter_mut().zip(bytes.chunks_exact(2)).for_each(|(out, x)| *out = f16::from_le_bytes([x[0], x[1]]).to_f32());
             l.rope().turn(i64::from(place.turns[i]), &mut turn);
