@@ -268,7 +268,7 @@ impl Whole for Plain {
 
     #[inline(always)]
     unsafe fn unpack<const WIDTH: u32>(packed: &[u8], out: &mut [u8; TILE]) {
-        *out = unpack_units(WIDTH, packed).map(|level| level as u8);
+        *out = bytemuck::cast(unpack_units(WIDTH, packed));
     }
     #[inline(always)]
     unsafe fn arrange(levels: &mut [u8]) {
@@ -317,7 +317,10 @@ impl Whole for Plain {
             let at = at + c * coefficient_bytes(WIDTH);
             // Levels of all tiles before all sums: the compiler would make other products of what it knows to be bytes.
             for (row, tile) in rows.iter_mut().zip(tiles) {
-                *row = unpack_units(WIDTH, &tile[at..at + coefficient_bytes(WIDTH)]).map(i16::from);
+                let levels = unpack_units(WIDTH, &tile[at..at + coefficient_bytes(WIDTH)]);
+                for (x, level) in row.iter_mut().zip(levels) {
+                    *x = i16::from(level);
+                }
             }
             let sums = s.out[(j + c) * s.n * LANES..].iter_mut().step_by(LANES).take(s.queries);
             for ((sum, digits), scale) in sums.zip(numbers(s.digits).chunks_exact(tiles.len())).zip(s.scales) {
