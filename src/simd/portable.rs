@@ -248,6 +248,17 @@ fn to_rows(levels: &[[u8; TILE]]) -> [[u8; BLOCK]; TILE] {
     rows
 }
 
+/// The levels of a coefficient that begins at byte `at` of each tile. Not inlined: amid other work the compiler forgets how to make vectors of it.
+#[inline(never)]
+fn to_words<const WIDTH: u32>(tiles: &[&[u8]], at: usize, rows: &mut [[i16; TILE]]) {
+    for (row, tile) in rows.iter_mut().zip(tiles) {
+        let levels = unpack_units(WIDTH, &tile[at..at + coefficient_bytes(WIDTH)]);
+        for (x, level) in row.iter_mut().zip(levels) {
+            *x = i16::from(level);
+        }
+    }
+}
+
 fn numbers(bytes: &[u8]) -> &[[i16; BLOCK]] {
     bytemuck::cast_slice::<u8, i16>(bytes).as_chunks().0
 }
@@ -316,12 +327,7 @@ impl Whole for Plain {
         for c in 0..C {
             let at = at + c * coefficient_bytes(WIDTH);
             // Levels of all tiles before all sums: the compiler would make other products of what it knows to be bytes.
-            for (row, tile) in rows.iter_mut().zip(tiles) {
-                let levels = unpack_units(WIDTH, &tile[at..at + coefficient_bytes(WIDTH)]);
-                for (x, level) in row.iter_mut().zip(levels) {
-                    *x = i16::from(level);
-                }
-            }
+            to_words::<WIDTH>(tiles, at, rows);
             let sums = s.out[(j + c) * s.n * LANES..].iter_mut().step_by(LANES).take(s.queries);
             for ((sum, digits), scale) in sums.zip(numbers(s.digits).chunks_exact(tiles.len())).zip(s.scales) {
                 // 64 products stay under 2^28, and as many of these as there are tiles are more than 32 bits.
