@@ -135,6 +135,19 @@ impl Lanes for Ymm {
     }
 }
 
+/// The values of eight rows of 1 bit, the first of which is row `row` of a word.
+#[inline(always)]
+unsafe fn one_bit(word: i32, row: usize) -> __m256 {
+    // SAFETY: the caller's features.
+    unsafe {
+        // The row's bit becomes a sign.
+        let lifts = _mm256_sub_epi32(_mm256_set1_epi32(31 - row as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+        let sign = _mm256_sllv_epi32(_mm256_set1_epi32(word), lifts);
+        let sign = _mm256_and_ps(_mm256_castsi256_ps(sign), _mm256_set1_ps(-0.0));
+        _mm256_xor_ps(sign, _mm256_set1_ps(LEVELS_1[0]))
+    }
+}
+
 impl Unpack for Ymm {
     #[inline(always)]
     unsafe fn unpack<const WIDTH: u32>(packed: &[u8], out: &mut [f32; TILE]) {
@@ -158,13 +171,7 @@ impl Unpack for Ymm {
             for row in (0..TILE).step_by(8) {
                 let (group, half) = (row / 16, row % 16);
                 let value = match WIDTH {
-                    1 => {
-                        // The row's bit becomes a sign.
-                        let lifts = _mm256_sub_epi32(_mm256_set1_epi32(31 - row as i32 % 32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-                        let sign = _mm256_sllv_epi32(_mm256_set1_epi32(words[row / 32]), lifts);
-                        let sign = _mm256_and_ps(_mm256_castsi256_ps(sign), _mm256_set1_ps(-0.0));
-                        _mm256_xor_ps(sign, _mm256_set1_ps(LEVELS_1[0]))
-                    }
+                    1 => one_bit(words[row / 32], row % 32),
                     2 => {
                         let levels = _mm256_broadcast_ps(&*LEVELS_2.as_ptr().cast::<__m128>());
                         _mm256_permutevar_ps(levels, right(bytes[half / 8], 2 * group))
