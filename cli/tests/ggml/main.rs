@@ -16,9 +16,10 @@ mod perplexity;
 use backend::{Attention, Backend};
 use common::{input, rel_rms, rows_of, widen, Input, Random, Reference, Stream, Tokens};
 use half::f16;
-use spectral_kv::attention::Scoring;
+
 use spectral_kv::cache::{Call, Location, Mask, Plan};
-use spectral_kv::config::{Config, LayerShape, MAX_QUERIES};
+use spectral_kv::config::{Config, LayerShape, Scoring};
+use spectral_kv::layout::MAX_QUERIES;
 use spectral_kv::rope::{Pairing, Rope, RopeParams, Turn};
 use std::sync::OnceLock;
 
