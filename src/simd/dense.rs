@@ -422,7 +422,7 @@ pub fn turn(omega: &[f64], delta: f64, cos: &mut [f32], sin: &mut [f32]) {
         let c = 1.0 - r2 * (0.5 - r2 * (1.0 / 24.0 - r2 * (1.0 / 720.0 - r2 / 40_320.0)));
         let quadrant = quarter.to_bits() as u32;
         let (a, b) = if quadrant & 1 == 0 { (c, s) } else { (s, c) };
-        *cos = if (quadrant + 1) & 2 == 0 { a } else { -a };
+        *cos = if quadrant.wrapping_add(1) & 2 == 0 { a } else { -a };
         *sin = if quadrant & 2 == 0 { b } else { -b };
     }
 }
