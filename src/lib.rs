@@ -2,7 +2,7 @@
 //!
 //! Keys are kept in the rotary frame of their tile of 64 rows, keys and values are transformed per head and layer, quantised
 //! under one bit budget per layer, and decode attention works on the codes. See [`codec`] for the format of a tile, [`cache`]
-//! for where rows live, [`attention`] for the arithmetic and `include/spectral_kv.h` for the C interface.
+//! for where rows live, [`attention`] for the arithmetic and the headers in `include` for the C interface.
 
 #![deny(missing_docs, unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks, clippy::missing_safety_doc)]
 

@@ -1,4 +1,4 @@
-//! The C interface from C and C++: the programs in `tests/c`, built with sanitizers against the static library.
+//! The C interface from C and C++: the programs in `tests/c` and `examples`, built with sanitizers against the static library.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -46,37 +46,53 @@ fn compiler(source: &str) -> Command {
     command
 }
 
-/// Build and run a program of `tests/c`.
-fn run(source: &str) {
-    let program = scratch(&source.replace('.', "_"));
-    succeed(compiler(source).args(SANITIZERS).arg(root().join("tests/c").join(source)).arg("-o").arg(&program).arg(library()).args(LIBRARIES));
+/// Build and run a program, and give what it printed.
+fn run(source: &str) -> Output {
+    let program = scratch(&source.replace(['.', '/'], "_"));
+    succeed(compiler(source).args(SANITIZERS).arg(root().join(source)).arg("-o").arg(&program).arg(library()).args(LIBRARIES));
     let symbols = lines(Command::new("nm").arg(&program));
     for sanitizer in ["__asan_init", "__ubsan_handle"] {
         assert!(symbols.iter().any(|s| s.contains(sanitizer)), "{source} is not sanitized: no {sanitizer}");
     }
     // A failed allocation is one of the cases; the library answers it, the sanitizer must not.
     let options = "allocator_may_return_null=1:detect_stack_use_after_return=1";
-    succeed(Command::new(&program).env("ASAN_OPTIONS", options).env("UBSAN_OPTIONS", "print_stacktrace=1"));
+    succeed(Command::new(&program).env("ASAN_OPTIONS", options).env("UBSAN_OPTIONS", "print_stacktrace=1"))
 }
 
-/// Names of all functions in the header.
+const HEADERS: [&str; 2] = ["spectral_kv.h", "spectral_kv_llama.h"];
+
+/// Names and parameters of all functions in the headers.
+fn declarations() -> Vec<(String, usize)> {
+    let read = |name| std::fs::read_to_string(root().join("include").join(name)).expect("the header");
+    let headers = HEADERS.map(read).concat();
+    // Without comments, whose lines all begin with a star or a slash, and preprocessor lines.
+    let code: String = headers.lines().filter(|l| !l.trim_start().starts_with(['*', '/', '#'])).collect::<Vec<_>>().join(" ");
+    let calls = code.split([';', '}']).filter_map(|statement| statement.split_once('('));
+    let name = |before: &str| before.rsplit([' ', '*']).next().unwrap_or_default().to_owned();
+    let all = calls.map(|(before, parameters)| (name(before), parameters.matches(',').count() + 1));
+    all.filter(|(name, _)| name.starts_with("skv_")).collect()
+}
+
 fn declared() -> Vec<String> {
-    let header = std::fs::read_to_string(root().join("include/spectral_kv.h")).expect("the header");
-    let code: Vec<&str> = header.lines().filter(|l| !l.trim_start().starts_with(['*', '/', ' ', '#'])).collect();
-    let calls = code.iter().filter_map(|l| l.split_once('(')).filter_map(|(before, _)| before.rsplit([' ', '*']).next());
-    calls.filter(|name| name.starts_with("skv_")).map(String::from).collect()
+    declarations().into_iter().map(|(name, _)| name).collect()
 }
 
 #[test]
-fn the_header_compiles_alone_and_twice_in_c_and_cpp() {
+fn each_header_compiles_alone_and_twice_in_c_and_cpp() {
     for (source, flag) in [("header.c", "c"), ("header.cpp", "c++")] {
         let path = scratch(source);
-        for times in [1, 2] {
-            let text = "#include \"spectral_kv.h\"\n".repeat(times) + "extern int not_empty;\n";
+        for (header, times) in HEADERS.into_iter().flat_map(|h| [(h, 1), (h, 2)]) {
+            let text = format!("#include \"{header}\"\n").repeat(times) + "extern int not_empty;\n";
             std::fs::write(&path, text).expect("the scratch directory is writable");
             succeed(compiler(source).args(["-x", flag, "-fsyntax-only"]).arg(&path));
         }
     }
+}
+
+#[test]
+fn no_function_has_more_than_seven_parameters() {
+    let long: Vec<_> = declarations().into_iter().filter(|(_, n)| *n > 7).collect();
+    assert!(long.is_empty(), "{long:?}");
 }
 
 /// Other crates and the standard library have names of their own; what this crate adds must not collide with a program's.
@@ -107,31 +123,45 @@ fn every_function_is_called_with_null() {
 }
 
 #[test]
+fn the_example_of_the_header_runs() {
+    let out = run("examples/minimal.c");
+    let text = String::from_utf8_lossy(&out.stdout);
+    // Values are spread evenly from 0 to 1, and so are the weights of rows, nearly.
+    let mean = text.rsplit(' ').next().and_then(|x| x.trim().parse::<f64>().ok());
+    assert!(mean.is_some_and(|x| (0.4..0.6).contains(&x)), "{text}");
+}
+
+#[test]
 fn smoke() {
-    run("smoke.c");
+    run("tests/c/smoke.c");
+}
+
+#[test]
+fn truncate() {
+    run("tests/c/truncate.c");
 }
 
 #[test]
 fn null() {
-    run("null.c");
+    run("tests/c/null.c");
 }
 
 #[test]
 fn errors() {
-    run("errors.c");
+    run("tests/c/errors.c");
 }
 
 #[test]
 fn arena() {
-    run("arena.c");
+    run("tests/c/arena.c");
 }
 
 #[test]
 fn state() {
-    run("state.c");
+    run("tests/c/state.c");
 }
 
 #[test]
 fn cpp() {
-    run("cpp.cpp");
+    run("tests/c/cpp.cpp");
 }

@@ -159,7 +159,7 @@ impl Cache {
     }
 
     /// Attention of 1 to 64 query tokens over all stored rows: `out[token][query head][d_v]`.
-    pub fn attend(&mut self, q: &Rows, scoring: Scoring, mask: Mask, sinks: &[f32], out: &mut [f32]) -> Result<()> {
+    pub fn attend(&mut self, q: &Rows, mask: Mask, sinks: &[f32], out: &mut [f32]) -> Result<()> {
         let (g, n) = (*self.layer.shape(), q.len());
         if n == 0 || n > MAX_QUERIES {
             return argument(format!("{n} query tokens; 1 to {MAX_QUERIES} are possible"));
@@ -172,9 +172,24 @@ impl Cache {
         let arena: &[u8] = bytemuck::cast_slice(&self.arena);
         let mut partials = vec![0.0; self.layer.partial_floats(n)];
         let none = Rows::empty();
-        let call = Call { arena, plan: &plan, q, k: &none, v: &none, scoring, mask };
+        let call = Call { arena, plan: &plan, q, k: &none, v: &none, scoring: self.layer.scoring, mask };
         self.layer.attend(0..self.layer.units(), &call, &mut partials)?;
         self.layer.combine(n, &partials, sinks, 0..n * g.n_head, out)
+    }
+
+    /// Drop all rows behind the first `n`. The table sees it when it compares cells in the next step; what the dropped rows asked of others is
+    /// forgotten at once.
+    pub fn truncate(&mut self, n: usize) -> Result<()> {
+        if n > self.used {
+            return argument(format!("{n} rows to keep of {}", self.used));
+        }
+        if n < self.used {
+            self.table.forget_queries(self.positions[n]);
+        }
+        self.positions[n..self.used].fill(-1);
+        self.sequences[n..self.used].fill(-1);
+        self.used = n;
+        Ok(())
     }
 
     /// Forget every row and the basis. What comes next is stored as in a new cache.

@@ -4,8 +4,7 @@
 //! the first few. All coefficients are kept, because the residual of fine rows is coded in all of them. Must not know how coefficients are coded.
 
 use crate::error::{Error, Result};
-use crate::layout::f16s;
-use crate::layout::{quant, Widths, BANDS};
+use crate::layout::{quant, stored_f16s, Widths, BANDS};
 use crate::simd::{self, MatMut, MatRef};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -105,7 +104,7 @@ impl Basis {
                 scaled.clear();
                 scaled.extend(row.iter().map(|x| x / largest));
                 halves.convert_from_f32_slice(&scaled);
-                matrices[at..at + 2 * d].copy_from_slice(bytemuck::cast_slice(&halves));
+                matrices[at..at + 2 * d].chunks_exact_mut(2).zip(&halves).for_each(|(to, x)| to.copy_from_slice(&x.to_le_bytes()));
             }
         }
         for (j, w) in self.weight.iter().enumerate() {
@@ -159,7 +158,7 @@ impl Basis {
             }
             rows.resize(d * d, 0.0);
             let from = 2 * d * part * d;
-            let stored = f16s(&matrices[from..from + 2 * d * d])?;
+            let stored = stored_f16s(&matrices[from..from + 2 * d * d])?;
             for (j, (row, stored)) in rows.chunks_exact_mut(d).zip(stored.chunks_exact(d)).enumerate() {
                 (simd::kernels().widen)(stored, f32_at(floats, (1 + part) * d + j), row);
             }

@@ -1,43 +1,34 @@
 //! `skv_cache`: a cache of one layer and one sequence that owns its memory.
 
-use super::*;
+use super::error::{skv_status, Failure, Outcome};
+use super::object::{change, create, free, handle, read, Handle, Object};
+use super::pointer::{borrow_mut, give, slice, slice_mut, take};
+use super::step::check_queries;
+use super::types::{skv_config, skv_layer_shape, skv_projection, skv_rope, skv_size_report, skv_stats};
 use crate::cache::{Cache, Mask, Rows};
 use crate::config::Scoring;
+use crate::error::Error;
 use half::f16;
 
-/// A cache of one layer and one sequence, for callers that have no arenas to lend. Cells are numbered in the order of appending.
-/// For one thread at a time.
+/// A cache of one layer and one sequence, for callers that have no arenas to lend. Its rows are numbered in the order of appending.
 #[allow(non_camel_case_types, reason = "the name is C's")]
-pub struct skv_cache {
-    cache: Cache,
-    error: LastError,
-}
+pub struct skv_cache(Object<Cache>);
 
-/// Run a call on a cache, keeping the text of a failure in it.
-///
-/// # Safety
-/// `cache` is NULL or valid and not used by another thread.
-unsafe fn on_cache(cache: *mut skv_cache, body: impl FnOnce(&mut Cache) -> std::result::Result<(), Failure>) -> skv_status {
-    // SAFETY: the caller's contract.
-    match unsafe { borrow_mut(cache, "cache") } {
-        Ok(c) => guard(|text| c.error.set(text), || body(&mut c.cache)),
-        Err(_) => skv_status::SKV_STATUS_NULL,
-    }
-}
+handle!(skv_cache, Cache, "cache");
 
 /// Contiguous rows `[n][heads][d]`.
 ///
 /// # Safety
 /// `p` is NULL or readable for that many floats.
-unsafe fn dense<'a>(p: *const f32, n: usize, heads: usize, d: usize, name: &'static str) -> std::result::Result<Rows<'a>, Failure> {
-    let len = n.checked_mul(heads * d).ok_or_else(|| Error::Argument(format!("{n} rows of {name}")))?;
+unsafe fn dense<'a>(p: *const f32, n: usize, heads: usize, d: usize, name: &'static str) -> Outcome<Rows<'a>> {
+    let len = n.checked_mul(heads * d).ok_or_else(|| Failure::argument(format!("{n} rows of {name}")))?;
     // SAFETY: the caller's contract.
     Ok(Rows::new(unsafe { slice(p, len, name)? }, n, heads * d, d, heads, d)?)
 }
 
-/// Create a cache of `shape`. `config.n_streams` and `config.n_seqs` must be 1. `scale` and `softcap` (0 for none) are those of the
-/// scores. `projection` (may be NULL) holds rows of the layer's output projection; it is copied. `err` (may be NULL) receives the
-/// reason of a failure. `*out` is owned by the caller; free it with `skv_cache_free`.
+/// Create a cache of `shape`. `config.n_streams` and `config.n_seqs` must be 1, `config.calibrated` 0. `scale` (e.g. `1/sqrt(d_k)`) and `softcap` (0 for
+/// none) are those of the scores. `projection` (may be NULL) holds rows of the layer's output projection; it is copied. `*out` is owned by the caller;
+/// free it with `skv_cache_free`.
 ///
 /// # Safety
 /// Pointers are valid for what they describe or NULL.
@@ -50,31 +41,15 @@ pub unsafe extern "C" fn skv_cache_create(
     softcap: f32,
     projection: *const skv_projection,
     out: *mut *mut skv_cache,
-    err: *mut c_char,
-    err_len: usize,
 ) -> skv_status {
     // SAFETY: the caller's contract.
     unsafe {
-        guard(
-            |text| copy_text(&text, err, err_len),
-            || {
-                let config = versioned(config, skv_config::defaults(), "config")?.to_config();
-                let shape = versioned(shape, skv_layer_shape::zero(), "shape")?.to_shape();
-                let rope = versioned(rope, skv_rope::defaults(), "rope")?;
-                let rope = rope.to_params(slice(rope.freq_factors, rope.n_freq_factors, "freq_factors")?)?;
-                let out = borrow_mut(out, "out")?;
-                let wo = match projection.as_ref() {
-                    Some(p) => {
-                        let n = p.n_rows.checked_mul(shape.n_head as usize * shape.d_v as usize);
-                        slice(p.data, n.ok_or_else(|| Error::Argument("projection.n_rows".into()))?, "projection.data")?
-                    }
-                    None => &[],
-                };
-                let cache = Cache::new(&config, shape, &rope, Scoring { scale, softcap }, wo)?;
-                *out = Box::into_raw(Box::new(skv_cache { cache, error: LastError::default() }));
-                Ok(())
-            },
-        )
+        create(out, || {
+            let (config, shape) = (take(config, "config")?.to_config(), take(shape, "shape")?.to_shape());
+            let rope = take(rope, "rope")?.to_params()?;
+            let projection = skv_projection::rows(projection, shape.n_head as usize * shape.d_v as usize)?;
+            Ok(Cache::new(&config, shape, &rope, Scoring { scale, softcap }, projection)?)
+        })
     }
 }
 
@@ -84,10 +59,8 @@ pub unsafe extern "C" fn skv_cache_create(
 /// `cache` is NULL or came from `skv_cache_create` and was not freed.
 #[no_mangle]
 pub unsafe extern "C" fn skv_cache_free(cache: *mut skv_cache) {
-    if !cache.is_null() {
-        // SAFETY: the caller's contract.
-        drop(unsafe { Box::from_raw(cache) });
-    }
+    // SAFETY: the caller's contract.
+    unsafe { free(cache) }
 }
 
 /// Store `n` rows: `q[n][n_head][d_k]` (the queries of the same tokens, which the fit looks at), `k[n][n_head_kv][d_k]` as the model gives them (roped) and
@@ -106,8 +79,8 @@ pub unsafe extern "C" fn skv_cache_append(
 ) -> skv_status {
     // SAFETY: the caller's contract.
     unsafe {
-        on_cache(cache, |c| {
-            let g = c.layer().shape().clone();
+        change(cache, |c| {
+            let g = *c.layer().shape();
             let q = dense(q, n, g.n_head, g.d_k, "q")?;
             let k = dense(k, n, g.n_head_kv, g.d_k, "k")?;
             let v = dense(v, n, g.n_head_kv, g.d_v, "v")?;
@@ -124,10 +97,10 @@ pub unsafe extern "C" fn skv_cache_append(
 pub unsafe extern "C" fn skv_cache_get(cache: *mut skv_cache, first: usize, n: usize, k_out: *mut u16, v_out: *mut u16) -> skv_status {
     // SAFETY: the caller's contract; f16 has the layout of u16.
     unsafe {
-        on_cache(cache, |c| {
-            let g = c.layer().shape().clone();
+        change(cache, |c| {
+            let g = *c.layer().shape();
             if n > c.len() {
-                return Err(Error::Argument(format!("{n} rows of {}", c.len())).into());
+                return Err(Failure::argument(format!("{n} rows of {}", c.len())));
             }
             let k_out = slice_mut(k_out.cast::<f16>(), n * g.n_head_kv * g.d_k, "k_out")?;
             let v_out = slice_mut(v_out.cast::<f16>(), n * g.n_head_kv * g.d_v, "v_out")?;
@@ -147,27 +120,33 @@ pub unsafe extern "C" fn skv_cache_attend(
     cache: *mut skv_cache,
     q: *const f32,
     n: usize,
-    scale: f32,
-    softcap: f32,
     mask: *const f32,
     sinks: *const f32,
     out: *mut f32,
 ) -> skv_status {
     // SAFETY: the caller's contract.
     unsafe {
-        on_cache(cache, |c| {
-            let g = c.layer().shape().clone();
-            if n == 0 || n > SKV_MAX_QUERIES {
-                return Err(Error::Argument(format!("{n} query tokens; 1 to {SKV_MAX_QUERIES} are possible")).into());
-            }
+        change(cache, |c| {
+            check_queries(n, 1)?;
+            let (g, rows) = (*c.layer().shape(), c.len());
             let q = dense(q, n, g.n_head, g.d_k, "q")?;
-            let rows = c.len();
             let mask = if mask.is_null() { Mask::All } else { Mask::F32 { values: slice(mask, n * rows, "mask")?, stride: rows, n_kv: rows } };
             let sinks = slice(sinks, if sinks.is_null() { 0 } else { g.n_head }, "sinks")?;
-            let out = slice_mut(out, n * g.n_head * g.d_v, "out")?;
-            Ok(c.attend(&q, Scoring { scale, softcap }, mask, sinks, out)?)
+            Ok(c.attend(&q, mask, sinks, slice_mut(out, n * g.n_head * g.d_v, "out")?)?)
         })
     }
+}
+
+/// Keep the first `n_rows` rows and drop all behind them; the next rows appended follow those. What is kept stays as it is stored: rows that were coded
+/// do not become exact because the newest ones are now among them, and the bases remain, though dropped rows may have had a part in them; but
+/// without any row left the cache is as new.
+///
+/// # Safety
+/// `cache` is NULL or valid.
+#[no_mangle]
+pub unsafe extern "C" fn skv_cache_truncate(cache: *mut skv_cache, n_rows: usize) -> skv_status {
+    // SAFETY: the caller's contract.
+    unsafe { change(cache, |c| Ok(c.truncate(n_rows)?)) }
 }
 
 /// Forget every row and the bases; what is stored next is stored as in a new cache. Counters go on.
@@ -178,25 +157,24 @@ pub unsafe extern "C" fn skv_cache_attend(
 pub unsafe extern "C" fn skv_cache_reset(cache: *mut skv_cache) -> skv_status {
     // SAFETY: the caller's contract.
     unsafe {
-        on_cache(cache, |c| {
+        change(cache, |c| {
             c.reset();
             Ok(())
         })
     }
 }
 
-/// Copy the positions of all stored rows, in the order of their cells, to `out` (`capacity` ints) and their number to `*n`. With
+/// Copy the positions of all stored rows, in their order, to `out` (`capacity` ints) and their number to `*n`. With
 /// `out` NULL and `capacity` 0 only `*n` is set.
 ///
 /// # Safety
 /// Pointers are valid for what they describe or NULL.
 #[no_mangle]
-pub unsafe extern "C" fn skv_cache_positions(cache: *mut skv_cache, out: *mut i32, capacity: usize, n: *mut usize) -> skv_status {
+pub unsafe extern "C" fn skv_cache_positions(cache: *const skv_cache, out: *mut i32, capacity: usize, n: *mut usize) -> skv_status {
     // SAFETY: the caller's contract.
     unsafe {
-        on_cache(cache, |c| {
-            let n = borrow_mut(n, "n")?;
-            let positions = c.positions();
+        read(cache, |c| {
+            let (n, positions) = (borrow_mut(n, "n")?, c.positions());
             if !(out.is_null() && capacity == 0) {
                 if capacity < positions.len() {
                     return Err(Error::Buffer { need: positions.len(), have: capacity }.into());
@@ -212,29 +190,19 @@ pub unsafe extern "C" fn skv_cache_positions(cache: *mut skv_cache, out: *mut i3
 /// What the cache has done.
 ///
 /// # Safety
-/// Pointers are valid or NULL; `out->struct_size` is set.
+/// Pointers are valid or NULL.
 #[no_mangle]
-pub unsafe extern "C" fn skv_cache_stats(cache: *mut skv_cache, out: *mut skv_stats) -> skv_status {
+pub unsafe extern "C" fn skv_cache_stats(cache: *const skv_cache, out: *mut skv_stats) -> skv_status {
     // SAFETY: the caller's contract.
-    unsafe { on_cache(cache, |c| report(out, &skv_stats::new(&c.stats()), "out")) }
+    unsafe { read(cache, |c| give(out, &skv_stats::new(&c.stats()), "out")) }
 }
 
 /// Bytes held, against f16.
 ///
 /// # Safety
-/// Pointers are valid or NULL; `out->struct_size` is set.
+/// Pointers are valid or NULL.
 #[no_mangle]
-pub unsafe extern "C" fn skv_cache_report(cache: *mut skv_cache, out: *mut skv_size_report) -> skv_status {
+pub unsafe extern "C" fn skv_cache_report(cache: *const skv_cache, out: *mut skv_size_report) -> skv_status {
     // SAFETY: the caller's contract.
-    unsafe { on_cache(cache, |c| report(out, &skv_size_report::new(&c.report(), c.layer().geometry()), "out")) }
-}
-
-/// Why the last failed call on this cache failed; valid until the next failing call on it. Empty without one; NULL for NULL.
-///
-/// # Safety
-/// `cache` is NULL or valid.
-#[no_mangle]
-pub unsafe extern "C" fn skv_cache_last_error(cache: *const skv_cache) -> *const c_char {
-    // SAFETY: the caller's contract.
-    unsafe { cache.as_ref() }.map_or(std::ptr::null(), |c| c.error.as_ptr())
+    unsafe { read(cache, |c| give(out, &skv_size_report::new(&c.report(), c.layer().geometry()), "out")) }
 }

@@ -1,45 +1,44 @@
 //! `skv_geometry`: sizes of everything.
 
-use super::{borrow, borrow_mut, copy_text, guard, report, silent, skv_config, skv_layer_shape, skv_size_report, skv_status, slice, versioned};
+use super::error::skv_status;
+use super::object::{create, free, handle, read, Handle, Object};
+use super::pointer::{borrow_mut, give, take, take_all};
+use super::types::{skv_config, skv_layer_shape, skv_size_report};
 use crate::cache::{plan, Findings, Geometry};
-use crate::error::Error;
-use std::ffi::c_char;
 use std::sync::Arc;
 
-/// Sizes of a cache, computed from a configuration. May be used by several threads. Tables and layers of one cache are made from one geometry:
-/// bits are shared out over all of its layers.
+/// Sizes of a cache, computed from a configuration. Tables and layers of one cache are made from one geometry: bits are shared out over all of its layers.
 #[allow(non_camel_case_types, reason = "the name is C's")]
-pub struct skv_geometry(pub(crate) Arc<Geometry>, pub(crate) Arc<Findings>);
+pub struct skv_geometry(Object<Shared>);
 
-/// Check a configuration and compute all sizes. `*out` is owned by the caller; free it with `skv_geometry_free`.
-/// `err` (may be NULL) receives the reason of a failure.
+/// What the tables and layers of one geometry have in common.
+pub(super) struct Shared {
+    pub(super) sizes: Arc<Geometry>,
+    pub(super) findings: Arc<Findings>,
+}
+
+handle!(skv_geometry, Shared, "geometry");
+
+/// Check a configuration and compute all sizes. `*out` is owned by the caller; free it with `skv_geometry_free`. `layers` are `n_layers` shapes, one
+/// after another.
 ///
 /// # Safety
-/// `config` and `layers` (`n_layers` structs) are readable, `out` writable, `err` writable for `err_len` bytes; each may be NULL.
+/// Pointers are valid for what they describe or NULL.
 #[no_mangle]
 pub unsafe extern "C" fn skv_geometry_create(
     config: *const skv_config,
     layers: *const skv_layer_shape,
     n_layers: usize,
     out: *mut *mut skv_geometry,
-    err: *mut c_char,
-    err_len: usize,
 ) -> skv_status {
     // SAFETY: the caller's contract.
-    let tell = |text: String| unsafe { copy_text(&text, err, err_len) };
-    guard(tell, || {
-        // SAFETY: the caller's contract.
-        let (config, out) = unsafe { (versioned(config, skv_config::defaults(), "config")?, borrow_mut(out, "out")?) };
-        // SAFETY: the caller's contract.
-        let layers = unsafe { slice(layers, n_layers, "layers")? };
-        if layers.iter().any(|l| l.struct_size != size_of::<skv_layer_shape>()) {
-            return Err(Error::Argument("layers[i].struct_size must be sizeof(skv_layer_shape)".into()).into());
-        }
-        let shapes: Vec<_> = layers.iter().map(|l| l.to_shape()).collect();
-        let geometry = Arc::new(Geometry::new(&config.to_config(), &shapes)?);
-        *out = Box::into_raw(Box::new(skv_geometry(geometry, Arc::default())));
-        Ok(())
-    })
+    unsafe {
+        create(out, || {
+            let config = take(config, "config")?.to_config();
+            let shapes: Vec<_> = take_all(layers, n_layers, "layers")?.into_iter().map(skv_layer_shape::to_shape).collect();
+            Ok(Shared { sizes: Arc::new(Geometry::new(&config, &shapes)?), findings: Arc::default() })
+        })
+    }
 }
 
 /// Free a geometry; NULL is allowed. Tables and layers made from it stay valid.
@@ -48,10 +47,8 @@ pub unsafe extern "C" fn skv_geometry_create(
 /// `geometry` is NULL or came from `skv_geometry_create` and was not freed.
 #[no_mangle]
 pub unsafe extern "C" fn skv_geometry_free(geometry: *mut skv_geometry) {
-    if !geometry.is_null() {
-        // SAFETY: the caller's contract.
-        drop(unsafe { Box::from_raw(geometry) });
-    }
+    // SAFETY: the caller's contract.
+    unsafe { free(geometry) }
 }
 
 /// Bytes of the arena of one stream, which all layers share; a multiple of 256. An arena must start at a multiple of 32 and be zeroed before use.
@@ -60,12 +57,13 @@ pub unsafe extern "C" fn skv_geometry_free(geometry: *mut skv_geometry) {
 /// Pointers are valid or NULL.
 #[no_mangle]
 pub unsafe extern "C" fn skv_geometry_arena_bytes(geometry: *const skv_geometry, bytes: *mut usize) -> skv_status {
-    guard(silent, || {
-        // SAFETY: the caller's contract.
-        let (g, bytes) = unsafe { (borrow(geometry, "geometry")?, borrow_mut(bytes, "bytes")?) };
-        *bytes = g.0.arena_bytes;
-        Ok(())
-    })
+    // SAFETY: the caller's contract.
+    unsafe {
+        read(geometry, |g| {
+            *borrow_mut(bytes, "bytes")? = g.sizes.arena_bytes;
+            Ok(())
+        })
+    }
 }
 
 /// Ints of the longest plan of one stream for a step of `n_tokens` tokens. More tokens than cells cannot be stored: their plan is
@@ -75,25 +73,21 @@ pub unsafe extern "C" fn skv_geometry_arena_bytes(geometry: *const skv_geometry,
 /// Pointers are valid or NULL.
 #[no_mangle]
 pub unsafe extern "C" fn skv_geometry_plan_ints(geometry: *const skv_geometry, n_tokens: usize, ints: *mut usize) -> skv_status {
-    guard(silent, || {
-        // SAFETY: the caller's contract.
-        let (g, ints) = unsafe { (borrow(geometry, "geometry")?, borrow_mut(ints, "ints")?) };
-        *ints = plan::capacity(&g.0, n_tokens.min(g.0.config.n_cells as usize));
-        Ok(())
-    })
+    // SAFETY: the caller's contract.
+    unsafe {
+        read(geometry, |g| {
+            *borrow_mut(ints, "ints")? = plan::capacity(&g.sizes, n_tokens.min(g.sizes.config.n_cells as usize));
+            Ok(())
+        })
+    }
 }
 
 /// Bytes held, against f16.
 ///
 /// # Safety
-/// Pointers are valid or NULL; `out->struct_size` is set.
+/// Pointers are valid or NULL.
 #[no_mangle]
 pub unsafe extern "C" fn skv_geometry_report(geometry: *const skv_geometry, out: *mut skv_size_report) -> skv_status {
-    guard(silent, || {
-        // SAFETY: the caller's contract.
-        unsafe {
-            let g = borrow(geometry, "geometry")?;
-            report(out, &skv_size_report::new(&g.0.report(), &g.0), "out")
-        }
-    })
+    // SAFETY: the caller's contract.
+    unsafe { read(geometry, |g| give(out, &skv_size_report::new(&g.sizes.report(), &g.sizes), "out")) }
 }

@@ -1,63 +1,17 @@
-//! Plain C types: status, configuration and report structs, and functions on none of them.
+//! What both headers share: versions and limits, and the structs of a configuration and of what is reported. Every struct begins with its size and has an
+//! `_init` function.
 
+use super::error::{skv_status, Failure, Outcome};
+use super::pointer::{init, slice, take, Struct};
 use crate::cache::{Geometry, SizeReport, Stats};
 use crate::config::{Config, LayerShape};
 use crate::rope::{Pairing, RopeParams};
-use std::ffi::{c_char, CStr};
-
-/// Result of every call that can fail; the only thing such a call returns.
-#[allow(non_camel_case_types, reason = "the name is C's")]
-#[repr(i32)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum skv_status {
-    /// Done.
-    SKV_STATUS_OK = 0,
-    /// A required pointer is NULL.
-    SKV_STATUS_NULL = 100,
-    /// An argument is out of range or contradicts another.
-    SKV_STATUS_ARGUMENT = 101,
-    /// The configuration cannot be built.
-    SKV_STATUS_CONFIG = 102,
-    /// A buffer is too small.
-    SKV_STATUS_BUFFER = 103,
-    /// There is no room for more rows.
-    SKV_STATUS_FULL = 104,
-    /// The call does not fit the state of the object.
-    SKV_STATUS_STATE = 105,
-    /// An arena, plan or saved state is damaged, truncated or of another version.
-    SKV_STATUS_DATA = 201,
-    /// A key, value or query is NaN or infinite, or beyond the range of f16.
-    SKV_STATUS_NOT_FINITE = 301,
-    /// A matrix decomposition did not converge.
-    SKV_STATUS_NUMERIC = 302,
-    /// The library failed internally; the object should be freed.
-    SKV_STATUS_PANIC = 900,
-}
-
-use skv_status::*;
-
-impl skv_status {
-    pub(crate) fn from_code(code: i32) -> Self {
-        let all = [
-            SKV_STATUS_ARGUMENT,
-            SKV_STATUS_CONFIG,
-            SKV_STATUS_BUFFER,
-            SKV_STATUS_FULL,
-            SKV_STATUS_STATE,
-            SKV_STATUS_DATA,
-            SKV_STATUS_NOT_FINITE,
-            SKV_STATUS_NUMERIC,
-        ];
-        all.into_iter().find(|s| *s as i32 == code).unwrap_or(SKV_STATUS_PANIC)
-    }
-}
+use std::ffi::c_char;
 
 /// Changes whenever a caller compiled against an older header could misbehave.
-pub const SKV_ABI_VERSION: u32 = 3;
+pub const SKV_ABI_VERSION: u32 = 4;
 /// Most query tokens of one attention call.
 pub const SKV_MAX_QUERIES: usize = 64;
-/// Rows of a tile.
-pub const SKV_TILE_ROWS: usize = 64;
 /// `skv_config.fine_rows`: from the number of cells.
 pub const SKV_FINE_ROWS_AUTO: u32 = u32::MAX;
 /// `skv_rope.pairing`: keys are stored as they are.
@@ -67,28 +21,8 @@ pub const SKV_PAIRING_ADJACENT: i32 = 1;
 /// `skv_rope.pairing`: elements i and i + n_dims/2 (ggml NEOX).
 pub const SKV_PAIRING_HALVES: i32 = 2;
 
-const _: () = assert!(SKV_MAX_QUERIES == crate::layout::MAX_QUERIES && SKV_TILE_ROWS == crate::layout::TILE);
+const _: () = assert!(SKV_MAX_QUERIES == crate::layout::MAX_QUERIES);
 const _: () = assert!(SKV_FINE_ROWS_AUTO == crate::config::FINE_ROWS_AUTO);
-
-/// A short name for a status; static text, never NULL. Any integer may be passed.
-#[no_mangle]
-pub extern "C" fn skv_status_str(status: i32) -> *const c_char {
-    let text: &CStr = match status {
-        0 => c"ok",
-        100 => c"a required pointer is NULL",
-        101 => c"invalid argument",
-        102 => c"invalid configuration",
-        103 => c"buffer too small",
-        104 => c"the cache is full",
-        105 => c"wrong state for this call",
-        201 => c"damaged, truncated or foreign data",
-        301 => c"a value is NaN or infinite",
-        302 => c"numeric failure",
-        900 => c"internal error",
-        _ => c"unknown status",
-    };
-    text.as_ptr()
-}
 
 /// The library's version, e.g. "0.1.0"; static text.
 #[no_mangle]
@@ -107,7 +41,7 @@ pub extern "C" fn skv_abi_version() -> u32 {
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct skv_config {
-    /// Set to `sizeof(skv_config)`.
+    /// `sizeof(struct skv_config)`; `skv_config_init` sets it.
     pub struct_size: usize,
     /// Cells of one stream: the most rows it can hold. No default.
     pub n_cells: u32,
@@ -133,11 +67,12 @@ pub struct skv_config {
     pub calibrated: u32,
 }
 
-impl skv_config {
-    pub(crate) fn defaults() -> Self {
+// SAFETY: `repr(C)`, the size first, numbers only.
+unsafe impl Struct for skv_config {
+    fn defaults() -> Self {
         let d = Config::default();
         skv_config {
-            struct_size: size_of::<skv_config>(),
+            struct_size: 0,
             n_cells: d.n_cells,
             n_streams: d.n_streams,
             n_seqs: d.n_seqs,
@@ -150,7 +85,20 @@ impl skv_config {
             calibrated: u32::from(d.calibrated),
         }
     }
-    pub(crate) fn to_config(self) -> Config {
+}
+
+/// Fill a configuration with the defaults. `struct_size` is `sizeof(struct skv_config)`.
+///
+/// # Safety
+/// `config` is NULL or writable for `struct_size` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn skv_config_init(config: *mut skv_config, struct_size: usize) -> skv_status {
+    // SAFETY: the caller's contract.
+    unsafe { init(config, struct_size) }
+}
+
+impl skv_config {
+    pub(super) fn to_config(self) -> Config {
         Config {
             n_cells: self.n_cells,
             n_streams: self.n_streams,
@@ -171,7 +119,7 @@ impl skv_config {
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct skv_layer_shape {
-    /// Set to `sizeof(skv_layer_shape)`.
+    /// `sizeof(struct skv_layer_shape)`; `skv_layer_shape_init` sets it.
     pub struct_size: usize,
     /// Query heads.
     pub n_head: u32,
@@ -183,21 +131,35 @@ pub struct skv_layer_shape {
     pub d_v: u32,
 }
 
-impl skv_layer_shape {
-    pub(crate) fn zero() -> Self {
+// SAFETY: `repr(C)`, the size first, numbers only.
+unsafe impl Struct for skv_layer_shape {
+    fn defaults() -> Self {
         skv_layer_shape { struct_size: 0, n_head: 0, n_head_kv: 0, d_k: 0, d_v: 0 }
     }
-    pub(crate) fn to_shape(self) -> LayerShape {
+}
+
+/// Fill a shape with zeros; all of it has to be set. `struct_size` is `sizeof(struct skv_layer_shape)`.
+///
+/// # Safety
+/// `shape` is NULL or writable for `struct_size` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn skv_layer_shape_init(shape: *mut skv_layer_shape, struct_size: usize) -> skv_status {
+    // SAFETY: the caller's contract.
+    unsafe { init(shape, struct_size) }
+}
+
+impl skv_layer_shape {
+    pub(super) fn to_shape(self) -> LayerShape {
         LayerShape { n_head: self.n_head, n_head_kv: self.n_head_kv, d_k: self.d_k, d_v: self.d_v }
     }
 }
 
-/// What a configuration holds, against f16. Set `struct_size` before the call.
+/// What a configuration holds, against f16. Call `skv_size_report_init` before it is filled.
 #[allow(non_camel_case_types, reason = "the name is C's")]
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct skv_size_report {
-    /// Set to `sizeof(skv_size_report)`.
+    /// `sizeof(struct skv_size_report)`; `skv_size_report_init` sets it.
     pub struct_size: usize,
     /// Bytes of all arenas: all layers, all streams.
     pub bytes_arenas: u64,
@@ -221,10 +183,39 @@ pub struct skv_size_report {
     pub tiles: u32,
 }
 
-impl skv_size_report {
-    pub(crate) fn new(r: &SizeReport, g: &Geometry) -> Self {
+// SAFETY: `repr(C)`, the size first, numbers only.
+unsafe impl Struct for skv_size_report {
+    fn defaults() -> Self {
         skv_size_report {
-            struct_size: size_of::<Self>(),
+            struct_size: 0,
+            bytes_arenas: 0,
+            bytes_tables: 0,
+            bytes_f16: 0,
+            ratio: 0.0,
+            code_bits: 0.0,
+            window: 0,
+            sinks: 0,
+            exact_rows: 0,
+            fit_rows: 0,
+            tiles: 0,
+        }
+    }
+}
+
+/// Fill a report with zeros. `struct_size` is `sizeof(struct skv_size_report)`.
+///
+/// # Safety
+/// `report` is NULL or writable for `struct_size` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn skv_size_report_init(report: *mut skv_size_report, struct_size: usize) -> skv_status {
+    // SAFETY: the caller's contract.
+    unsafe { init(report, struct_size) }
+}
+
+impl skv_size_report {
+    pub(super) fn new(r: &SizeReport, g: &Geometry) -> Self {
+        skv_size_report {
+            struct_size: 0,
             bytes_arenas: r.bytes_arenas,
             bytes_tables: r.bytes_tables,
             bytes_f16: r.bytes_f16,
@@ -244,7 +235,7 @@ impl skv_size_report {
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct skv_rope {
-    /// Set to `sizeof(skv_rope)`.
+    /// `sizeof(struct skv_rope)`; `skv_rope_init` sets it.
     pub struct_size: usize,
     /// One of `SKV_PAIRING_*`.
     pub pairing: i32,
@@ -270,8 +261,9 @@ pub struct skv_rope {
     pub n_freq_factors: usize,
 }
 
-impl skv_rope {
-    pub(crate) fn defaults() -> Self {
+// SAFETY: `repr(C)`, the size first, numbers and a pointer only.
+unsafe impl Struct for skv_rope {
+    fn defaults() -> Self {
         skv_rope {
             struct_size: 0,
             pairing: SKV_PAIRING_NONE,
@@ -287,12 +279,31 @@ impl skv_rope {
             n_freq_factors: 0,
         }
     }
-    pub(crate) fn to_params(self, freq_factors: &[f32]) -> crate::error::Result<RopeParams> {
+}
+
+/// Fill a rotation with that of none: set `pairing` and `n_dims`, and what else differs from 10000 as the base, 1 as the scale and no YaRN. `struct_size` is `sizeof(struct skv_rope)`.
+///
+/// # Safety
+/// `rope` is NULL or writable for `struct_size` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn skv_rope_init(rope: *mut skv_rope, struct_size: usize) -> skv_status {
+    // SAFETY: the caller's contract.
+    unsafe { init(rope, struct_size) }
+}
+
+impl skv_rope {
+    /// The rotation as the library has it.
+    ///
+    /// # Safety
+    /// The frequency factors are there.
+    pub(super) unsafe fn to_params(self) -> Outcome<RopeParams> {
+        // SAFETY: the caller's contract.
+        let freq_factors = unsafe { slice(self.freq_factors, self.n_freq_factors, "rope.freq_factors")? };
         let pairing = match self.pairing {
             SKV_PAIRING_NONE => Pairing::None,
             SKV_PAIRING_ADJACENT => Pairing::Adjacent,
             SKV_PAIRING_HALVES => Pairing::Halves,
-            other => return crate::error::argument(format!("pairing {other}")),
+            other => return Err(Failure::argument(format!("pairing {other}"))),
         };
         Ok(RopeParams {
             pairing,
@@ -309,94 +320,59 @@ impl skv_rope {
     }
 }
 
-/// Rows of queries, keys or values, f32; the elements of a head are contiguous.
-#[allow(non_camel_case_types, reason = "the name is C's")]
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct skv_rows {
-    /// First element, or NULL without rows.
-    pub data: *const f32,
-    /// Rows.
-    pub n_rows: usize,
-    /// Bytes from a row to the next.
-    pub row_stride: usize,
-    /// Bytes from a head to the next.
-    pub head_stride: usize,
-}
-
 /// Rows of a layer's output projection, which weigh errors.
 #[allow(non_camel_case_types, reason = "the name is C's")]
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct skv_projection {
+    /// `sizeof(struct skv_projection)`; `skv_projection_init` sets it.
+    pub struct_size: usize,
     /// `n_rows` rows of `n_head * d_v` floats.
     pub data: *const f32,
     /// Rows.
     pub n_rows: usize,
 }
 
-/// What a step brings to the layer that stores it. Rows of all its tokens, in the plan's order.
-#[allow(non_camel_case_types, reason = "the name is C's")]
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct skv_step {
-    /// Set to `sizeof(skv_step)`.
-    pub struct_size: usize,
-    /// Queries, roped, `n_head` heads of `d_k`.
-    pub q: *const skv_rows,
-    /// Keys, roped, `n_head_kv` heads of `d_k`.
-    pub k: *const skv_rows,
-    /// Values, `n_head_kv` heads of `d_v`.
-    pub v: *const skv_rows,
-    /// The residual stream that the attention's output is added to, one head of `n_residual` floats: errors count in proportion to it. NULL when
-    /// it is not known: then all layers count alike.
-    pub residual: *const skv_rows,
-    /// Floats of a row of `residual`.
-    pub n_residual: usize,
-    /// May be NULL: then heads count by their own outputs.
-    pub projection: *const skv_projection,
-}
-
-impl skv_step {
-    pub(crate) fn defaults() -> Self {
-        let none = std::ptr::null();
-        skv_step { struct_size: 0, q: none, k: none, v: none, residual: none, n_residual: 0, projection: std::ptr::null() }
+// SAFETY: `repr(C)`, the size first, a number and a pointer only.
+unsafe impl Struct for skv_projection {
+    fn defaults() -> Self {
+        skv_projection { struct_size: 0, data: std::ptr::null(), n_rows: 0 }
     }
 }
 
-/// Parameters of an attention call; semantics of `ggml_flash_attn_ext`.
-#[allow(non_camel_case_types, reason = "the name is C's")]
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct skv_attend_params {
-    /// Set to `sizeof(skv_attend_params)`.
-    pub struct_size: usize,
-    /// Factor on `q . k`, e.g. `1/sqrt(d_k)`.
-    pub scale: f32,
-    /// `cap * tanh(score / cap)`, 0 for none.
-    pub softcap: f32,
-    /// f16, a row of `n_kv` per query token: 0 shows a cell, -inf hides it, other values are added. NULL shows all rows.
-    pub mask: *const u16,
-    /// Bytes from a mask row to the next.
-    pub mask_row_stride: usize,
-    /// Cells the mask covers; cells behind them are hidden.
-    pub n_kv: usize,
-    /// One attention-sink logit per query head, or NULL.
-    pub sinks: *const f32,
+/// Fill a projection with no rows. `struct_size` is `sizeof(struct skv_projection)`.
+///
+/// # Safety
+/// `projection` is NULL or writable for `struct_size` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn skv_projection_init(projection: *mut skv_projection, struct_size: usize) -> skv_status {
+    // SAFETY: the caller's contract.
+    unsafe { init(projection, struct_size) }
 }
 
-impl skv_attend_params {
-    pub(crate) fn defaults() -> Self {
-        skv_attend_params { struct_size: 0, scale: 0.0, softcap: 0.0, mask: std::ptr::null(), mask_row_stride: 0, n_kv: 0, sinks: std::ptr::null() }
+impl skv_projection {
+    /// The rows of an optional projection of so many elements a row; none where it is NULL.
+    ///
+    /// # Safety
+    /// `p` is NULL or valid, and its rows are there.
+    pub(super) unsafe fn rows<'a>(p: *const Self, row: usize) -> Outcome<&'a [f32]> {
+        if p.is_null() {
+            return Ok(&[]);
+        }
+        // SAFETY: the caller's contract.
+        let p = unsafe { take(p, "projection")? };
+        let n = p.n_rows.checked_mul(row).ok_or_else(|| Failure::argument("projection.n_rows is more than memory holds"))?;
+        // SAFETY: the caller's contract.
+        unsafe { slice(p.data, n, "projection.data") }
     }
 }
 
-/// What a layer has done since it was created. Set `struct_size` before the call.
+/// What a layer or a cache has done since it was created. Call `skv_stats_init` before it is filled.
 #[allow(non_camel_case_types, reason = "the name is C's")]
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct skv_stats {
-    /// Set to `sizeof(skv_stats)`.
+    /// `sizeof(struct skv_stats)`; `skv_stats_init` sets it.
     pub struct_size: usize,
     /// Rows stored by steps of more than 64 tokens.
     pub appended_prefill: u64,
@@ -426,10 +402,27 @@ pub struct skv_stats {
     pub ns_reconstruct: u64,
 }
 
+// SAFETY: `repr(C)`, the size first, numbers only.
+unsafe impl Struct for skv_stats {
+    fn defaults() -> Self {
+        skv_stats::new(&Stats::default())
+    }
+}
+
+/// Fill counters with zeros. `struct_size` is `sizeof(struct skv_stats)`.
+///
+/// # Safety
+/// `stats` is NULL or writable for `struct_size` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn skv_stats_init(stats: *mut skv_stats, struct_size: usize) -> skv_status {
+    // SAFETY: the caller's contract.
+    unsafe { init(stats, struct_size) }
+}
+
 impl skv_stats {
-    pub(crate) fn new(s: &Stats) -> Self {
+    pub(super) fn new(s: &Stats) -> Self {
         skv_stats {
-            struct_size: size_of::<Self>(),
+            struct_size: 0,
             appended_prefill: s.appended_prefill,
             appended_decode: s.appended_decode,
             sealed_prefill: s.sealed_prefill,
@@ -445,17 +438,4 @@ impl skv_stats {
             ns_reconstruct: s.ns_reconstruct,
         }
     }
-}
-
-/// Fill a configuration with the defaults.
-///
-/// # Safety
-/// `config` is NULL or writable.
-#[no_mangle]
-pub unsafe extern "C" fn skv_config_init(config: *mut skv_config) -> skv_status {
-    super::guard(super::silent, || {
-        // SAFETY: the caller's contract.
-        *unsafe { super::borrow_mut(config, "config") }? = skv_config::defaults();
-        Ok(())
-    })
 }

@@ -16,6 +16,7 @@ pub use widths::Widths;
 use crate::config::LayerShape;
 use crate::error::{Error, Result};
 use half::f16;
+use std::borrow::Cow;
 
 /// Rows of a tile.
 pub const TILE: usize = 64;
@@ -35,6 +36,14 @@ pub const BANDS: usize = 3;
 /// The position whose frame a key lies in, given the middle position of the rows around it.
 pub fn anchor(pos: i32) -> i32 {
     pos.div_euclid(ANCHOR_GRID) * ANCHOR_GRID + ANCHOR_GRID / 2
+}
+
+/// Numbers of stored bases, which are little-endian wherever they were stored.
+pub(crate) fn stored_f16s(bytes: &[u8]) -> Result<Cow<'_, [f16]>> {
+    if cfg!(target_endian = "little") {
+        return Ok(Cow::Borrowed(f16s(bytes)?));
+    }
+    Ok(Cow::Owned(bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect()))
 }
 
 /// Bytes seen as f16.

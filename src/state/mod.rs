@@ -17,12 +17,20 @@ use crate::layout::{Fine, Heads, TileForm, BANDS, TILE};
 use crate::rope::Turn;
 use crate::simd;
 use half::f16;
+use std::ops::Range;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"SKVSTATE");
 const VERSION: u32 = 6;
 const EXACT: u8 = 1;
 /// Plus the [`crate::cache::geometry::Kind`].
 const CODED: u8 = 2;
+/// Magic, version, shape hash, whether there are bases, number of cells.
+const HEADER_BYTES: usize = 24;
+/// Kind of a cell's row, turn less position.
+const CELL_BYTES: usize = 5;
+/// Whether there are queries and former bases, and in how many bits rows wait.
+const FLAGS_BYTES: usize = 12;
+const CRC_BYTES: usize = 4;
 
 fn shape_hash(layers: &[&Layer]) -> u32 {
     let mut h = crc32fast::Hasher::new();
@@ -36,77 +44,142 @@ fn shape_hash(layers: &[&Layer]) -> u32 {
     h.finalize()
 }
 
-/// Bytes of the state of `cells`, which ascend and hold rows.
-pub fn write(table: &Table, layers: &[&Layer], arena: &[u8], cells: &[u32]) -> Result<Vec<u8>> {
-    check_layers(table, layers, arena)?;
-    if cells.windows(2).any(|w| w[0] >= w[1]) {
-        return argument("the cells to save do not ascend");
-    }
-    let (fitted, g) = (table.is_fitted(), table.geometry());
-    let mut out = Vec::new();
-    out.extend(MAGIC.to_le_bytes());
-    for x in [VERSION, shape_hash(layers), u32::from(fitted), cells.len() as u32] {
-        out.extend(x.to_le_bytes());
-    }
-    let mut located = Vec::with_capacity(cells.len());
-    for cell in cells {
-        let Some((at, turn)) = table.locate(*cell as usize) else {
-            return argument(format!("cell {cell} holds no row"));
-        };
-        out.push(match at {
-            Location::Slot(_) => EXACT,
-            Location::Coded(tile, _) => CODED + g.kind_of(table.number(tile)) as u8,
-        });
-        out.extend(turn.to_le_bytes());
-        located.push(at);
-    }
-    let with_queries = !fitted && g.keeps_queries();
-    let former = located.iter().any(|at| matches!(at, Location::Coded(tile, _) if table.number(*tile) != *tile));
-    out.extend(u32::from(with_queries).to_le_bytes());
-    out.extend(u32::from(former).to_le_bytes());
-    out.extend(g.waiting_bits.to_le_bytes());
-    for l in layers {
-        for (head, r) in arena::heads(g, l.index()).into_iter().enumerate() {
-            write_head(table, l, head, &r, arena, (fitted, former), &located, &mut out)?;
-            if with_queries {
-                let (queries, norms) = arena::queries(&arena[r.queries])?;
-                out.extend(queries.iter().copied().chain(norms.iter().flat_map(|x| x.to_le_bytes())));
-            }
-        }
-    }
-    out.extend(table.queries_to_bytes());
-    out.extend(crc32fast::hash(&out).to_le_bytes());
-    Ok(out)
+/// A state that is about to be written: where its rows are, and how many bytes they take.
+pub struct Saving<'a> {
+    table: &'a Table,
+    arena: &'a [u8],
+    located: Vec<(Location, i32)>,
+    /// Fitted and former bases are among what is saved.
+    there: (bool, bool),
+    with_queries: bool,
+    shape_hash: u32,
+    heads: Vec<Head<'a>>,
+    size: usize,
 }
 
-#[expect(clippy::too_many_arguments, reason = "a head, its rows and where they go")]
-fn write_head(
-    table: &Table,
-    l: &Layer,
-    head: usize,
-    r: &HeadRanges,
-    arena: &[u8],
-    there: (bool, bool),
-    located: &[Location],
-    out: &mut Vec<u8>,
-) -> Result<()> {
-    for (_, bases) in [(there.0, r.bases.clone()), (there.1, r.former_bases())].into_iter().filter(|(is_there, _)| *is_there) {
-        out.extend(&arena[bases]);
-    }
-    out.extend(&arena[r.plain.clone()]);
-    out.extend(&arena[r.recent.clone()]);
-    let rows = ExactRows::new(l.shape(), &arena[r.exact.clone()])?;
-    let pieces = Pieces::new(table.geometry(), l.index(), head, &arena, r, there)?;
-    for at in located {
-        match at {
-            Location::Slot(slot) => out.extend(rows.row(*slot).iter().flat_map(|x| x.to_le_bytes())),
-            Location::Coded(tile, row) => {
-                let (kind, place) = pieces.place(table.number(*tile));
-                out.extend(pieces.form(kind).take_row(&arena[place], *row));
+/// A head of some layer, and where what it holds is.
+struct Head<'a> {
+    layer: &'a Layer,
+    ranges: HeadRanges,
+    pieces: Pieces,
+}
+
+impl<'a> Saving<'a> {
+    /// The state of `cells`, which ascend and hold rows.
+    pub fn new(table: &'a Table, layers: &[&'a Layer], arena: &'a [u8], cells: &[u32]) -> Result<Self> {
+        check_layers(table, layers, arena)?;
+        if cells.windows(2).any(|w| w[0] >= w[1]) {
+            return argument("the cells to save do not ascend");
+        }
+        let g = table.geometry();
+        let locate = |cell: &u32| table.locate(*cell as usize).ok_or_else(|| Error::Argument(format!("cell {cell} holds no row")));
+        let located = cells.iter().map(locate).collect::<Result<Vec<_>>>()?;
+        let is_former = |(at, _): &(Location, i32)| matches!(at, Location::Coded(tile, _) if table.number(*tile) != *tile);
+        let there = (table.is_fitted(), located.iter().any(is_former));
+        let mut heads = Vec::with_capacity(g.n_heads());
+        for l in layers {
+            for (head, ranges) in arena::heads(g, l.index()).into_iter().enumerate() {
+                let pieces = Pieces::new(g, l.index(), head, &arena, &ranges, there)?;
+                heads.push(Head { layer: l, ranges, pieces });
             }
         }
+        let with_queries = !table.is_fitted() && g.keeps_queries();
+        let mut state = Saving { table, arena, located, there, with_queries, shape_hash: shape_hash(layers), heads, size: 0 };
+        let heads: usize = state.heads.iter().map(|head| state.head_bytes(head)).sum();
+        state.size = HEADER_BYTES + state.located.len() * CELL_BYTES + FLAGS_BYTES + heads + table.queries_to_bytes().len() + CRC_BYTES;
+        Ok(state)
     }
-    Ok(())
+
+    /// Bytes that [`Saving::write`] writes.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// What a head has for all of its rows, as ranges of the arena.
+    fn common(&self, r: &HeadRanges) -> impl Iterator<Item = Range<usize>> {
+        let bases = [(self.there.0, r.bases.clone()), (self.there.1, r.former_bases()), (true, r.plain.clone()), (true, r.recent.clone())];
+        bases.into_iter().filter(|(is_there, _)| *is_there).map(|(_, range)| range)
+    }
+
+    /// Kind and bytes of the piece of a tile.
+    fn piece(&self, head: &Head, tile: usize) -> (&'a [u8], Kind) {
+        let (kind, place) = head.pieces.place(self.table.number(tile));
+        (&self.arena[place], kind)
+    }
+
+    fn head_bytes(&self, head: &Head) -> usize {
+        let queries = if self.with_queries { head.ranges.queries.len() } else { 0 };
+        let row = |(at, _): &(Location, i32)| match *at {
+            Location::Slot(_) => head.layer.shape().row_bytes(),
+            Location::Coded(tile, row) => {
+                let (piece, kind) = self.piece(head, tile);
+                let form = head.pieces.form(kind);
+                let is_fine = form.fine_rows(piece).contains(&(row as u8));
+                form.taken_bytes(u8::from(is_fine)).expect("invariant: a row is fine or not")
+            }
+        };
+        self.common(&head.ranges).map(|r| r.len()).sum::<usize>() + self.located.iter().map(row).sum::<usize>() + queries
+    }
+
+    /// Write all of it to the beginning of `out`.
+    pub fn write(&self, out: &mut [u8]) -> Result<()> {
+        let Some(out) = out.get_mut(..self.size) else {
+            return Err(Error::Buffer { need: self.size, have: out.len() });
+        };
+        let (body, crc) = out.split_at_mut(self.size - CRC_BYTES);
+        let (mut w, g) = (Writer(body), self.table.geometry());
+        w.put(&MAGIC.to_le_bytes());
+        w.words([VERSION, self.shape_hash, u32::from(self.there.0), self.located.len() as u32]);
+        for (at, turn) in &self.located {
+            w.put(&[match at {
+                Location::Slot(_) => EXACT,
+                Location::Coded(tile, _) => CODED + g.kind_of(self.table.number(*tile)) as u8,
+            }]);
+            w.put(&turn.to_le_bytes());
+        }
+        w.words([u32::from(self.with_queries), u32::from(self.there.1), g.waiting_bits]);
+        for head in &self.heads {
+            self.write_head(head, &mut w)?;
+        }
+        w.put(&self.table.queries_to_bytes());
+        assert!(w.0.is_empty(), "invariant: as many bytes as were computed");
+        crc.copy_from_slice(&crc32fast::hash(body).to_le_bytes());
+        Ok(())
+    }
+
+    fn write_head(&self, head: &Head, w: &mut Writer) -> Result<()> {
+        self.common(&head.ranges).for_each(|range| w.put(&self.arena[range]));
+        let rows = ExactRows::new(head.layer.shape(), &self.arena[head.ranges.exact.clone()])?;
+        for (at, _) in &self.located {
+            match *at {
+                Location::Slot(slot) => rows.row(slot).iter().for_each(|x| w.put(&x.to_le_bytes())),
+                Location::Coded(tile, row) => {
+                    let (piece, kind) = self.piece(head, tile);
+                    w.put(&head.pieces.form(kind).take_row(piece, row));
+                }
+            }
+        }
+        if self.with_queries {
+            let (queries, norms) = arena::queries(&self.arena[head.ranges.queries.clone()])?;
+            w.put(queries);
+            norms.iter().for_each(|x| w.put(&x.to_le_bytes()));
+        }
+        Ok(())
+    }
+}
+
+/// Fills a buffer of the right size from its beginning.
+struct Writer<'a>(&'a mut [u8]);
+
+impl Writer<'_> {
+    fn put(&mut self, bytes: &[u8]) {
+        let (here, rest) = std::mem::take(&mut self.0).split_at_mut(bytes.len());
+        here.copy_from_slice(bytes);
+        self.0 = rest;
+    }
+    fn words<const N: usize>(&mut self, words: [u32; N]) {
+        words.iter().for_each(|x| self.put(&x.to_le_bytes()));
+    }
 }
 
 fn check_layers(table: &Table, layers: &[&Layer], arena: &[u8]) -> Result<()> {
@@ -139,7 +212,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// What a state holds of one head of one layer, borrowed from its bytes.
+/// What a state that is read holds of one head of one layer, borrowed from its bytes.
 struct SavedHead<'a> {
     bases: &'a [u8],
     former: &'a [u8],
@@ -279,7 +352,7 @@ pub fn read(table: &mut Table, layers: &[&Layer], arena: &mut [u8], all: Cells, 
         l.mark_used();
         for (head, own) in heads.iter().enumerate() {
             let r = table.geometry().head(l.index(), head);
-            adopt_head(arena, &r, own, &place, offsets.get(first_head + head));
+            adopt_head(arena, &r, own, &place, offsets.get(first_head + head))?;
             restore_head(l, head, &r, arena, table, &saved, own, &place)?;
         }
         first_head += heads.len();
@@ -309,7 +382,7 @@ fn adopted_offsets(g: &Geometry, saved: &Saved) -> Result<Vec<[usize; BANDS]>> {
 }
 
 /// Take over what a head's rows are coded with, as far as the stream has nothing of its own.
-fn adopt_head(arena: &mut [u8], r: &HeadRanges, saved: &SavedHead, place: &Restore, offsets: Option<&[usize; BANDS]>) {
+fn adopt_head(arena: &mut [u8], r: &HeadRanges, saved: &SavedHead, place: &Restore, offsets: Option<&[usize; BANDS]>) -> Result<()> {
     if let Some(offsets) = offsets {
         arena[r.bases.clone()].copy_from_slice(saved.bases);
         arena::set_pieces(&mut arena[r.record.clone()], *offsets);
@@ -321,8 +394,13 @@ fn adopt_head(arena: &mut [u8], r: &HeadRanges, saved: &SavedHead, place: &Resto
         arena[r.recent.clone()].copy_from_slice(saved.recent);
     }
     if place.was_empty && !place.fitted && !saved.queries.is_empty() {
-        arena[r.queries.clone()].copy_from_slice(saved.queries);
+        let (queries, norms) = arena::queries_mut(&mut arena[r.queries.clone()])?;
+        let (saved_queries, saved_norms) = saved.queries.split_at(queries.len());
+        queries.copy_from_slice(saved_queries);
+        let float = |b: &[u8]| f32::from_le_bytes(b.try_into().expect("invariant: four bytes"));
+        norms.iter_mut().zip(saved_norms.chunks_exact(4)).for_each(|(norm, b)| *norm = float(b));
     }
+    Ok(())
 }
 
 #[expect(clippy::too_many_arguments, reason = "a head, what is saved of it and where it goes")]

@@ -2,6 +2,9 @@
 
 #include "step.h"
 
+/* How far a replay may move values from where they were, relative: it codes rows, or codes them again. 0.107 as measured. */
+#define ERROR_OF_REPLAY 0.15
+
 static uint16_t mask[64 * N_CELLS];
 static uint16_t k_out[N_CELLS * KV_ROW], v_out[N_CELLS * KV_ROW];
 static uint16_t k_again[N_CELLS * KV_ROW], v_again[N_CELLS * KV_ROW];
@@ -23,7 +26,7 @@ static void check_step(const struct stream *s, int layer, const struct input *in
     rebuild_layer(s, layer, in, 2, k_out, v_out);
     for (size_t t = 0; t < n; t += 5) {
         naive_attention(in->q.data + t * Q_ROW, k_out, v_out, N_CELLS, mask + t * N_CELLS, want);
-        CHECK(head_error(out + t * Q_ROW, want) < 5e-3);
+        BELOW(5e-3, head_error(out + t * Q_ROW, want));
     }
     for (int i = 0; i < 3; i++) {
         attend_layer(s, layer, in, &in->q, mask, counts[i], again);
@@ -63,7 +66,7 @@ static void a_long_step_is_the_same_for_any_number_of_threads(void) {
         rebuild_layer(&s, layer, &in, 2, k_out, v_out);
         for (size_t t = 0; t < N; t += 7) {
             naive_attention(in.q.data + t * Q_ROW, k_out, v_out, N_CELLS, seen + t * N_CELLS, want);
-            CHECK(head_error(out + t * Q_ROW, want) < 5e-3);
+            BELOW(5e-3, head_error(out + t * Q_ROW, want));
         }
         append_layer(&s, layer, &in, 2);
         free(in.data);
@@ -104,8 +107,7 @@ static void hundreds_of_steps(void) {
         OK(skv_table_commit(s.table));
     }
     skv_stats done;
-    memset(&done, 0, sizeof done);
-    done.struct_size = sizeof done;
+    OK(skv_stats_init(&done, sizeof done));
     OK(skv_layer_stats(s.layers[1], &done));
     CHECK(done.fits == 1 && done.sealed_decode > 0 && done.appended_prefill == 0);
     close_stream(&s);
@@ -132,7 +134,6 @@ static void a_step_that_stopped_leaves_the_rows_before_it(size_t before, size_t 
     static uint32_t cells[N_CELLS];
     static uint16_t k_old[N_LAYERS][N_CELLS * KV_ROW], v_old[N_LAYERS][N_CELLS * KV_ROW];
     struct input none;
-    int32_t pending = -1;
     int was_coded;
     skv_stats done;
     open_stream(&s);
@@ -142,8 +143,7 @@ static void a_step_that_stopped_leaves_the_rows_before_it(size_t before, size_t 
     plan_step(&s, NULL, 0);
     for (int layer = 0; layer < N_LAYERS; layer++)
         rebuild_layer(&s, layer, &none, 1, k_old[layer], v_old[layer]);
-    memset(&done, 0, sizeof done);
-    done.struct_size = sizeof done;
+    OK(skv_stats_init(&done, sizeof done));
     OK(skv_layer_stats(s.layers[0], &done));
     was_coded = done.fits > 0;
 
@@ -153,16 +153,13 @@ static void a_step_that_stopped_leaves_the_rows_before_it(size_t before, size_t 
         s.seq[cells[i]] = 0;
     }
     plan_step(&s, cells, n);
-    OK(skv_table_is_pending(s.table, &pending));
-    CHECK(pending == 1);
     struct input in = make_input(0, &s, cells, n);
     append_layer(&s, 0, &in, 2);
     free(in.data);
+    skv_step step = step_of(&s, NULL, NULL, NULL);
     for (int layer = 0; layer < N_LAYERS; layer++)
-        OK(skv_layer_replay(s.layers[layer], s.arena, s.arena_bytes, s.plan, s.plan_ints));
+        OK(skv_layer_replay(s.layers[layer], &step));
     OK(skv_table_commit_replayed(s.table));
-    OK(skv_table_is_pending(s.table, &pending));
-    CHECK(pending == 0);
     STATUS(SKV_STATUS_STATE, skv_table_commit(s.table));
 
     for (size_t i = 0; i < n; i++)
@@ -176,7 +173,8 @@ static void a_step_that_stopped_leaves_the_rows_before_it(size_t before, size_t 
             error += difference * difference;
             size += old * old;
         }
-        CHECK(before == 0 || sqrt(error / size) < 0.5);
+        if (before > 0)
+            BELOW(ERROR_OF_REPLAY, sqrt(error / size));
         /* Rows that were coded already keep their codes. */
         if (was_coded)
             CHECK(memcmp(k_old[layer] + 8 * KV_ROW, k_out + 8 * KV_ROW, 256 * KV_ROW * sizeof *k_out) == 0);
@@ -196,7 +194,7 @@ static void a_step_that_stopped_leaves_the_rows_before_it(size_t before, size_t 
         float q[Q_ROW], k[KV_ROW], v[KV_ROW];
         make_row((uint32_t)layer, (int32_t)(before + n), q, k, v);
         naive_attention(q, k_out, v_out, before + n, NULL, want);
-        CHECK(head_error(out, want) < 5e-3);
+        BELOW(5e-3, head_error(out, want));
     }
     free(none.data);
     close_stream(&s);

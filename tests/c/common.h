@@ -22,6 +22,14 @@
 /* f16 of minus infinity: hides a cell. */
 #define HIDDEN 0xfc00u
 
+/* The last failure must name this. */
+static inline void says(const char *part) {
+    if (strstr(skv_last_error(), part) == NULL) {
+        fprintf(stderr, "\"%s\" does not say \"%s\"\n", skv_last_error(), part);
+        exit(1);
+    }
+}
+
 /* Not assert(): it must count in every build. */
 #define CHECK(condition) \
     do { \
@@ -31,11 +39,20 @@
         } \
     } while (0)
 
+#define BELOW(limit, value) \
+    do { \
+        double value_ = (value); \
+        if (!(value_ < (limit))) { \
+            fprintf(stderr, "%s:%d: %s is %g, not below %g\n", __FILE__, __LINE__, #value, value_, (double)(limit)); \
+            exit(1); \
+        } \
+    } while (0)
+
 #define STATUS(want, call) \
     do { \
         skv_status got_ = (call); \
         if (got_ != (want)) { \
-            fprintf(stderr, "%s:%d: %s gives %d (%s), not %s\n", __FILE__, __LINE__, #call, (int)got_, skv_status_str(got_), #want); \
+            fprintf(stderr, "%s:%d: %s gives %d (%s: %s), not %s\n", __FILE__, __LINE__, #call, (int)got_, skv_status_str(got_), skv_last_error(), #want); \
             exit(1); \
         } \
     } while (0)
@@ -71,25 +88,24 @@ static inline void rotate(float *head, int32_t position) {
 
 static inline skv_rope neox(void) {
     skv_rope rope;
-    memset(&rope, 0, sizeof rope);
-    rope.struct_size = sizeof rope;
+    OK(skv_rope_init(&rope, sizeof rope));
     rope.pairing = SKV_PAIRING_HALVES;
     rope.n_dims = D;
-    rope.freq_base = 10000.0f;
-    rope.freq_scale = 1.0f;
-    rope.beta_fast = 32.0f;
-    rope.beta_slow = 1.0f;
     return rope;
 }
 
 static inline skv_layer_shape shape(void) {
-    skv_layer_shape s = {sizeof s, N_HEAD, N_HEAD_KV, D, D};
+    skv_layer_shape s;
+    OK(skv_layer_shape_init(&s, sizeof s));
+    s.n_head = N_HEAD;
+    s.n_head_kv = N_HEAD_KV;
+    s.d_k = s.d_v = D;
     return s;
 }
 
 static inline skv_config config(void) {
     skv_config c;
-    OK(skv_config_init(&c));
+    OK(skv_config_init(&c, sizeof c));
     c.n_cells = N_CELLS;
     c.window = 64;
     return c;

@@ -4,6 +4,9 @@
 
 enum { N_ROWS = 900, N_QUERIES = 3 };
 
+/* The relative error of values at this ratio; 0.152 as measured. */
+#define ERROR_OF_CODES 0.2
+
 static float q[N_ROWS][Q_ROW], k[N_ROWS][KV_ROW], v[N_ROWS][KV_ROW];
 static int32_t positions[N_ROWS], found[N_CELLS];
 static uint16_t k_out[N_ROWS][KV_ROW], v_out[N_ROWS][KV_ROW];
@@ -19,8 +22,7 @@ static void append_in_pieces(skv_cache *cache, size_t n) {
 
 static skv_stats stats_of(skv_cache *cache) {
     skv_stats s;
-    memset(&s, 0, sizeof s);
-    s.struct_size = sizeof s;
+    OK(skv_stats_init(&s, sizeof s));
     OK(skv_cache_stats(cache, &s));
     return s;
 }
@@ -31,10 +33,10 @@ static void attention_is_that_of_the_rebuilt_rows(skv_cache *cache, size_t n) {
     double want[Q_ROW];
 
     OK(skv_cache_get(cache, 0, n, k_out[0], v_out[0]));
-    OK(skv_cache_attend(cache, q[n - N_QUERIES], N_QUERIES, SCALE, 0.0f, NULL, NULL, out[0]));
+    OK(skv_cache_attend(cache, q[n - N_QUERIES], N_QUERIES, NULL, NULL, out[0]));
     for (size_t t = 0; t < N_QUERIES; t++) {
         naive_attention(q[n - N_QUERIES + t], k_out[0], v_out[0], n, NULL, want);
-        CHECK(head_error(out[t], want) < 5e-3);
+        BELOW(5e-3, head_error(out[t], want));
     }
 
     float *m = mask[0];
@@ -43,9 +45,9 @@ static void attention_is_that_of_the_rebuilt_rows(skv_cache *cache, size_t n) {
         for (size_t t = 0; t < N_QUERIES; t++)
             m[t * n + r] = r % 3 == 0 ? -INFINITY : 0.0f;
     }
-    OK(skv_cache_attend(cache, q[n - N_QUERIES], N_QUERIES, SCALE, 0.0f, m, NULL, out[0]));
+    OK(skv_cache_attend(cache, q[n - N_QUERIES], N_QUERIES, m, NULL, out[0]));
     naive_attention(q[n - N_QUERIES], k_out[0], v_out[0], n, hidden, want);
-    CHECK(head_error(out[0], want) < 5e-3);
+    BELOW(5e-3, head_error(out[0], want));
 }
 
 int main(void) {
@@ -55,7 +57,7 @@ int main(void) {
     skv_cache *cache = NULL;
     skv_size_report report;
     size_t n = 0;
-    char version[32], err[256] = "untouched";
+    char version[32];
 
     CHECK(skv_abi_version() == SKV_ABI_VERSION);
     sprintf(version, "%d.%d.%d", SKV_VERSION_MAJOR, SKV_VERSION_MINOR, SKV_VERSION_PATCH);
@@ -65,9 +67,7 @@ int main(void) {
         positions[i] = i;
         make_row(0, i, q[i], k[i], v[i]);
     }
-    OK(skv_cache_create(&c, &s, &rope, SCALE, 0.0f, NULL, &cache, err, sizeof err));
-    CHECK(strcmp(err, "untouched") == 0);
-    CHECK(strcmp(skv_cache_last_error(cache), "") == 0);
+    OK(skv_cache_create(&c, &s, &rope, SCALE, 0.0f, NULL, &cache));
 
     append_in_pieces(cache, N_ROWS);
     skv_stats done = stats_of(cache);
@@ -88,15 +88,15 @@ int main(void) {
             size += (double)v[r][i] * v[r][i];
         }
     }
-    CHECK(error > 0.0 && sqrt(error / size) < 0.5);
+    CHECK(error > 0.0);
+    BELOW(ERROR_OF_CODES, sqrt(error / size));
 
     OK(skv_cache_positions(cache, NULL, 0, &n));
     CHECK(n == N_ROWS);
     OK(skv_cache_positions(cache, found, N_CELLS, &n));
     CHECK(n == N_ROWS && memcmp(found, positions, sizeof positions) == 0);
 
-    memset(&report, 0, sizeof report);
-    report.struct_size = sizeof report;
+    OK(skv_size_report_init(&report, sizeof report));
     OK(skv_cache_report(cache, &report));
     CHECK(report.bytes_f16 == (uint64_t)N_CELLS * KV_ROW * 2 * 2);
     CHECK(report.bytes_arenas > 0 && report.bytes_tables > 0 && report.tiles > 0);
@@ -115,6 +115,7 @@ int main(void) {
     append_in_pieces(cache, 600);
     attention_is_that_of_the_rebuilt_rows(cache, 600);
     CHECK(stats_of(cache).fits == 2);
+    CHECK(strcmp(skv_last_error(), "") == 0);
 
     skv_cache_free(cache);
     skv_cache_free(NULL);

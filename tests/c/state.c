@@ -10,14 +10,27 @@ struct saved {
 
 static uint8_t *arena_copy;
 
+static skv_stream stream_of(const struct stream *s, const skv_layer *const *layers) {
+    skv_stream stream;
+    OK(skv_stream_init(&stream, sizeof stream));
+    stream.layers = layers;
+    stream.n_layers = N_LAYERS;
+    stream.arena = s->arena;
+    stream.arena_bytes = s->arena_bytes;
+    return stream;
+}
+
 static skv_status write_state(struct stream *s, struct saved *to, size_t capacity, size_t *size) {
     const skv_layer *layers[N_LAYERS] = {s->layers[0], s->layers[1]};
-    return skv_state_write(s->table, layers, N_LAYERS, s->arena, s->arena_bytes, to->cells, to->n, to->bytes, capacity, size);
+    skv_stream stream = stream_of(s, layers);
+    return skv_state_write(s->table, &stream, to->cells, to->n, to->bytes, capacity, size);
 }
 
 static skv_status read_state(struct stream *s, const uint32_t *cells, size_t n, const uint8_t *bytes, size_t size) {
     const skv_layer *layers[N_LAYERS] = {s->layers[0], s->layers[1]};
-    return skv_state_read(s->table, layers, N_LAYERS, s->arena, s->arena_bytes, s->pos, s->seq, N_CELLS, cells, n, bytes, size);
+    skv_stream stream = stream_of(s, layers);
+    skv_cells all = cells_of(s);
+    return skv_state_read(s->table, &stream, &all, cells, n, bytes, size);
 }
 
 /* Save the rows of a sequence. */
@@ -63,7 +76,7 @@ static void same_contents(struct stream *a, struct stream *b, int32_t position) 
     for (int layer = 0; layer < N_LAYERS; layer++) {
         look(a, layer, position, -1, left);
         look(b, layer, position, -1, right);
-        CHECK(difference(left, right) < 1e-5);
+        BELOW(1e-5, difference(left, right));
         struct input none = make_input(0, a, NULL, 0);
         rebuild_layer(a, layer, &none, 1, k[0], v[0]);
         rebuild_layer(b, layer, &none, 1, k[1], v[1]);
@@ -95,7 +108,7 @@ static void a_restored_stream_goes_on_as_if_never_saved(size_t n) {
 
 static void refused(struct stream *s, const struct saved *state, const uint32_t *cells, const uint8_t *bytes, size_t size) {
     STATUS(SKV_STATUS_DATA, read_state(s, cells, state->n, bytes, size));
-    CHECK(strlen(skv_table_last_error(s->table)) > 0);
+    says("state");
     CHECK(memcmp(arena_copy, s->arena, s->arena_bytes) == 0);
 }
 
@@ -128,7 +141,7 @@ static void damaged_states_change_nothing(void) {
     /* The version follows the eight bytes of the magic number. */
     state.bytes[8]++;
     refused(&other, &state, cells, state.bytes, state.size);
-    CHECK(strstr(skv_table_last_error(other.table), "version") != NULL);
+    says("version");
     state.bytes[8]--;
     STATUS(SKV_STATUS_DATA, read_state(&other, cells, state.n - 1, state.bytes, state.size));
     STATUS(SKV_STATUS_NULL, read_state(&other, cells, state.n, NULL, state.size));
@@ -178,9 +191,10 @@ static void states_fit_beside_other_rows(size_t present, size_t saved) {
     OK(read_state(&host, cells, saved, state.bytes, state.size));
     for (int layer = 0; layer < N_LAYERS; layer++) {
         look(&host, layer, (int32_t)present, 1, out);
-        CHECK(difference(out, own[layer]) < 1e-3);
+        BELOW(1e-3, difference(out, own[layer]));
         look(&host, layer, (int32_t)saved, 0, out);
-        CHECK(difference(out, theirs[layer]) < 0.3);
+        /* Coded once more, or in other bases: 0.020 as measured. */
+        BELOW(0.03, difference(out, theirs[layer]));
     }
     free(state.bytes);
     close_stream(&host);
@@ -198,12 +212,15 @@ static void wrong_calls_say_so(void) {
     state.n = 1;
     state.cells[0] = 500;
     STATUS(SKV_STATUS_ARGUMENT, write_state(&s, &state, 0, &size));
-    CHECK(strstr(skv_table_last_error(s.table), "500") != NULL);
+    says("500");
     state.cells[0] = UINT32_MAX;
     STATUS(SKV_STATUS_ARGUMENT, write_state(&s, &state, 0, &size));
     state.cells[0] = 0;
     layers[0] = s.layers[0];
-    STATUS(SKV_STATUS_ARGUMENT, skv_state_write(s.table, layers, 1, s.arena, s.arena_bytes, state.cells, 1, NULL, 0, &size));
+    skv_stream stream = stream_of(&s, layers);
+    stream.n_layers = 1;
+    STATUS(SKV_STATUS_ARGUMENT, skv_state_write(s.table, &stream, state.cells, 1, NULL, 0, &size));
+    says("1 layers");
     CHECK(size == 77);
     close_stream(&s);
 }

@@ -7,6 +7,7 @@
 #define _POSIX_C_SOURCE 200112L
 
 #include "common.h"
+#include "spectral_kv_llama.h"
 
 #include <pthread.h>
 
@@ -32,19 +33,36 @@ struct input {
 };
 
 static inline skv_rows dense(const float *data, size_t n, size_t row) {
-    skv_rows rows = {n > 0 ? data : NULL, n, row * sizeof(float), D * sizeof(float)};
+    skv_rows rows;
+    OK(skv_rows_init(&rows, sizeof rows));
+    rows.data = n > 0 ? data : NULL;
+    rows.n_rows = n;
+    rows.row_stride = row * sizeof(float);
+    rows.head_stride = D * sizeof(float);
     return rows;
 }
 
-/* What a step of these rows brings. */
-static inline skv_step step_of(const skv_rows *q, const skv_rows *k, const skv_rows *v) {
+/* A step on a stream as it is planned, with these rows. */
+static inline skv_step step_of(const struct stream *s, const skv_rows *q, const skv_rows *k, const skv_rows *v) {
     skv_step step;
-    memset(&step, 0, sizeof step);
-    step.struct_size = sizeof step;
+    OK(skv_step_init(&step, sizeof step));
+    step.arena = s->arena;
+    step.arena_bytes = s->arena_bytes;
+    step.plan = s->plan;
+    step.plan_ints = s->plan_ints;
     step.q = q;
     step.k = k;
     step.v = v;
     return step;
+}
+
+static inline skv_cells cells_of(const struct stream *s) {
+    skv_cells cells;
+    OK(skv_cells_init(&cells, sizeof cells));
+    cells.pos = s->pos;
+    cells.seq = s->seq;
+    cells.n_cells = N_CELLS;
+    return cells;
 }
 
 static inline struct input make_input(uint32_t layer, const struct stream *s, const uint32_t *cells, size_t n) {
@@ -71,7 +89,7 @@ static inline void open_stream(struct stream *s) {
     for (int i = 0; i < N_LAYERS; i++)
         shapes[i] = shape();
     memset(s, 0, sizeof *s);
-    OK(skv_geometry_create(&c, shapes, N_LAYERS, &s->geometry, NULL, 0));
+    OK(skv_geometry_create(&c, shapes, N_LAYERS, &s->geometry));
     OK(skv_table_create(s->geometry, &s->table));
     OK(skv_geometry_plan_ints(s->geometry, N_CELLS, &s->plan_capacity));
     s->plan = (int32_t *)allocate(s->plan_capacity * sizeof *s->plan);
@@ -101,7 +119,8 @@ static inline void close_stream(struct stream *s) {
 static inline void plan_step(struct stream *s, const uint32_t *cells, size_t n) {
     size_t most = 0;
     OK(skv_geometry_plan_ints(s->geometry, n, &most));
-    OK(skv_table_plan(s->table, s->pos, s->seq, N_CELLS, cells, n, s->plan, s->plan_capacity, &s->plan_ints));
+    skv_cells all = cells_of(s);
+    OK(skv_table_plan(s->table, &all, cells, n, s->plan, s->plan_capacity, &s->plan_ints));
     CHECK(s->plan_ints <= most && most <= s->plan_capacity);
 }
 
@@ -110,13 +129,9 @@ enum operation { APPEND, ATTEND, COMBINE, PREFILL, RECONSTRUCT };
 
 struct job {
     enum operation operation;
-    const struct stream *stream;
-    int layer;
-    const struct input *input;
-    const skv_attend_params *params;
-    float *partials, *out;
-    size_t n_partials, n_queries;
-    const skv_rows *queries;
+    skv_layer *layer;
+    skv_step step;
+    skv_attention attention;
     uint16_t *k_out, *v_out;
     uint32_t nth;
 };
@@ -130,28 +145,21 @@ struct worker {
 static inline void *work(void *argument) {
     struct worker *w = (struct worker *)argument;
     const struct job *j = w->job;
-    const struct stream *s = j->stream;
-    skv_layer *layer = s->layers[j->layer];
-    uint8_t *arena = s->arena;
-    skv_step step = step_of(&j->input->q, &j->input->k, &j->input->v);
     switch (j->operation) {
     case APPEND:
-        w->status = skv_layer_append(layer, arena, s->arena_bytes, s->plan, s->plan_ints, &step, w->ith, j->nth);
+        w->status = skv_layer_append(j->layer, &j->step, w->ith, j->nth);
         break;
     case ATTEND:
-        w->status = skv_layer_attend(layer, arena, s->arena_bytes, s->plan, s->plan_ints, j->queries, &j->input->k, &j->input->v, j->params, j->partials,
-                                     j->n_partials, w->ith, j->nth);
+        w->status = skv_layer_attend(j->layer, &j->step, &j->attention, w->ith, j->nth);
         break;
     case COMBINE:
-        w->status = skv_layer_combine(layer, j->params, j->partials, j->n_partials, j->n_queries, j->out, j->n_queries * Q_ROW, w->ith, j->nth);
+        w->status = skv_layer_combine(j->layer, &j->attention, j->step.q->n_rows, w->ith, j->nth);
         break;
     case PREFILL:
-        w->status = skv_layer_prefill(layer, arena, s->arena_bytes, s->plan, s->plan_ints, j->queries, &j->input->k, &j->input->v, j->params, j->out,
-                                      j->n_queries * Q_ROW, w->ith, j->nth);
+        w->status = skv_layer_prefill(j->layer, &j->step, &j->attention, w->ith, j->nth);
         break;
     case RECONSTRUCT:
-        w->status = skv_layer_reconstruct(layer, arena, s->arena_bytes, s->plan, s->plan_ints, &j->input->k, &j->input->v, j->k_out, j->v_out, N_CELLS,
-                                          w->ith, j->nth);
+        w->status = skv_layer_reconstruct(j->layer, &j->step, j->k_out, j->v_out, N_CELLS, w->ith, j->nth);
         break;
     }
     return NULL;
@@ -171,72 +179,59 @@ static inline void run_job(const struct job *job) {
     }
 }
 
-static inline void append_layer(const struct stream *s, int layer, const struct input *in, uint32_t nth) {
+static inline struct job job_of(enum operation operation, const struct stream *s, int layer, const struct input *in, const skv_rows *queries, uint32_t nth) {
     struct job job;
     memset(&job, 0, sizeof job);
-    job.operation = APPEND;
-    job.stream = s;
-    job.layer = layer;
-    job.input = in;
+    job.operation = operation;
+    job.layer = s->layers[layer];
+    job.step = step_of(s, queries, &in->k, &in->v);
     job.nth = nth;
+    return job;
+}
+
+static inline void append_layer(const struct stream *s, int layer, const struct input *in, uint32_t nth) {
+    struct job job = job_of(APPEND, s, layer, in, &in->q, nth);
     run_job(&job);
 }
 
-/* What attention takes. `mask` covers all cells, one row per query, or is NULL. */
-static inline struct job attention(const struct stream *s, int layer, const struct input *in, const skv_rows *queries, skv_attend_params *params,
-                                   const uint16_t *mask, uint32_t nth, float *out) {
-    struct job job;
-    memset(params, 0, sizeof *params);
-    params->struct_size = sizeof *params;
-    params->scale = SCALE;
-    params->mask = mask;
-    params->mask_row_stride = N_CELLS * sizeof *mask;
-    params->n_kv = N_CELLS;
-    memset(&job, 0, sizeof job);
-    job.stream = s;
-    job.layer = layer;
-    job.input = in;
-    job.params = params;
-    job.queries = queries;
-    job.n_queries = queries->n_rows;
-    job.nth = nth;
-    job.out = out;
-    return job;
+/* How queries attend. `mask` covers all cells, one row per query, or is NULL. */
+static inline skv_attention attention_of(const uint16_t *mask, float *out, size_t n_queries) {
+    skv_attention a;
+    OK(skv_attention_init(&a, sizeof a));
+    a.scale = SCALE;
+    a.mask = mask;
+    a.mask_row_stride = N_CELLS * sizeof *mask;
+    a.n_kv = N_CELLS;
+    a.out = out;
+    a.n_out = n_queries * Q_ROW;
+    return a;
 }
 
 /* Attention of up to 64 queries over the stored rows and the step's own. */
 static inline void attend_layer(const struct stream *s, int layer, const struct input *in, const skv_rows *queries, const uint16_t *mask, uint32_t nth,
                                 float *out) {
-    skv_attend_params params;
-    struct job job = attention(s, layer, in, queries, &params, mask, nth, out);
-    job.operation = ATTEND;
-    OK(skv_layer_partial_floats(s->layers[layer], queries->n_rows, &job.n_partials));
-    job.partials = (float *)allocate(job.n_partials * sizeof(float));
+    struct job job = job_of(ATTEND, s, layer, in, queries, nth);
+    job.attention = attention_of(mask, out, queries->n_rows);
+    OK(skv_layer_partial_floats(job.layer, queries->n_rows, &job.attention.n_partials));
+    job.attention.partials = (float *)allocate(job.attention.n_partials * sizeof(float));
     run_job(&job);
     job.operation = COMBINE;
     run_job(&job);
-    free(job.partials);
+    free(job.attention.partials);
 }
 
 /* The same of any number of queries. */
 static inline void prefill_layer(const struct stream *s, int layer, const struct input *in, const skv_rows *queries, const uint16_t *mask, uint32_t nth,
                                  float *out) {
-    skv_attend_params params;
-    struct job job = attention(s, layer, in, queries, &params, mask, nth, out);
-    job.operation = PREFILL;
+    struct job job = job_of(PREFILL, s, layer, in, queries, nth);
+    job.attention = attention_of(mask, out, queries->n_rows);
     run_job(&job);
 }
 
 static inline void rebuild_layer(const struct stream *s, int layer, const struct input *in, uint32_t nth, uint16_t *k_out, uint16_t *v_out) {
-    struct job job;
-    memset(&job, 0, sizeof job);
-    job.operation = RECONSTRUCT;
-    job.stream = s;
-    job.layer = layer;
-    job.input = in;
+    struct job job = job_of(RECONSTRUCT, s, layer, in, &in->q, nth);
     job.k_out = k_out;
     job.v_out = v_out;
-    job.nth = nth;
     run_job(&job);
 }
 

@@ -10,7 +10,7 @@ use spectral_kv::config::{Config, LayerShape, Scoring};
 use spectral_kv::error::Result;
 use spectral_kv::layout::BANDS;
 use spectral_kv::rope::{Pairing, RopeParams};
-use spectral_kv::state;
+use spectral_kv::state::{self, Saving};
 use std::sync::Arc;
 
 /// A small deterministic generator (xorshift64*), normal numbers by the sum of twelve uniforms.
@@ -558,7 +558,12 @@ impl Stream {
     }
 
     pub fn save(&self, cells: &[u32]) -> Result<Vec<u8>> {
-        state::write(&self.table, &self.layers.iter().collect::<Vec<_>>(), self.arena(), cells)
+        let state = Saving::new(&self.table, &self.layers.iter().collect::<Vec<_>>(), self.arena(), cells)?;
+        // What was there before must not show through.
+        let mut bytes = vec![0xa5; state.size() + 3];
+        state.write(&mut bytes)?;
+        assert_eq!(bytes.split_off(state.size()), [0xa5; 3]);
+        Ok(bytes)
     }
 
     /// Restore a state of `rows` into `cells`; on error the cells are empty again.

@@ -138,6 +138,13 @@ impl Table {
         *self = Table { epoch, given_up: self.given_up, ..Table::new(self.geometry.clone(), self.findings.clone()) };
     }
 
+    /// Forget the queries of tokens at a position or behind it, whichever sequence they are of.
+    pub fn forget_queries(&mut self, from: i32) {
+        for query in self.queries.iter_mut().chain(&mut self.recent) {
+            *query = query.filter(|(pos, _)| *pos < from);
+        }
+    }
+
     /// Bases exist.
     pub fn is_fitted(&self) -> bool {
         self.fitted

@@ -1,13 +1,13 @@
 # Links the spectral-kv library, which does the work of --kv-spectral (llama-kv-spectral.cpp), into libllama.
 
 set(LLAMA_KV_SPECTRAL_LIB     "" CACHE FILEPATH "path of libspectral_kv.a")
-set(LLAMA_KV_SPECTRAL_INCLUDE "" CACHE PATH     "directory of spectral_kv.h")
+set(LLAMA_KV_SPECTRAL_INCLUDE "" CACHE PATH     "directory of spectral_kv_llama.h")
 
 if (NOT EXISTS "${LLAMA_KV_SPECTRAL_LIB}")
     message(FATAL_ERROR "LLAMA_KV_SPECTRAL needs -DLLAMA_KV_SPECTRAL_LIB=/path/to/libspectral_kv.a; '${LLAMA_KV_SPECTRAL_LIB}' does not exist")
 endif()
-if (NOT EXISTS "${LLAMA_KV_SPECTRAL_INCLUDE}/spectral_kv.h")
-    message(FATAL_ERROR "LLAMA_KV_SPECTRAL needs -DLLAMA_KV_SPECTRAL_INCLUDE=/directory/of/spectral_kv.h; '${LLAMA_KV_SPECTRAL_INCLUDE}/spectral_kv.h' does not exist")
+if (NOT EXISTS "${LLAMA_KV_SPECTRAL_INCLUDE}/spectral_kv_llama.h")
+    message(FATAL_ERROR "LLAMA_KV_SPECTRAL needs -DLLAMA_KV_SPECTRAL_INCLUDE=/directory/of/spectral_kv_llama.h; '${LLAMA_KV_SPECTRAL_INCLUDE}/spectral_kv_llama.h' does not exist")
 endif()
 
 find_package(Threads REQUIRED)

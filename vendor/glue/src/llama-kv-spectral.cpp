@@ -102,7 +102,7 @@ uint64_t llama_kv_spectral_model_hash(const llama_model & model) {
 #include "llama-memory-hybrid.h"
 #include "llama-memory-hybrid-iswa.h"
 
-#include "spectral_kv.h"
+#include "spectral_kv_llama.h"
 
 #include <algorithm>
 #include <atomic>
@@ -115,6 +115,13 @@ uint64_t llama_kv_spectral_model_hash(const llama_model & model) {
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+
+// the structs of the library, as it fills them
+template<typename T> static T skv_new(skv_status (*init)(T *, size_t)) {
+    T res;
+    init(&res, sizeof(res));
+    return res;
+}
 
 using skv_calibration_ptr = std::unique_ptr<skv_calibration, void (*)(skv_calibration *)>;
 
@@ -142,12 +149,11 @@ static skv_calibration_ptr load_calibration(const llama_kv_spectral_settings & s
         throw std::runtime_error(format("the basis file '%s' cannot be read", path));
     }
 
-    char err[256] = "";
     skv_calibration * handle = nullptr;
-    const skv_status status = skv_calibration_read(data.data(), data.size(), &handle, err, sizeof(err));
+    const skv_status status = skv_calibration_read(data.data(), data.size(), &handle);
     res.reset(handle);
     if (status != SKV_STATUS_OK) {
-        throw std::runtime_error(format("the basis file '%s': %s", path, *err ? err : skv_status_str(status)));
+        throw std::runtime_error(format("the basis file '%s': %s", path, skv_last_error()));
     }
 
     uint64_t hash = 0;
@@ -304,7 +310,7 @@ bool llama_kv_spectral_check(const llama_model & model, llama_context_params & p
 // llama_kv_spectral::impl
 //
 
-// query tokens per stream up to which the attention works on the compressed rows; above, K and V are rebuilt for the stock op
+// query tokens per stream up to which the attention works on the compressed rows; above, it rebuilds them a tile at a time
 #define SPECTRAL_MAX_DECODE_TOKENS SKV_MAX_QUERIES
 
 // what stands before the plan of each stream in the input tensor
@@ -358,6 +364,15 @@ struct llama_kv_spectral::impl {
         std::vector<int32_t> cell_pos;
         std::vector<int32_t> cell_seq;
         uint32_t n_cells = 0; // those from here on are -1
+
+        skv_cells cells() const {
+            auto res = skv_new(skv_cells_init);
+            res.pos     = cell_pos.data();
+            res.seq     = cell_seq.data();
+            res.n_cells = cell_pos.size();
+
+            return res;
+        }
     };
 
     impl(llama_kv_cache & kv) : kv(kv) {}
@@ -376,7 +391,7 @@ struct llama_kv_spectral::impl {
     uint8_t * arena_of(int32_t s) const { return (uint8_t *) arena->data + s*arena->nb[2]; }
 
     skv_geometry  * geom   = nullptr;
-    skv_size_report report = {};
+    skv_size_report report = skv_new(skv_size_report_init);
 
     std::vector<std::unique_ptr<layer>> layers; // as kv.layers
     std::vector<stream>                 streams;
@@ -390,29 +405,31 @@ struct llama_kv_spectral::impl {
 
     bool is_paged = false; // use_huge_pages() was called
 
-    bool ok(skv_status status, const char * what, const char * detail = nullptr) {
+    // to be called by the thread that made the call
+    bool ok(skv_status status, const char * what, const layer * l = nullptr) {
         if (status == SKV_STATUS_OK) {
             return true;
         }
         if (!failed.exchange(true)) {
-            LLAMA_LOG_ERROR("kv_spectral: %s failed: %s\n", what, detail && *detail ? detail : skv_status_str(status));
+            const std::string where = l ? format(" in layer %u", l->il) : "";
+            LLAMA_LOG_ERROR("kv_spectral: %s%s failed: %s\n", what, where.c_str(), skv_last_error());
         }
         return false;
     }
 
-    // the text is read after the call that failed: it replaces the one before
-    bool ok(skv_status status, const char * what, const skv_table * t) {
-        return ok(status, what, status == SKV_STATUS_OK ? nullptr : skv_table_last_error(t));
-    }
-
-    bool ok(skv_status status, const char * what, const layer & l) {
-        if (status == SKV_STATUS_OK) {
-            return true;
+    // what holds the rows of a stream; points to `ptrs`
+    skv_stream stored(uint32_t strm, std::vector<const skv_layer *> & ptrs) const {
+        for (const auto & l : layers) {
+            ptrs.push_back(l->skv);
         }
-        char detail[256] = "";
-        skv_layer_last_error(l.skv, detail, sizeof(detail));
 
-        return ok(status, format("%s in layer %u", what, l.il).c_str(), detail);
+        auto res = skv_new(skv_stream_init);
+        res.layers      = ptrs.data();
+        res.n_layers    = ptrs.size();
+        res.arena       = arena_of(strm);
+        res.arena_bytes = arena_bytes;
+
+        return res;
     }
 
     layer & get_layer(int32_t il) { return *layers[kv.map_layer_ids.at(il)]; }
@@ -518,12 +535,18 @@ bool llama_kv_spectral::impl::recover() {
         auto & st = streams[s];
 
         if (st.pending && st.ran) {
+            auto step = skv_new(skv_step_init);
+            step.arena       = arena_of(s);
+            step.arena_bytes = arena_bytes;
+            step.plan        = st.plan.data();
+            step.plan_ints   = st.used;
+
             for (auto & l : layers) {
-                if (!ok(skv_layer_replay(l->skv, arena_of(s), arena_bytes, st.plan.data(), st.used), "recovery after an aborted graph", *l)) {
+                if (!ok(skv_layer_replay(l->skv, &step), "recovery after an aborted graph", l.get())) {
                     return false;
                 }
             }
-            if (!ok(skv_table_commit_replayed(st.table), "recovery after an aborted graph", st.table)) {
+            if (!ok(skv_table_commit_replayed(st.table), "recovery after an aborted graph")) {
                 return false;
             }
         }
@@ -536,11 +559,10 @@ bool llama_kv_spectral::impl::recover() {
 }
 
 skv_stats llama_kv_spectral::impl::stats() const {
-    skv_stats res = {};
+    skv_stats res = skv_new(skv_stats_init);
 
     for (const auto & l : layers) {
-        skv_stats cur = {};
-        cur.struct_size = sizeof(cur);
+        auto cur = skv_new(skv_stats_init);
         if (skv_layer_stats(l->skv, &cur) != SKV_STATUS_OK) {
             continue;
         }
@@ -601,8 +623,7 @@ void llama_kv_spectral::impl::set_model(layer & l, const ggml_tensor * k) {
         return res;
     };
 
-    skv_rope rope = {};
-    rope.struct_size = sizeof(rope);
+    auto rope = skv_new(skv_rope_init);
 
     if (node->op == GGML_OP_ROPE && ggml_are_same_shape(node, k)) {
         const int32_t mode = node->op_params[2];
@@ -639,8 +660,7 @@ void llama_kv_spectral::impl::set_model(layer & l, const ggml_tensor * k) {
     }
 
     if (rope.pairing == SKV_PAIRING_NONE) {
-        rope = {};
-        rope.struct_size = sizeof(rope);
+        rope = skv_new(skv_rope_init);
     }
 
     skv_status status = skv_layer_set_rope(l.skv, &rope);
@@ -652,10 +672,7 @@ void llama_kv_spectral::impl::set_model(layer & l, const ggml_tensor * k) {
         l.calibrated = status == SKV_STATUS_OK;
     }
     if (status != SKV_STATUS_OK) {
-        char detail[256] = "";
-        skv_layer_last_error(l.skv, detail, sizeof(detail));
-
-        throw std::runtime_error(format("kv_spectral: layer %u: %s", l.il, *detail ? detail : skv_status_str(status)));
+        throw std::runtime_error(format("kv_spectral: layer %u: %s", l.il, skv_last_error()));
     }
 }
 
@@ -700,7 +717,9 @@ bool llama_kv_spectral::impl::get_projection(const layer & l, std::vector<float>
         }
     }
 
-    res = { data.data(), (size_t) n_rows };
+    res = skv_new(skv_projection_init);
+    res.data   = data.data();
+    res.n_rows = n_rows;
 
     return true;
 }
@@ -744,22 +763,10 @@ bool llama_kv_spectral_get_info(const llama_context * ctx, llama_kv_spectral_inf
 
 using spectral_layer = llama_kv_spectral::impl::layer;
 
-struct spectral_plan {
-    int32_t         strm;
-    const int32_t * data;
-    size_t          size;
-};
-
-static spectral_plan get_plan(const ggml_tensor * plans, int64_t s) {
-    const int32_t * p = (const int32_t *) ((const char *) plans->data + s*plans->nb[1]);
-
-    return { p[SPECTRAL_STREAM], p + SPECTRAL_HEADER_SIZE, (size_t) p[SPECTRAL_USED] };
-}
-
 static skv_rows get_rows(const ggml_tensor * t, int64_t s, int64_t ns) {
     const int64_t n = t->ne[2]/ns;
 
-    skv_rows res = {};
+    auto res = skv_new(skv_rows_init);
     res.data        = (const float *) ((const char *) t->data + s*n*t->nb[2]);
     res.n_rows      = n;
     res.row_stride  = t->nb[2];
@@ -768,9 +775,31 @@ static skv_rows get_rows(const ggml_tensor * t, int64_t s, int64_t ns) {
     return res;
 }
 
-static skv_attend_params get_attend_params(const spectral_layer & l, const ggml_tensor * mask, const ggml_tensor * sinks, int64_t s) {
-    skv_attend_params res = {};
-    res.struct_size     = sizeof(res);
+// a step of one stream, with the rows that it points to
+struct spectral_step {
+    skv_rows q;
+    skv_rows k;
+    skv_rows v;
+    skv_step skv = skv_new(skv_step_init);
+
+    spectral_step(const spectral_layer & l, const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * plans, int64_t s, int64_t ns) :
+        q(get_rows(q, s, ns)), k(get_rows(k, s, ns)), v(get_rows(v, s, ns)) {
+        const int32_t * p = (const int32_t *) ((const char *) plans->data + s*plans->nb[1]);
+
+        skv.arena       = l.owner.arena_of(p[SPECTRAL_STREAM]);
+        skv.arena_bytes = l.owner.arena_bytes;
+        skv.plan        = p + SPECTRAL_HEADER_SIZE;
+        skv.plan_ints   = p[SPECTRAL_USED];
+        skv.q           = &this->q;
+        skv.k           = &this->k;
+        skv.v           = &this->v;
+    }
+
+    spectral_step(const spectral_step &) = delete;
+};
+
+static skv_attention get_attention(const spectral_layer & l, const ggml_tensor * mask, const ggml_tensor * sinks, int64_t s) {
+    auto res = skv_new(skv_attention_init);
     res.scale           = l.scale;
     res.softcap         = l.softcap;
     res.mask            = (const uint16_t *) ((const char *) mask->data + s*mask->nb[3]);
@@ -790,16 +819,13 @@ static void op_attend(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const size_t  n  = dst->ne[0];
 
     for (int64_t s = 0; s < ns; ++s) {
-        const auto plan = get_plan(dst->src[4], s);
+        const spectral_step step(l, dst->src[1], dst->src[2], dst->src[3], dst->src[4], s, ns);
 
-        const auto q = get_rows(dst->src[1], s, ns);
-        const auto k = get_rows(dst->src[2], s, ns);
-        const auto v = get_rows(dst->src[3], s, ns);
+        auto attention = get_attention(l, mask, dst->src[6], s);
+        attention.partials   = (float *) dst->data + s*n;
+        attention.n_partials = n;
 
-        const auto params = get_attend_params(l, mask, dst->src[6], s);
-
-        l.owner.ok(skv_layer_attend(l.skv, l.owner.arena_of(plan.strm), l.owner.arena_bytes, plan.data, plan.size, &q, &k, &v, &params,
-                    (float *) dst->data + s*n, n, ith, nth), "attention", l);
+        l.owner.ok(skv_layer_attend(l.skv, &step.skv, &attention, ith, nth), "attention", &l);
     }
 }
 
@@ -822,12 +848,15 @@ static void op_combine(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const size_t n_out = n_tok*dst->ne[0];
 
     for (int64_t s = 0; s < ns; ++s) {
-        const auto params = get_attend_params(l, mask, dst->src[2], s);
+        auto attention = get_attention(l, mask, dst->src[2], s);
+        attention.partials   = (float *) partials->data + s*partials->ne[0];
+        attention.n_partials = partials->ne[0];
+        attention.out        = (float *) dst->data + s*n_out;
+        attention.n_out      = n_out;
 
-        l.owner.ok(skv_layer_combine(l.skv, &params, (const float *) partials->data + s*partials->ne[0], partials->ne[0], n_tok,
-                    (float *) dst->data + s*n_out, n_out, ith, nth), "attention", l);
+        l.owner.ok(skv_layer_combine(l.skv, &attention, n_tok, ith, nth), "attention", &l);
 
-        set_nan_if_failed(l, (float *) dst->data + s*n_out, n_out, ith, nth);
+        set_nan_if_failed(l, attention.out, n_out, ith, nth);
     }
 }
 
@@ -838,20 +867,16 @@ static void op_prefill(ggml_tensor * dst, int ith, int nth, void * userdata) {
 
     const int64_t ns = mask->ne[3];
 
-    const size_t n_tok = dst->ne[1]/ns;
-    const size_t n_out = n_tok*dst->ne[0];
+    const size_t n_out = dst->ne[1]/ns*dst->ne[0];
 
     for (int64_t s = 0; s < ns; ++s) {
-        const auto plan = get_plan(dst->src[4], s);
+        const spectral_step step(l, dst->src[1], dst->src[2], dst->src[3], dst->src[4], s, ns);
 
-        const auto q = get_rows(dst->src[1], s, ns);
-        const auto k = get_rows(dst->src[2], s, ns);
-        const auto v = get_rows(dst->src[3], s, ns);
+        auto attention = get_attention(l, mask, dst->src[6], s);
+        attention.out   = (float *) dst->data + s*n_out;
+        attention.n_out = n_out;
 
-        const auto params = get_attend_params(l, mask, dst->src[6], s);
-
-        l.owner.ok(skv_layer_prefill(l.skv, l.owner.arena_of(plan.strm), l.owner.arena_bytes, plan.data, plan.size, &q, &k, &v, &params,
-                    (float *) dst->data + s*n_out, n_out, ith, nth), "attention", l);
+        l.owner.ok(skv_layer_prefill(l.skv, &step.skv, &attention, ith, nth), "attention", &l);
     }
 }
 
@@ -872,19 +897,9 @@ static void op_append(ggml_tensor * dst, int ith, int nth, void * userdata) {
     bool               has_wo = false;
 
     for (int64_t s = 0; s < ns; ++s) {
-        const auto plan = get_plan(plans, s);
+        spectral_step step(l, dst->src[3], dst->src[1], dst->src[2], plans, s, ns);
 
-        const auto k = get_rows(dst->src[1], s, ns);
-        const auto v = get_rows(dst->src[2], s, ns);
-        const auto q = get_rows(dst->src[3], s, ns);
-
-        skv_step step = {};
-        step.struct_size = sizeof(step);
-        step.q = &q;
-        step.k = &k;
-        step.v = &v;
-
-        skv_rows x = {};
+        auto x = skv_new(skv_rows_init);
         if (const ggml_tensor * residual = dst->src[7]) {
             const int64_t n = residual->ne[1]/ns;
 
@@ -892,19 +907,18 @@ static void op_append(ggml_tensor * dst, int ith, int nth, void * userdata) {
             x.n_rows     = n;
             x.row_stride = residual->nb[1];
 
-            step.residual   = &x;
-            step.n_residual = residual->ne[0];
+            step.skv.residual   = &x;
+            step.skv.n_residual = residual->ne[0];
         }
 
         if (!has_wo) {
             int32_t wants = 0;
-            l.owner.ok(skv_layer_wants_projection(l.skv, plan.data, plan.size, ith, nth, &wants), "reading of the plan", l);
+            l.owner.ok(skv_layer_wants_projection(l.skv, &step.skv, ith, nth, &wants), "reading of the plan", &l);
             has_wo = wants != 0 && !l.calibrated && l.owner.get_projection(l, wo_data, wo);
         }
-        step.projection = has_wo ? &wo : nullptr;
+        step.skv.projection = has_wo ? &wo : nullptr;
 
-        l.owner.ok(skv_layer_append(l.skv, l.owner.arena_of(plan.strm), l.owner.arena_bytes, plan.data, plan.size, &step, ith, nth),
-                "storing of K and V", l);
+        l.owner.ok(skv_layer_append(l.skv, &step.skv, ith, nth), "storing of K and V", &l);
     }
 }
 
@@ -1041,12 +1055,11 @@ llama_kv_spectral::llama_kv_spectral(llama_kv_cache & kv, uint16_t config, uint3
 
         const auto & l = *pimpl->layers.back();
 
-        skv_layer_shape shape = {};
-        shape.struct_size = sizeof(shape);
-        shape.n_head      = l.n_head;
-        shape.n_head_kv   = l.n_head_kv;
-        shape.d_k         = l.d_k;
-        shape.d_v         = l.d_v;
+        auto shape = skv_new(skv_layer_shape_init);
+        shape.n_head    = l.n_head;
+        shape.n_head_kv = l.n_head_kv;
+        shape.d_k       = l.d_k;
+        shape.d_v       = l.d_v;
 
         shapes.push_back(shape);
     }
@@ -1055,16 +1068,13 @@ llama_kv_spectral::llama_kv_spectral(llama_kv_cache & kv, uint16_t config, uint3
         throw std::runtime_error("kv_spectral: this cache has no layers to compress; leave --kv-spectral away");
     }
 
-    skv_config cfg = {};
-    cfg.struct_size = sizeof(cfg);
-
-    const auto check = [](skv_status status, const char * detail) {
+    const auto check = [](skv_status status) {
         if (status != SKV_STATUS_OK) {
-            throw std::runtime_error(std::string("kv_spectral: ") + (*detail ? detail : skv_status_str(status)));
+            throw std::runtime_error(std::string("kv_spectral: ") + skv_last_error());
         }
     };
 
-    check(skv_config_init(&cfg), "");
+    auto cfg = skv_new(skv_config_init);
     cfg.n_cells   = kv_size;
     cfg.n_streams = kv.n_stream;
     cfg.n_seqs    = kv.n_stream == 1 ? kv.n_seq_max : 1;
@@ -1076,16 +1086,14 @@ llama_kv_spectral::llama_kv_spectral(llama_kv_cache & kv, uint16_t config, uint3
 
     cfg.calibrated = !settings.basis.empty();
 
-    char err[256] = "";
-    check(skv_geometry_create(&cfg, shapes.data(), shapes.size(), &pimpl->geom, err, sizeof(err)), err);
+    check(skv_geometry_create(&cfg, shapes.data(), shapes.size(), &pimpl->geom));
 
     auto & report = pimpl->report;
-    report.struct_size = sizeof(report);
-    check(skv_geometry_report(pimpl->geom, &report), "");
+    check(skv_geometry_report(pimpl->geom, &report));
 
-    check(skv_geometry_arena_bytes(pimpl->geom, &pimpl->arena_bytes), "");
+    check(skv_geometry_arena_bytes(pimpl->geom, &pimpl->arena_bytes));
     for (size_t i = 0; i < pimpl->layers.size(); ++i) {
-        check(skv_layer_create(pimpl->geom, i, &pimpl->layers[i]->skv), "");
+        check(skv_layer_create(pimpl->geom, i, &pimpl->layers[i]->skv));
     }
 
     const std::string asked = settings.bits > 0.0f ? format("asked %g bits", settings.bits) : format("asked %g", settings.ratio);
@@ -1114,7 +1122,7 @@ llama_kv_spectral::llama_kv_spectral(llama_kv_cache & kv, uint16_t config, uint3
 
     pimpl->streams.resize(kv.n_stream);
     for (auto & st : pimpl->streams) {
-        check(skv_table_create(pimpl->geom, &st.table), "");
+        check(skv_table_create(pimpl->geom, &st.table));
 
         st.cell_pos.resize(kv_size, -1);
         st.cell_seq.resize(kv_size, -1);
@@ -1176,7 +1184,7 @@ size_t llama_kv_spectral::table_bytes() const {
 
 void llama_kv_spectral::reset() {
     for (auto & st : pimpl->streams) {
-        pimpl->ok(skv_table_reset(st.table), "reset", st.table);
+        pimpl->ok(skv_table_reset(st.table), "reset");
 
         st.pending = false;
         st.ran     = false;
@@ -1190,9 +1198,7 @@ void llama_kv_spectral::copy_stream(uint32_t ssrc, uint32_t sdst) {
         return;
     }
 
-    auto & dst = pimpl->streams[sdst];
-
-    pimpl->ok(skv_table_clone_from(dst.table, pimpl->streams[ssrc].table), "copy of a stream", dst.table);
+    pimpl->ok(skv_table_clone_from(pimpl->streams[sdst].table, pimpl->streams[ssrc].table), "copy of a stream");
 }
 
 bool llama_kv_spectral::plan(const slot_info & sinfo) {
@@ -1225,11 +1231,9 @@ bool llama_kv_spectral::plan(const slot_info & sinfo) {
 
         st.plan.resize(pimpl->plan_ints(sinfo.size()));
 
-        const skv_status status = skv_table_plan(st.table, st.cell_pos.data(), st.cell_seq.data(), st.cell_pos.size(),
-                sinfo.idxs[s].data(), sinfo.idxs[s].size(), st.plan.data(), st.plan.size(), &st.used);
-        if (status != SKV_STATUS_OK) {
-            const char * detail = skv_table_last_error(st.table);
-            LLAMA_LOG_ERROR("%s: kv_spectral: no place for the tokens: %s\n", __func__, detail && *detail ? detail : skv_status_str(status));
+        const auto cells = st.cells();
+        if (skv_table_plan(st.table, &cells, sinfo.idxs[s].data(), sinfo.idxs[s].size(), st.plan.data(), st.plan.size(), &st.used) != SKV_STATUS_OK) {
+            LLAMA_LOG_ERROR("%s: kv_spectral: no place for the tokens: %s\n", __func__, skv_last_error());
             return false;
         }
 
@@ -1252,7 +1256,7 @@ void llama_kv_spectral::commit(const slot_info & sinfo) {
 
         // a graph without the attention (training) leaves the plan to be dropped by the next one
         if (st.pending && st.ran) {
-            pimpl->ok(skv_table_commit(st.table), "commit", st.table);
+            pimpl->ok(skv_table_commit(st.table), "commit");
             ran = true;
         }
 
@@ -1314,25 +1318,20 @@ void llama_kv_spectral::state_write(llama_io_write_i & io, const llama_kv_cache:
     }
 
     std::vector<const skv_layer *> layers;
-    for (const auto & l : pimpl->layers) {
-        layers.push_back(l->skv);
-    }
+    const auto stream = pimpl->stored(cr.strm, layers);
 
-    const auto & st = pimpl->streams[cr.strm];
+    const skv_table * table = pimpl->streams[cr.strm].table;
 
     std::vector<uint8_t> buf;
     size_t size = 0;
 
-    skv_status status = skv_state_write(st.table, layers.data(), layers.size(), pimpl->arena_of(cr.strm), pimpl->arena_bytes,
-            cells.data(), cells.size(), nullptr, 0, &size);
+    skv_status status = skv_state_write(table, &stream, cells.data(), cells.size(), nullptr, 0, &size);
     if (status == SKV_STATUS_OK) {
         buf.resize(size);
-        status = skv_state_write(st.table, layers.data(), layers.size(), pimpl->arena_of(cr.strm), pimpl->arena_bytes,
-                cells.data(), cells.size(), buf.data(), buf.size(), &size);
+        status = skv_state_write(table, &stream, cells.data(), cells.size(), buf.data(), buf.size(), &size);
     }
     if (status != SKV_STATUS_OK) {
-        const char * detail = skv_table_last_error(st.table);
-        throw std::runtime_error(format("kv_spectral: cannot save the state: %s", detail && *detail ? detail : skv_status_str(status)));
+        throw std::runtime_error(format("kv_spectral: cannot save the state: %s", skv_last_error()));
     }
 
     // the head of a stock state, up to where a stock cache compares the type of K
@@ -1383,19 +1382,15 @@ bool llama_kv_spectral::state_read(llama_io_read_i & io, uint32_t strm, const sl
     }
 
     std::vector<const skv_layer *> layers;
-    for (const auto & l : pimpl->layers) {
-        layers.push_back(l->skv);
-    }
+    const auto stream = pimpl->stored(strm, layers);
 
     auto & st = pimpl->streams[strm];
 
     pimpl->snapshot(strm);
 
-    const skv_status status = skv_state_read(st.table, layers.data(), layers.size(), pimpl->arena_of(strm), pimpl->arena_bytes, st.cell_pos.data(), st.cell_seq.data(), st.cell_pos.size(),
-            sinfo.idxs[0].data(), sinfo.idxs[0].size(), buf.data(), buf.size());
-    if (status != SKV_STATUS_OK) {
-        const char * detail = skv_table_last_error(st.table);
-        LLAMA_LOG_ERROR("%s: kv_spectral: cannot restore the state: %s\n", __func__, detail && *detail ? detail : skv_status_str(status));
+    const auto cells = st.cells();
+    if (skv_state_read(st.table, &stream, &cells, sinfo.idxs[0].data(), sinfo.idxs[0].size(), buf.data(), buf.size()) != SKV_STATUS_OK) {
+        LLAMA_LOG_ERROR("%s: kv_spectral: cannot restore the state: %s\n", __func__, skv_last_error());
         return false;
     }
 

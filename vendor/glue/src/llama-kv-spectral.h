@@ -30,7 +30,7 @@ LLAMA_API uint64_t llama_kv_spectral_model_hash(const llama_model & model);
 
 // The compressed form of a llama_kv_cache, owned by it. All rows of a layer, keys and values, exact and coded, live in one
 // I8 tensor per layer (the "arena"); this class keeps the tables that say where the row of a cell is. The library that does
-// the work is spectral-kv (spectral_kv.h); without it (CMake: LLAMA_KV_SPECTRAL=OFF) nothing can create this class.
+// the work is spectral-kv (spectral_kv_llama.h); without it (CMake: LLAMA_KV_SPECTRAL=OFF) nothing can create this class.
 //
 // Life of an ubatch: plan() decides on the host what moves where; the plan is a graph input, so that reused graphs and
 // ubatches in flight see their own; the graph attends and then appends; commit() makes the plan the new state of the tables.
