@@ -7,6 +7,7 @@ use spectral_kv::cache::Location;
 use spectral_kv::config::{Config, LayerShape};
 use spectral_kv::error::Error;
 use spectral_kv::rope::{Pairing, RopeParams};
+use spectral_kv::state::Saving;
 
 /// At 8 bits a row coded once is off by less than this.
 const NEAR: f64 = 0.05;
@@ -362,4 +363,74 @@ fn no_cells_make_a_state_too() {
     assert!(b.bits(&own) == before);
     b.append(3, 0, 900, 100).unwrap();
     b.check(NEAR);
+}
+
+/// A stream whose tiles are being coded again in new bases.
+fn amid_another_fit() -> Stream {
+    let mut s = Stream::new(&Config { n_cells: 4200, n_seqs: 2, n_tokens: 64, window: 64, ..config() }, &SHAPES, halves);
+    while s.former() == 0 {
+        let (n, live) = (if s.table.is_fitted() { 1 } else { 40 }, s.live().len());
+        s.append(5000 + live as u64, 0, n, n).unwrap();
+    }
+    s
+}
+
+#[test]
+fn the_size_is_computed_and_exact() {
+    let fit = stream().table.geometry().fit_rows;
+    let streams = [stream(), filled(1, 1), filled(1, fit - 100), filled(1, fit + 200), amid_another_fit()];
+    let (mut kept, mut sizes) = (Vec::new(), Vec::new());
+    for s in &streams {
+        let layers: Vec<_> = s.layers.iter().collect();
+        // Some of the rows, too, and none: other rows may be coded in the former bases, and none need none.
+        for cells in [s.live(), s.live().into_iter().step_by(3).collect(), Vec::new()] {
+            let state = Saving::new(&s.table, &layers, s.arena(), &cells).unwrap();
+            let mut bytes = vec![0; state.size()];
+            let (need, have) = (state.size(), state.size() - 1);
+            assert_eq!(state.write(&mut bytes[..have]), Err(Error::Buffer { need, have }));
+            state.write(&mut bytes).unwrap();
+            let mut fresh = Stream::new(&s.table.geometry().config, &SHAPES, halves);
+            fresh.restore(&cells, &rows(s, &cells), &bytes).unwrap();
+            assert!(cells.is_empty() || fresh.error_of(&cells) < NEAR);
+            sizes.push(state.size());
+        }
+        kept.push(s.former());
+    }
+    assert!(kept[..4] == [0; 4] && kept[4] > 10, "{kept:?}");
+    sizes.dedup();
+    assert!(sizes.len() > 10, "{sizes:?}");
+}
+
+/// Bytes of the arena that hold these rows, or that all rows of a head need: exact rows, tiles with a row in them, bases, queries.
+fn bytes_in_arena(s: &Stream, cells: &[u32]) -> usize {
+    let g = s.table.geometry();
+    let (mut exact, mut tiles) = (0, std::collections::BTreeSet::new());
+    for cell in cells {
+        match s.table.locate(*cell as usize).unwrap().0 {
+            Location::Slot(_) => exact += 1,
+            Location::Coded(tile, _) => drop(tiles.insert(tile)),
+        }
+    }
+    let block = |tile: &usize| g.block_bytes.get(g.band_of(*tile)).copied().unwrap_or_else(|| g.waiting_block());
+    let heads = (0..g.layers.len()).flat_map(|l| (0..g.layers[l].n_head_kv).map(move |head| (l, head)));
+    let of_head = |(l, head)| {
+        let r = g.head(l, head);
+        exact * g.layers[l].row_bytes() + r.record.len() + r.bases.len() + r.plain.len() + r.recent.len()
+    };
+    tiles.iter().map(block).sum::<usize>() + heads.map(of_head).sum::<usize>()
+}
+
+#[test]
+fn a_state_is_hardly_longer_than_its_rows_in_the_arena() {
+    let shapes = [LayerShape { n_head: 4, n_head_kv: 2, d_k: 64, d_v: 64 }, LayerShape { n_head: 2, n_head_kv: 1, d_k: 128, d_v: 128 }];
+    for ratio in [8.0, 4.0] {
+        let mut s = Stream::new(&Config { n_cells: 6000, n_tokens: 64, ratio, ..Config::default() }, &shapes, halves);
+        s.append(1, 0, 5800, 50).unwrap();
+        let cells = s.live();
+        let (held, saved) = (bytes_in_arena(&s, &cells), s.save(&cells).unwrap().len());
+        println!("ratio {ratio}: {saved} bytes for {held}, {}", saved as f64 / held as f64);
+        assert!(s.table.is_fitted() && s.waiting() == 0 && s.former() == 0);
+        assert!(held < s.arena().len());
+        assert!(saved * 10 <= held * 11, "ratio {ratio}: {saved} bytes of {held} in the arena");
+    }
 }
