@@ -395,9 +395,10 @@ impl<'a> Plan<'a> {
         })
     }
 
-    /// Check every slot, tile, row and token against a geometry. Cells need no check: one that does not exist is never visible.
+    /// Check every slot, tile, row and token against a geometry, and the cells of rows outside of tiles. Those of tiles need none: one that does not exist
+    /// is never visible.
     pub fn check(&self, g: &Geometry) -> Result<()> {
-        let (tokens, all) = (self.tokens().len(), g.tiles + g.waiting);
+        let (tokens, all, cells) = (self.tokens().len(), g.tiles + g.waiting, g.config.n_cells as usize);
         let has_bases = self.fitted || self.fit;
         // Without bases only tiles of waiting rows can be filled.
         let fillable = |tile: usize| tile < all && (has_bases || tile >= g.tiles);
@@ -419,8 +420,9 @@ impl<'a> Plan<'a> {
             && (self.fitted && !self.fit && g.keeps_queries() || !self.former)
             && (0..=self.study.to).contains(&self.study.from)
             && (self.study.from == self.study.to || g.keeps_queries() && self.study.id > 0 && !self.fit)
-            && self.tokens.chunks_exact(2).all(|t| t[0] >= 0 && t[1] >= -1 && t[1] < g.exact as i32)
-            && self.exact().all(|(slot, ..)| slot < g.exact)
+            && self.tokens.chunks_exact(2).all(|t| t[1] >= -1 && t[1] < g.exact as i32)
+            && self.tokens().all(|(cell, _)| cell < cells)
+            && self.exact().all(|(slot, cell, _)| slot < g.exact && cell < cells)
             && self.tiles().all(|t| t.tile < all && (self.fitted || t.tile >= g.tiles) || former(t.tile, self.former))
             && self.changes.are_whole()
             && self.changes().all(|change| match change {

@@ -458,6 +458,36 @@ static void damaged_plans(struct stream *s, size_t n_new) {
         s->pos[cells[i]] = s->seq[cells[i]] = -1;
 }
 
+/* The cell of the only row of an exact block is none of the stream's, and there is a mask to look it up in. */
+static void a_cell_that_does_not_exist_is_refused(void) {
+    static const int32_t odd[] = {-1, INT32_MIN, N_CELLS, INT32_MAX};
+    static struct stream s;
+    static uint16_t mask[N_CELLS];
+    float out[Q_ROW];
+    uint32_t cell = 1;
+    open_stream(&s);
+    store(&s, 0, 1, 0, 0, 1);
+    s.pos[1] = 1;
+    s.seq[1] = 0;
+    plan_step(&s, &cell, 1);
+    struct call c = call_of(&s, &cell, 1, out);
+    c.attention.mask = mask;
+    OK(do_attend(&c));
+    /* A header of 17 ints, the token with its slot, the exact row: slot, cell, turn. */
+    const size_t places[] = {17, 20};
+    CHECK(s.plan[17] == 1 && s.plan[19] == 0 && s.plan[20] == 0);
+    for (int i = 0; i < 2; i++)
+        for (int j = 0; j < 4; j++) {
+            int32_t good = s.plan[places[i]];
+            s.plan[places[i]] = odd[j];
+            all_say(SKV_STATUS_DATA, &c, "out of range");
+            s.plan[places[i]] = good;
+        }
+    OK(do_append(&c));
+    free_call(&c);
+    close_stream(&s);
+}
+
 /* More sequences than configured fill the exact slots; the rows stored before stay. */
 static void too_many_sequences(struct stream *s) {
     float before[Q_ROW], after[Q_ROW];
@@ -499,5 +529,6 @@ int main(void) {
     damaged_plans(&s, 60);
     too_many_sequences(&s);
     close_stream(&s);
+    a_cell_that_does_not_exist_is_refused();
     return 0;
 }

@@ -119,7 +119,8 @@ impl Table {
         let Some((counts, places)) = bytes.split_first_chunk::<24>().filter(|(_, p)| p.len() == 8 * (QUERY_SLOTS + RECENT_QUERIES)) else {
             return Err(Error::Data("state: the list of queries has another length".into()));
         };
-        let long = |b: &[u8]| u64::from_le_bytes(b.try_into().expect("invariant: eight bytes"));
+        // More tokens than anyone will have, and no sum with them overflows.
+        let long = |b: &[u8]| u64::from_le_bytes(b.try_into().expect("invariant: eight bytes")).min(u64::from(u32::MAX));
         (self.seen, self.recorded, self.fitted_on) = (long(&counts[..8]), long(&counts[8..16]), long(&counts[16..]) as usize);
         let int = |b: &[u8]| i32::from_le_bytes(b.try_into().expect("invariant: four bytes"));
         for (q, p) in self.queries.iter_mut().chain(&mut self.recent).zip(places.chunks_exact(8)) {
