@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::layout::{Fine, Heads, TileForm, Widths, ANCHOR_GRID, BANDS, TILE};
 use crate::rope::{Rope, Turn};
 use crate::simd::{Kernels, MatMut, MatRef};
-use faer::{Mat, Side};
+use nalgebra::{DMatrix, SymmetricEigen};
 
 /// Bits that a half gets for an error four times as large: 1 would make all errors alike, but those of a short sample are not all of a model's.
 pub const POWER: f64 = 0.7;
@@ -27,6 +27,8 @@ pub const LEAST: f64 = 0.5;
 const MOST: f64 = 8.0;
 /// Least eigenvalue of a weight matrix, as a share of its mean eigenvalue.
 const DAMP: f64 = 1e-3;
+/// Steps that the search for eigenvalues may take for each of them; two are usual.
+const ROUNDS: usize = 30;
 /// Distances at which tiles will look at a query, in rows; extended by doubling up to the context.
 const DISTANCES: [i64; 9] = [64, 128, 192, 320, 512, 768, 1024, 1536, 2048];
 /// What is left of the error of a row that is fine: 4 bits less, and a little more than that.
@@ -127,11 +129,11 @@ pub struct HeadSpectrum {
 
 struct Moments {
     mean: Vec<f32>,
-    covariance: Mat<f64>,
+    covariance: DMatrix<f64>,
 }
 
-fn to_matrix(d: usize, upper: &[f32], scale: f64) -> Mat<f64> {
-    Mat::from_fn(d, d, |i, j| f64::from(upper[i.min(j) * d + i.max(j)]) * scale)
+fn to_matrix(d: usize, upper: &[f32], scale: f64) -> DMatrix<f64> {
+    DMatrix::from_fn(d, d, |i, j| f64::from(upper[i.min(j) * d + i.max(j)]) * scale)
 }
 
 /// Sum of `x x^T` over rows that come one by one; its upper triangle is what [`to_matrix`] looks at.
@@ -169,7 +171,7 @@ impl<'a> Gram<'a> {
         self.rows.clear();
     }
 
-    fn finish(mut self, scale: f64) -> Mat<f64> {
+    fn finish(mut self, scale: f64) -> DMatrix<f64> {
         self.add();
         to_matrix(self.d, &self.sum, scale)
     }
@@ -207,16 +209,28 @@ fn directions(kernels: &Kernels, rows: &[f32], d: usize) -> Moments {
 }
 
 /// Moments of rows among which there are others, `share` of all, that are alike in all directions.
-fn with_others(moment: Mat<f64>, share: f64) -> Mat<f64> {
-    let d = moment.nrows();
-    let least = share * (0..d).map(|i| moment[(i, i)]).sum::<f64>() / d as f64;
-    Mat::from_fn(d, d, |i, j| moment[(i, j)] + if i == j { least } else { 0.0 })
+fn with_others(mut moment: DMatrix<f64>, share: f64) -> DMatrix<f64> {
+    let least = share * moment.trace() / moment.nrows() as f64;
+    (0..moment.nrows()).for_each(|i| moment[(i, i)] += least);
+    moment
 }
 
-fn eigen(m: &Mat<f64>) -> Result<(Vec<f64>, Mat<f64>)> {
-    let e = m.self_adjoint_eigen(Side::Lower).map_err(|e| Error::Numeric(format!("eigenvalues did not converge: {e:?}")))?;
-    let values = e.S().column_vector().iter().copied().collect();
-    Ok((values, e.U().to_owned()))
+/// A factor `L` of weights that are `L L^T`, damped so that there is one.
+fn root(mut weight: DMatrix<f64>) -> Result<DMatrix<f64>> {
+    let damp = (weight.trace() / weight.nrows() as f64 * DAMP).max(1e-30);
+    (0..weight.nrows()).for_each(|i| weight[(i, i)] += damp);
+    let factor = weight.cholesky().ok_or_else(|| Error::Numeric("weights without a root".into()))?;
+    Ok(factor.unpack())
+}
+
+/// Eigenvalues in decreasing order, and their vectors as columns. Of the matrix only the lower half is looked at.
+fn eigen(m: DMatrix<f64>) -> Result<(Vec<f64>, DMatrix<f64>)> {
+    let rounds = ROUNDS * m.nrows();
+    let found = SymmetricEigen::try_new(m, f64::EPSILON, rounds).filter(|e| e.eigenvalues.iter().all(|x| x.is_finite()));
+    let e = found.ok_or_else(|| Error::Numeric("eigenvalues did not converge".into()))?;
+    let mut order: Vec<usize> = (0..e.eigenvalues.len()).collect();
+    order.sort_by(|a, b| e.eigenvalues[*b].total_cmp(&e.eigenvalues[*a]));
+    Ok((order.iter().map(|i| e.eigenvalues[*i]).collect(), e.eigenvectors.select_columns(&order)))
 }
 
 /// Mean, and eigenvectors of `W^(1/2) C W^(1/2)` for second moments `C` and weights `W`: all of them, by decreasing eigenvalue.
@@ -232,34 +246,38 @@ pub struct Transform {
     pub decode: Vec<f32>,
 }
 
-fn transform(moments: Moments, weight: &Mat<f64>) -> Result<Transform> {
-    let covariance = &moments.covariance;
-    let d = covariance.nrows();
+/// The transform that fits moments and weights; no weights are those of a unit matrix.
+fn transform(moments: Moments, weight: Option<DMatrix<f64>>) -> Result<Transform> {
+    let d = moments.covariance.nrows();
     // Any root of the weights gives the same coefficients, up to signs: `L^T` of a Cholesky factor is the cheapest.
-    let mean = (0..d).map(|i| weight[(i, i)]).sum::<f64>() / d as f64;
-    let damp = (mean * DAMP).max(1e-30);
-    let damped = Mat::from_fn(d, d, |i, j| weight[(i, j)] + if i == j { damp } else { 0.0 });
-    let factor = damped.llt(Side::Lower).map_err(|e| Error::Numeric(format!("weights without a root: {e:?}")))?;
-    let root = factor.L().to_owned();
-    let (values, vectors) = eigen(&(root.transpose() * covariance * &root))?;
-    // A floor relative to the largest eigenvalue: a direction without variance gets no bits, but must divide safely.
-    let floor = values.iter().fold(0.0f64, |a, x| a.max(*x)) * 1e-12;
-    let variance: Vec<f64> = values.iter().rev().map(|v| v.max(floor).max(1e-30)).collect();
-    let flipped = Mat::from_fn(d, d, |i, j| vectors[(i, d - 1 - j)]);
-    let rows = |m: Mat<f64>, scale: &dyn Fn(f64, f64) -> f64| -> Vec<f32> {
-        (0..d).flat_map(|i| (0..d).map(move |j| (i, j))).map(|(i, j)| scale(m[(i, j)], variance[i].sqrt()) as f32).collect()
+    let roots = weight.map(root).transpose()?.map(|l| (l.transpose(), l));
+    let weighted = match &roots {
+        Some((upper, lower)) => upper * moments.covariance * lower,
+        None => moments.covariance,
     };
-    let encode = rows(flipped.transpose() * root.transpose(), &|x, deviation| x / deviation);
-    // What undoes it: `U^T L^-1`.
-    let mut undo = flipped;
-    faer::linalg::triangular_solve::solve_upper_triangular_in_place(root.transpose(), undo.as_mut(), faer::Par::Seq);
-    let decode = rows(undo.transpose().to_owned(), &|x, deviation| x * deviation);
+    let (values, vectors) = eigen(weighted)?;
+    // A floor relative to the largest eigenvalue: a direction without variance gets no bits, but must divide safely.
+    let floor = values[0].max(0.0) * 1e-12;
+    let variance: Vec<f64> = values.iter().map(|v| v.max(floor).max(1e-30)).collect();
+    // Rows of the transform are columns of `L U`, and of `L^-T U`, which undoes it.
+    let (encode, decode) = match &roots {
+        Some((upper, lower)) => {
+            let undo = upper.solve_upper_triangular(&vectors).ok_or_else(|| Error::Numeric("weights without an inverse".into()))?;
+            (lower * vectors, undo)
+        }
+        None => (vectors.clone(), vectors),
+    };
+    let rows = |columns: DMatrix<f64>, scale: fn(f64, f64) -> f64| -> Vec<f32> {
+        let columns = columns.as_slice().chunks_exact(d).zip(&variance);
+        columns.flat_map(|(column, v)| column.iter().map(|x| scale(*x, v.sqrt()) as f32)).collect()
+    };
+    let (encode, decode) = (rows(encode, |x, deviation| x / deviation), rows(decode, |x, deviation| x * deviation));
     Ok(Transform { mean: moments.mean, variance, encode, decode })
 }
 
 /// Second moment of the group's queries in the frames of tiles at all distances, in units of squared score. (Each query at a quarter of them would do
 /// for SmolLM2, but not for a model of sharp heads: `docs/measurements.md`.)
-fn query_moment(kernels: &Kernels, s: &Sample, g: &Heads, rope: &Rope, head: usize, own: &HeadRows) -> Mat<f64> {
+fn query_moment(kernels: &Kernels, s: &Sample, g: &Heads, rope: &Rope, head: usize, own: &HeadRows) -> Option<DMatrix<f64>> {
     let (group, d) = (g.group(), g.d_k);
     let mut distances: Vec<i64> = DISTANCES.to_vec();
     while distances[distances.len() - 1] * 2 <= s.n_cells {
@@ -281,10 +299,7 @@ fn query_moment(kernels: &Kernels, s: &Sample, g: &Heads, rope: &Rope, head: usi
             }
         }
     }
-    if n == 0 {
-        return Mat::from_fn(d, d, |i, j| if i == j { 1.0 } else { 0.0 });
-    }
-    gram.finish(f64::from(s.scale) * f64::from(s.scale) / n as f64)
+    (n > 0).then(|| gram.finish(f64::from(s.scale) * f64::from(s.scale) / n as f64))
 }
 
 /// Multiply rows `a`, `b`, .. of a matrix by the orthonormal cosine transform of their number.
@@ -368,9 +383,8 @@ pub fn analyse(kernels: &Kernels, g: &Heads, rope: &Rope, s: &Sample, head: usiz
     let fitted = |rows: &[f32], d: usize| -> Vec<f32> {
         rows.chunks_exact(d).zip(s.rows).filter(|(_, place)| place.pos >= s.sinks).flat_map(|(row, _)| row).copied().collect()
     };
-    let k = transform(moments(kernels, &fitted(&framed, g.d_k), g.d_k), &query_moment(kernels, s, g, rope, head, own))?;
-    let identity = Mat::from_fn(g.d_v, g.d_v, |i, j| if i == j { 1.0 } else { 0.0 });
-    let v = transform(directions(kernels, &fitted(&own.v, g.d_v), g.d_v), &identity)?;
+    let k = transform(moments(kernels, &fitted(&framed, g.d_k), g.d_k), query_moment(kernels, s, g, rope, head, own))?;
+    let v = transform(directions(kernels, &fitted(&own.v, g.d_v), g.d_v), None)?;
     let bases = [&k, &v].map(|t| basis(t, [s.bits; BANDS]));
     let (dk, dv) = changes(kernels, s, rope, (&bases[0], &bases[1]), &framed, own);
     let Measured { errors, output } = measure(kernels, g, s, head, own, &dk, &dv);
@@ -644,8 +658,7 @@ mod tests {
     fn values_count_alike_whatever_their_size() {
         let (d, n) = (8, 400);
         let mut rows: Vec<f32> = noise(n * d, 5).iter().enumerate().map(|(i, x)| x * 0.7f32.powi((i % d) as i32)).collect();
-        let identity = Mat::from_fn(d, d, |i, j| if i == j { 1.0 } else { 0.0 });
-        let fit = |rows: &[f32]| transform(directions(kernels(), rows, d), &identity).unwrap();
+        let fit = |rows: &[f32]| transform(directions(kernels(), rows, d), None).unwrap();
         let even = fit(&rows);
         // A hundredth of the rows become a thousand times as large: nothing but the size of all changes.
         rows.chunks_exact_mut(d).step_by(100).for_each(|row| row.iter_mut().for_each(|x| *x *= 1000.0));

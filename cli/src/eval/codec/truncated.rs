@@ -3,8 +3,8 @@
 //!
 //! Owns its ranks and its arithmetic. The basis vectors stay exact, in the prototype's favour.
 
-use anyhow::{anyhow, Result};
-use faer::Mat;
+use anyhow::{Context, Result};
+use nalgebra::{DMatrix, SymmetricEigen};
 use spectral_kv::rope::{Rope, Turn};
 
 /// Rows of a block.
@@ -15,23 +15,22 @@ pub const RANK_K: usize = 16;
 pub const RANK_V: usize = 32;
 
 /// Coefficients `[row][rank]` and basis `[rank][d]` of the best approximation of that rank.
-fn decompose(x: &Mat<f64>, rank: usize) -> Result<(Mat<f64>, Mat<f64>)> {
-    let svd = x.thin_svd().map_err(|e| anyhow!("the singular values of a block did not converge: {e:?}"))?;
-    let rank = rank.min(x.ncols()).min(x.nrows());
-    let coefficients = Mat::from_fn(x.nrows(), rank, |i, j| svd.U()[(i, j)] * svd.S()[j]);
-    Ok((coefficients, svd.V().get(.., ..rank).transpose().to_owned()))
+fn decompose(x: &DMatrix<f64>, rank: usize) -> Result<(DMatrix<f64>, DMatrix<f64>)> {
+    // Right singular vectors are eigenvectors of `X^T X`.
+    let found = SymmetricEigen::try_new(x.tr_mul(x), f64::EPSILON, 30 * x.ncols());
+    let found = found.context("the singular values of a block did not converge")?;
+    let mut order: Vec<usize> = (0..x.ncols()).collect();
+    order.sort_by(|a, b| found.eigenvalues[*b].total_cmp(&found.eigenvalues[*a]));
+    order.truncate(rank.min(x.nrows()));
+    let vectors = found.eigenvectors.select_columns(&order);
+    Ok((x * &vectors, vectors.transpose()))
 }
 
 /// One step for all coefficients of the block.
-fn int8(x: &mut Mat<f64>) {
-    let mut largest = 0.0f64;
-    x.col_iter().for_each(|c| c.iter().for_each(|x| largest = largest.max(x.abs())));
+fn int8(x: &mut DMatrix<f64>) {
+    let largest = x.amax();
     let step = if largest == 0.0 { 1.0 } else { largest / 127.0 };
-    for j in 0..x.ncols() {
-        for i in 0..x.nrows() {
-            x[(i, j)] = (x[(i, j)] / step).round() * step;
-        }
-    }
+    x.apply(|x| *x = (*x / step).round() * step);
 }
 
 /// One head of a block: `rows[i]` stands at position `first + i`, and is rotated by `rope` if there is one.
@@ -46,7 +45,7 @@ pub fn round_trip(rows: &mut [&mut [f32]], rank: usize, rope: Option<&Rope>, fir
         }
     };
     turned(rows, -1);
-    let x = Mat::from_fn(rows.len(), rows[0].len(), |i, j| f64::from(rows[i][j]));
+    let x = DMatrix::from_fn(rows.len(), rows[0].len(), |i, j| f64::from(rows[i][j]));
     let (mut coefficients, basis) = decompose(&x, rank)?;
     int8(&mut coefficients);
     let rebuilt = &coefficients * &basis;
@@ -83,10 +82,10 @@ mod tests {
     #[test]
     fn low_rank_is_exact_before_the_codes() {
         let rows = low_rank(100);
-        let x = Mat::from_fn(100, 16, |i, j| f64::from(rows[i][j]));
+        let x = DMatrix::from_fn(100, 16, |i, j| f64::from(rows[i][j]));
         for (rank, exact) in [(2, false), (3, true), (16, true)] {
             let (c, b) = decompose(&x, rank).unwrap();
-            let wrong = (&c * &b - &x).norm_l2() / x.norm_l2();
+            let wrong = (&c * &b - &x).norm() / x.norm();
             assert_eq!(wrong < 1e-6, exact, "rank {rank}: {wrong}");
         }
     }
