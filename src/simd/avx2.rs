@@ -173,7 +173,7 @@ impl Unpack for Ymm {
                 let value = match WIDTH {
                     1 => one_bit(words[row / 32], row % 32),
                     2 => {
-                        let levels = _mm256_broadcast_ps(&*LEVELS_2.as_ptr().cast::<__m128>());
+                        let levels = _mm256_broadcast_ps(&_mm_loadu_ps(LEVELS_2.as_ptr()));
                         _mm256_permutevar_ps(levels, right(bytes[half / 8], 2 * group))
                     }
                     3 => {
