@@ -74,11 +74,12 @@ fn check(c: &Case, cache: &mut Cache, n_q: usize, seed: u64, masked: bool, sinks
     let (scale, softcap) = (f64::from(c.scoring.scale), f64::from(c.scoring.softcap));
     let reference = Reference { n_head: h, n_head_kv: kv, d_k: dk, d_v: dv, k: &k, v: &v, scale, softcap, sinks };
     let want = reference.attend(&q, n_q, |t, r| f64::from(mask[t * n + r]));
-    // Head by head: one wrong head must not hide among right ones. The reference sees keys rounded to f16, attention does not.
+    // Head by head: one wrong head must not hide among right ones. The reference sees rows rounded to f16, attention
+    // does not: half a unit.
     for head in 0..n_q * h {
         let range = head * dv..(head + 1) * dv;
         let error = rel_rms(out[range.clone()].iter().map(|x| f64::from(*x)), want[range].iter().copied());
-        assert!(error < 3e-3, "{:?} {:?} {n} rows, {n_q} queries, head {}: {error}", s, c.rope.pairing, head % h);
+        assert!(error < 2f64.powi(-12), "{:?} {:?} {n} rows, {n_q} queries, head {}: {error}", s, c.rope.pairing, head % h);
     }
 }
 
@@ -137,7 +138,7 @@ fn soft_cap_sinks_and_hidden_rows_have_ggml_semantics() {
 
 #[test]
 fn rebuilt_rows_are_the_rows_that_went_in() {
-    for (bits, worst) in [(8.0, 0.02), (4.0, 0.08), (2.0, 0.3)] {
+    for (bits, worst) in [(8.0, 0.014), (4.0, 0.075), (2.0, 0.26)] {
         let rope = RopeParams::plain(Pairing::Halves, 64, 10000.0);
         let c = case(4, 2, 64, 64, rope, bits);
         let (mut cache, x, _) = filled(&c, 1000, 50);
@@ -168,7 +169,7 @@ fn storing_in_pieces_stores_the_same_rows() {
     for step in [3, 64, 900] {
         // The fit sees other rows when it comes later, so codes differ; rows agree as far as both agree with the input.
         let (k, v) = rebuilt(step);
-        assert!(rel_rms(k, k1.iter().copied()) < 0.15 && rel_rms(v, v1.iter().copied()) < 0.25, "{step}");
+        assert!(rel_rms(k, k1.iter().copied()) < 0.15 && rel_rms(v, v1.iter().copied()) < 0.12, "{step}");
     }
     assert!(rebuilt(64) == rebuilt(64), "the same rows give the same codes");
 }
