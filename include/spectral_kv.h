@@ -504,7 +504,7 @@ skv_status skv_cache_create(const struct skv_config *config,
 void skv_cache_free(struct skv_cache *cache);
 
 /**
- * Store `n` rows: `q[n][n_head][d_k]` (the queries of the same tokens, which the fit looks at), `k[n][n_head_kv][d_k]` as the model gives them (roped) and
+ * Store `n` rows: `q[n][n_head][d_k]` (the queries of the same tokens, which are part of a fit's sample), `k[n][n_head_kv][d_k]` as the model gives them (roped) and
  * `v[n][n_head_kv][d_v]`, with their positions, ascending. On error nothing has changed.
  */
 skv_status skv_cache_append(struct skv_cache *cache,

@@ -374,8 +374,8 @@ skv_status skv_layer_wants_projection(const struct skv_layer *layer,
                                       int32_t *wants);
 
 /**
- * Store the step: seal tiles, move rows, write exact rows, look at heads for a fit and write bases when the plan says so. Runs after the
- * attention of the same step. Only threads that `skv_layer_wants_projection` look at `step->projection`.
+ * Store the step: seal tiles, move rows, write exact rows, study heads for a fit and write bases when the plan says so. Runs after the
+ * attention of the same step. Only threads for which `skv_layer_wants_projection` says so read `step->projection`.
  */
 skv_status skv_layer_append(const struct skv_layer *layer,
                             const struct skv_step *step,

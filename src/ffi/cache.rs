@@ -63,7 +63,7 @@ pub unsafe extern "C" fn skv_cache_free(cache: *mut skv_cache) {
     unsafe { free(cache) }
 }
 
-/// Store `n` rows: `q[n][n_head][d_k]` (the queries of the same tokens, which the fit looks at), `k[n][n_head_kv][d_k]` as the model gives them (roped) and
+/// Store `n` rows: `q[n][n_head][d_k]` (the queries of the same tokens, which are part of a fit's sample), `k[n][n_head_kv][d_k]` as the model gives them (roped) and
 /// `v[n][n_head_kv][d_v]`, with their positions, ascending. On error nothing has changed.
 ///
 /// # Safety

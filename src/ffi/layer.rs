@@ -147,8 +147,8 @@ impl BytesMut for Shared {
     }
 }
 
-/// Store the step: seal tiles, move rows, write exact rows, look at heads for a fit and write bases when the plan says so. Runs after the
-/// attention of the same step. Only threads that `skv_layer_wants_projection` look at `step->projection`.
+/// Store the step: seal tiles, move rows, write exact rows, study heads for a fit and write bases when the plan says so. Runs after the
+/// attention of the same step. Only threads for which `skv_layer_wants_projection` says so read `step->projection`.
 ///
 /// # Safety
 /// Pointers are valid for what they describe or NULL; nothing else uses the arena but the other threads of this call.

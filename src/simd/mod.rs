@@ -3,8 +3,8 @@
 //! What is computed stands once, over what an instruction set has for it: floats in [`dense`], coding in `encode`, tiles of codes in `tiles_float` and
 //! `tiles_whole`. What that is has a file for each set: `portable` for any target, `avx2`, `avx512`, and `vnni` for AVX-512 that multiplies bytes.
 //! `kernels` lists the kernels and compiles them for each [`Level`]; this file chooses one: the best that the CPU has, or what `SPECTRAL_KV_CPU_LEVEL`
-//! names (`portable`, `avx2`, `avx512`, `avx512vnni`). A name that is none of these, or one of a level that the CPU lacks, is an error. Sums run in a fixed order per level, so results repeat; levels differ in the last bits. Must not
-//! know about bases, cells or arenas: it sees slices.
+//! names (`portable`, `avx2`, `avx512`, `avx512vnni`). A name that is none of these, or one of a level that the CPU lacks, is an error. Sums run in a
+//! fixed order per level, so results repeat; levels differ in the last bits. Must not know about bases, cells or arenas: it sees slices.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;

@@ -8,15 +8,15 @@
 //! the rows for a tile gather, one change in a step.
 //! A table whose cells are all gone forgets its basis: what comes next gets the output it would get alone.
 //!
-//! Before there are bases, rows that leave the window wait in tiles of 8 bits per element. Plans say which heads to analyse for the fit (a
-//! study), in steps of few tokens a few at a time, in long ones all at once. The step after the last one writes the bases, and that one and
-//! the next ones code what waited: a tile for every token, so that no more rows come meanwhile than a tile has. Where rows come faster than they can wait, the step that finds no
-//! room studies and fits at once. With a calibration the first step with rows is the one that "fits": it has nothing to study.
+//! Before there are bases, rows that leave the window wait in tiles of 8 bits per element (6 in small contexts). Plans say which heads to analyse for
+//! the fit (a study), in steps of few tokens a few at a time, in long ones all at once. The step after the last one writes the bases and codes what
+//! waited. Where rows come faster than they can wait, the step that finds no room studies and fits at once. With a calibration the first step with rows
+//! is the one that "fits": it has nothing to study.
 //!
 //! The bases may fit what came first and not what comes later, and few rows make worse ones than many. Layers note how well the newest rows would be
 //! coded; where that has become worse, or there is room for many more rows than the bases were fitted on, rows wait once more for another fit.
-//! Then the tiles that there are, now in the former bases, are coded again, each into a free one: layers change their bases one after another, so
-//! what a step empties is filled in a later one.
+//! Then the tiles that there are, now in the former bases, are coded again, as many in a step as it has tokens, each into a free one: layers change their
+//! bases one after another, so what a step empties is filled in a later one.
 //!
 //! `step` decides where the rows of a step go, `fit` when bases are fitted and on what, `tiles` how room is made, `restore` where saved rows go; `places`
 //! keeps where every row is, and `cells` compares that with what the caller says.
