@@ -23,7 +23,7 @@ const STATES: [(&str, usize, f64, f64); 3] = [("exact", 20, 0.0, 3.0907), ("wait
 fn number(kind: u32, layer: u32, token: u32, i: u32) -> f32 {
     let x = (token.wrapping_mul(0x9e37_79b1) ^ (kind * 7919 + layer * 104_729 + i * 31)).wrapping_mul(0x85eb_ca6b);
     let x = (x ^ x >> 15).wrapping_mul(0xc2b2_ae35);
-    ((x >> 16) % 511) as f32 / 256.0 - 255.0 / 256.0 + if kind == 2 && i % 5 == 0 { 0.5 } else { 0.0 }
+    ((x >> 16) % 511) as f32 / 256.0 - 255.0 / 256.0 + if kind == 2 && i.is_multiple_of(5) { 0.5 } else { 0.0 }
 }
 
 /// Rows of tokens: each element half as large as the one 4 before it.
