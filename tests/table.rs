@@ -6,12 +6,12 @@ mod common;
 use common::{ModelRow, Random, Stream};
 use proptest::prelude::*;
 use spectral_kv::cache::plan::Change;
-use spectral_kv::cache::{plan, Cells, Plan};
+use spectral_kv::cache::{plan, Cells, Geometry, Plan, Table};
 use spectral_kv::codec::calibration::Calibration;
 use spectral_kv::config::{Config, LayerShape};
 use spectral_kv::error::Error;
 use spectral_kv::rope::{Pairing, RopeParams};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 /// With codes of nearly 8 bits a coded row is off by less than this.
 const NEAR: f64 = 0.05;
@@ -374,6 +374,35 @@ fn a_full_context_always_finds_tiles() {
                 }
             }
             s.check(NEAR);
+        }
+    }
+}
+
+#[test]
+fn a_context_is_filled_in_steps_of_any_length() {
+    // The table alone: where rows go does not depend on what layers find.
+    let small = [LayerShape { n_head: 4, n_head_kv: 2, d_k: 64, d_v: 64 }, LayerShape { n_head: 2, n_head_kv: 1, d_k: 128, d_v: 128 }];
+    let many = [LayerShape { n_head: 9, n_head_kv: 3, d_k: 64, d_v: 64 }; 12];
+    for shapes in [&small[..], &many[..]] {
+        for (n_cells, ratio, n_tokens) in [(2048, 4.0, 512), (4096, 8.0, 512), (5000, 5.0, 512), (6000, 8.0, 512), (6000, 4.0, 64), (8192, 8.0, 2048)]
+        {
+            for length in [1, 7, 50, 64, 65, 130, 500, n_tokens as usize].into_iter().filter(|n| *n <= n_tokens as usize) {
+                let config = Config { n_cells, ratio, n_tokens, ..Config::default() };
+                let geometry = Arc::new(Geometry::new(&config, shapes).unwrap());
+                let (mut table, n) = (Table::new(geometry.clone(), Arc::default()), n_cells as usize);
+                let (mut pos, mut seq) = (vec![-1; n], vec![-1; n]);
+                let mut out = vec![0; plan::capacity(&geometry, n_tokens as usize)];
+                for from in (0..n).step_by(length) {
+                    let new: Vec<u32> = (from..(from + length).min(n)).map(|cell| cell as u32).collect();
+                    for cell in &new {
+                        (pos[*cell as usize], seq[*cell as usize]) = (*cell as i32, 0);
+                    }
+                    let done = table.plan(Cells { pos: &pos, seq: &seq }, &new, &mut out).and_then(|_| table.commit());
+                    done.unwrap_or_else(|e| {
+                        panic!("{n_cells} cells, ratio {ratio}, {length} of {n_tokens} tokens, {} layers, at {from}: {e}", shapes.len())
+                    });
+                }
+            }
         }
     }
 }

@@ -99,7 +99,6 @@ impl Table {
         let room = tiles.room_to_wait();
         data.shared = g.config.calibrated || self.study.is_some_and(|s| s.heads == g.n_heads());
         if self.fitted && !data.shared && leaving > room {
-            // Rows come faster than they can wait for another fit: the present bases have to do.
             return None;
         }
         data.fit = data.shared || leaving > room;

@@ -88,6 +88,8 @@ struct Pending {
     data: PlanData,
     /// [`Table::study`] after it.
     study: Option<Progress>,
+    /// Rows wait no longer for another fit.
+    gives_up: bool,
     /// Position and sequence of every new token.
     token_places: Vec<(i32, i32)>,
     /// In the order of the tiles that are filled: when their rows were sealed, and of each its cell and its `turn - position`.
@@ -223,8 +225,7 @@ impl Table {
             self.take_over_fit(&p);
         }
         if with_tokens || p.data.fit {
-            // What was begun and is not gone on with is over.
-            if p.study.is_none() && !p.data.fit && self.study.is_some() {
+            if p.gives_up {
                 self.give_up();
                 self.refit_room = 0;
             }

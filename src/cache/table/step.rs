@@ -56,6 +56,8 @@ impl Table {
 
         let mut tiles = Tiles::new(self);
         let mut study = self.prepare_fit(&mut data, &tiles, cells, new, leaving.len());
+        // Rows come faster than they can wait for another fit: the present bases have to do.
+        let gives_up = self.refit_room > 0 && !data.fit && leaving.len() > tiles.room_to_wait();
         // Rows of a long step that are coded in it were in no sample: heads are studied once more.
         let studies_again = data.fit && data.shared && !self.fitted && self.geometry.keeps_queries() && new.len() > window;
         self.keep_queries(&mut data, new, studies_again);
@@ -74,7 +76,7 @@ impl Table {
         data.changes = tiles.changes;
         self.slots(&mut data, new)?;
         let token_places = new.iter().map(|c| (cells.pos[*c as usize], cells.seq[*c as usize])).collect();
-        Ok(Pending { data, study, token_places, sealed: tiles.sealed_rows })
+        Ok(Pending { data, study, gives_up, token_places, sealed: tiles.sealed_rows })
     }
 
     /// Fill tiles with the rows that leave, and make those changes to others for which it is time.
