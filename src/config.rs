@@ -1,8 +1,7 @@
 //! What a user asks for, the checks of it and its defaults: a cache's [`Config`], the heads of a layer and how its products
 //! become scores.
 //!
-//! The ground floor: every other module may look here. Must not know what follows from it, sizes and formats included ([`crate::layout`],
-//! [`crate::cache::geometry`]).
+//! The ground floor: every other module may look here. Must not know what follows from it, sizes and formats included ([`crate::layout`]).
 
 use crate::error::{argument, Error, Result};
 

@@ -1,13 +1,13 @@
-//! Views of an arena: which bytes are what. The layout is described in [`super::geometry`].
+//! Views of an arena: which bytes are what. The layout is described in [`crate::layout::geometry`].
 //!
 //! An arena of zeros is valid and empty, so that a caller may allocate it as it likes. It holds no pointers; a copy of its
 //! bytes is a copy of its contents. Must not know about threads: it hands out slices.
 
-use super::geometry::{waiting_form, Geometry, HeadRanges, Kind, FORMER, WAITING};
 use crate::attention::HeadBases;
 use crate::codec::Basis;
 use crate::error::{Error, Result};
-use crate::layout::{f16s, f16s_mut, Fine, Heads, TileForm, BANDS, QUERY_SLOTS};
+use crate::layout::geometry::{waiting_form, Geometry, HeadRanges, Kind, FORMER, WAITING};
+use crate::layout::{basis, f16s, f16s_mut, Fine, Heads, TileForm, BANDS, QUERY_SLOTS};
 use half::f16;
 use std::ops::Range;
 
@@ -67,8 +67,8 @@ pub fn set_epoch(record: &mut [u8], epoch: i32) {
 
 /// Keep a head's record and what its bases need to decode as the former ones, before others take their place.
 pub fn keep_former(h: &Heads, bytes: &mut impl BytesMut, r: &HeadRanges) {
-    let (k, v) = bytes.get(r.bases.clone()).split_at(Basis::bytes_of(h.d_k));
-    let kept = [bytes.get(r.record.clone()), &k[..Basis::decoder_bytes_of(h.d_k)], &v[..Basis::decoder_bytes_of(h.d_v)]].concat();
+    let (k, v) = bytes.get(r.bases.clone()).split_at(basis::bytes_of(h.d_k));
+    let kept = [bytes.get(r.record.clone()), &k[..basis::decoder_bytes_of(h.d_k)], &v[..basis::decoder_bytes_of(h.d_v)]].concat();
     bytes.get_mut(r.former.clone()).copy_from_slice(&kept);
 }
 
@@ -132,8 +132,8 @@ impl Pieces {
         let d = g.layers[layer].d_k;
         let bands = |record: &[u8], bases: &[u8], k_bytes: usize| bands(g, layer, head, record, bases.split_at(k_bytes));
         Ok(Pieces {
-            fitted: fitted.then(|| bands(bytes.get(r.record.clone()), bytes.get(r.bases.clone()), Basis::bytes_of(d))).transpose()?,
-            former: former.then(|| bands(bytes.get(r.former_record()), bytes.get(r.former_bases()), Basis::decoder_bytes_of(d))).transpose()?,
+            fitted: fitted.then(|| bands(bytes.get(r.record.clone()), bytes.get(r.bases.clone()), basis::bytes_of(d))).transpose()?,
+            former: former.then(|| bands(bytes.get(r.former_record()), bytes.get(r.former_bases()), basis::decoder_bytes_of(d))).transpose()?,
             waiting,
             ends: std::array::from_fn(|band| g.band(band).end),
             first_former: g.former(0),
@@ -174,7 +174,7 @@ fn bands(g: &Geometry, layer: usize, head: usize, record: &[u8], (k, v): (&[u8],
         return Err(Error::Data("the arena has no bases, or is of another version".into()));
     }
     let h = &g.layers[layer];
-    let (k, v) = (Basis::widths_of(k), Basis::widths_of(v));
+    let (k, v) = (basis::widths_of(k), basis::widths_of(v));
     let mut bands = [(0, 0, waiting_form(h, g.waiting_bits)); BANDS];
     for (band, place) in bands.iter_mut().enumerate() {
         if k[band].rank() > h.d_k || v[band].rank() > h.d_v {
@@ -223,7 +223,7 @@ pub struct AllBases<B = (Basis, Basis)>([B; 3]);
 impl<B: HeadBasis> AllBases<B> {
     /// Read stored bases, fitted and former ones, and those of rows that wait in so many bits, as far as they are there: what is empty is not.
     pub fn read(&mut self, h: &Heads, [fitted, former]: [&[u8]; 2], (plain, bits): (&[u8], u32), to_encode: bool) -> Result<()> {
-        let k_bytes = [Basis::bytes_of(h.d_k), Basis::decoder_bytes_of(h.d_k)];
+        let k_bytes = [basis::bytes_of(h.d_k), basis::decoder_bytes_of(h.d_k)];
         let both = [(fitted, Bases::Fitted, to_encode), (former, Bases::Former, false)];
         for ((stored, which, to_encode), k_bytes) in both.into_iter().zip(k_bytes) {
             if !stored.is_empty() {

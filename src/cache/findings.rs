@@ -3,8 +3,8 @@
 //! One for all layers of a cache, on the heap. A study is one fit of one stream; who misses it studies again. Must not know about arenas, nor how
 //! a head is analysed.
 
-use super::geometry::{overhead_bytes, Geometry};
 use crate::codec::fit::{relative_errors, share, HeadSpectrum, LEAST};
+use crate::layout::geometry::{overhead_bytes, Geometry};
 use crate::layout::{BANDS, TILE};
 use std::collections::BTreeMap;
 use std::ops::Range;

@@ -10,7 +10,7 @@ use super::plan::{Plan, SealRow, Source};
 use crate::codec::fit::{self, HeadSpectrum, Place, Residual, Sample};
 use crate::codec::Basis;
 use crate::error::{Error, Result};
-use crate::layout::BANDS;
+use crate::layout::{basis, BANDS};
 use crate::simd;
 use std::sync::Arc;
 
@@ -83,7 +83,7 @@ impl Layer {
     fn write_bases(&self, head: usize, bytes: &mut impl BytesMut, found: &HeadSpectrum, share: &Share, plan: &Plan) -> Result<()> {
         let (g, r) = (self.shape(), self.geometry.head(self.index, head));
         let (k, v) = found.bases(share.bits);
-        let (bk, bv) = bytes.get_mut(r.bases).split_at_mut(Basis::bytes_of(g.d_k));
+        let (bk, bv) = bytes.get_mut(r.bases).split_at_mut(basis::bytes_of(g.d_k));
         k.store(bk);
         v.store(bv);
         let rows = ExactRows::new(g, bytes.get(r.exact))?;
@@ -107,10 +107,10 @@ impl Layer {
         if promise <= 0.0 {
             return Ok(());
         }
-        let mut basis = Basis::default();
-        basis.load_encoder(&bytes.get(r.bases)[Basis::bytes_of(g.d_k)..], g.d_v)?;
+        let mut encoder = Basis::default();
+        encoder.load_encoder(&bytes.get(r.bases)[basis::bytes_of(g.d_k)..], g.d_v)?;
         for (token, _) in plan.recents() {
-            let error = basis.relative_error(BANDS - 1, step.v.head(token, head, g.d_v));
+            let error = encoder.relative_error(BANDS - 1, step.v.head(token, head, g.d_v));
             self.findings.add_drift(plan.stream, f64::from(error / promise));
         }
         Ok(())

@@ -1,11 +1,11 @@
 //! One KV head of a layer, to read: its exact rows and its pieces of tiles, as plans name them. Must not know who reads them, nor why.
 
 use super::arena::{AllBases, ExactRows, HeadBasis, Pieces};
-use super::geometry::{HeadRanges, Kind, FORMER, WAITING};
 use super::input::Rows;
 use super::layer::Layer;
 use super::plan::{Plan, Source, TileView};
 use crate::error::Result;
+use crate::layout::geometry::{HeadRanges, Kind, FORMER, WAITING};
 use crate::layout::TileForm;
 use crate::rope::Turn;
 

@@ -6,7 +6,6 @@
 
 use super::arena::BytesMut;
 use super::findings::Findings;
-use super::geometry::Geometry;
 use super::input::{Rows, Step};
 use super::plan::{self, Change, Plan};
 use super::stats::Counters;
@@ -14,6 +13,7 @@ use super::{arena, findings};
 use crate::codec::calibration::Calibration;
 use crate::config::Scoring;
 use crate::error::{argument, Error, Result};
+use crate::layout::geometry::Geometry;
 use crate::layout::{Heads, MAX_QUERIES, TILE};
 use crate::rope::{Rope, RopeParams};
 use std::ops::Range;
@@ -42,6 +42,7 @@ pub struct Layer {
 impl Layer {
     /// Layer `index` of a geometry; keys are stored un-rotated until a rope is set. All layers of a cache share their findings.
     pub fn new(geometry: Arc<Geometry>, findings: Arc<Findings>, index: usize) -> Result<Self> {
+        crate::simd::check_level()?;
         let Some(h) = geometry.layers.get(index) else {
             return argument(format!("layer {index} of {}", geometry.layers.len()));
         };

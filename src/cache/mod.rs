@@ -1,13 +1,12 @@
 //! The cache: which row is where, and what is done with the rows.
 //!
-//! [`geometry`] says how large everything is; [`Table`] (host side of a stream) makes [`plan`]s; [`Layer`] carries them out on [`arena`]s that the
+//! [`Geometry`] says how large everything is and where it lies; [`Table`] (host side of a stream) makes [`plan`]s; [`Layer`] carries them out on [`arena`]s that the
 //! caller owns; [`Cache`] owns all of these for a plain user. Must not know about C or llama.cpp.
 
 pub mod arena;
 mod attend;
 pub mod findings;
 mod fit;
-pub mod geometry;
 mod handle;
 mod head;
 mod input;
@@ -20,9 +19,9 @@ mod stats;
 mod store;
 mod table;
 
+pub use crate::layout::geometry::{Geometry, SizeReport};
 pub use attend::Call;
 pub use findings::Findings;
-pub use geometry::{Geometry, SizeReport};
 pub use handle::Cache;
 pub use input::{Rows, Step};
 pub use layer::Layer;

@@ -3,8 +3,8 @@
 //! A plan is what the table tells the layers. It can be copied, sent to a device and replayed; it holds no pointers.
 //! Sections follow the header in the order of the fields of [`Plan`]. Must not know what a row contains.
 
-use super::geometry::Geometry;
 use crate::error::{Error, Result};
+use crate::layout::geometry::Geometry;
 use crate::layout::{BANDS, QUERY_SLOTS, RECENT_QUERIES, TILE};
 
 const MAGIC: i32 = 0x534b_5650;

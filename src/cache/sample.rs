@@ -3,13 +3,13 @@
 //! Must not know what is found in them, nor when a fit is due.
 
 use super::arena::{self, AllBases, Bytes, ExactRows, Pieces};
-use super::geometry::HeadRanges;
 use super::input::Step;
 use super::layer::Layer;
 use super::plan::{Plan, SealRow, Source};
 use crate::codec::fit::{HeadRows, Place};
 use crate::codec::{self, TileWork};
 use crate::error::{argument, Result};
+use crate::layout::geometry::HeadRanges;
 use crate::layout::{FINE_ROWS, NO_ROW, QUERY_SLOTS, TILE};
 use crate::rope::Turn;
 use crate::simd;

@@ -3,12 +3,12 @@
 //! Must not know why a plan does what it does.
 
 use super::arena::{self, AllBases, Bytes, BytesMut, ExactRows, Pieces};
-use super::geometry::HeadRanges;
 use super::input::{Rows, Step};
 use super::layer::Layer;
 use super::plan::{Change, FillingView, Plan, Source};
 use crate::codec::{self, TileWork};
 use crate::error::Result;
+use crate::layout::geometry::HeadRanges;
 use crate::layout::{FINE_ROWS, QUERY_SLOTS, RECENT_QUERIES, TILE};
 use crate::rope::Turn;
 use crate::simd::{self, MatMut, MatRef};

@@ -4,16 +4,11 @@
 //! the first few. All coefficients are kept, because the residual of fine rows is coded in all of them. Must not know how coefficients are coded.
 
 use crate::error::{Error, Result};
+use crate::layout::basis::{bytes_of, decoder_bytes_of, widths_of, HAS_MEAN, HEADER_BYTES};
 use crate::layout::{quant, stored_f16s, Widths, BANDS};
 use crate::simd::{self, MatMut, MatRef};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
-
-/// Bytes in front of a stored basis: its widths, and whether it has a mean.
-pub const BASIS_HEADER_BYTES: usize = 48;
-/// Where the header says that.
-const HAS_MEAN: usize = 2 * BANDS * Widths::BITS.len();
-const _: () = assert!(HAS_MEAN < BASIS_HEADER_BYTES);
 
 /// What is fitted for one head, K or V.
 #[derive(Debug, Clone, Default)]
@@ -46,22 +41,6 @@ pub(super) fn row_scale(row: &[f32]) -> f32 {
 }
 
 impl Basis {
-    /// Bytes of the stored basis of heads of `d` elements.
-    pub const fn bytes_of(d: usize) -> usize {
-        (BASIS_HEADER_BYTES + 16 * d + 4 * d * d).next_multiple_of(64)
-    }
-
-    /// How many of these, from the first on, are enough to decode.
-    pub const fn decoder_bytes_of(d: usize) -> usize {
-        (BASIS_HEADER_BYTES + 16 * d + 2 * d * d).next_multiple_of(64)
-    }
-
-    /// Widths of a stored basis.
-    pub fn widths_of(bytes: &[u8]) -> [Widths; BANDS] {
-        let count = |i: usize| usize::from(u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]));
-        std::array::from_fn(|band| Widths { counts: std::array::from_fn(|i| count(band * Widths::BITS.len() + i)) })
-    }
-
     /// Each element by itself in so many bits, less `mean` (nothing for values) and divided by `scale`: for rows that wait for a fit. All bands are
     /// the same.
     pub fn diagonal(mean: &[f32], scale: &[f32], bits: u32) -> Self {
@@ -82,8 +61,7 @@ impl Basis {
         }
     }
 
-    /// Write in stored form: widths, mean, then per coefficient a decode scale, encode scale and weight in f32, then both
-    /// matrices in f16 in this order, rows divided by their scale.
+    /// Write in stored form ([`crate::layout::basis`]).
     pub fn store(&self, bytes: &mut [u8]) {
         let d = self.d;
         bytes.fill(0);
@@ -91,7 +69,7 @@ impl Basis {
             bytes[2 * i..2 * i + 2].copy_from_slice(&(n as u16).to_le_bytes());
         }
         bytes[HAS_MEAN] = u8::from(!self.mean.is_empty());
-        let (floats, matrices) = bytes[BASIS_HEADER_BYTES..].split_at_mut(16 * d);
+        let (floats, matrices) = bytes[HEADER_BYTES..].split_at_mut(16 * d);
         for (i, m) in self.mean.iter().enumerate() {
             put_f32(floats, i, *m);
         }
@@ -138,15 +116,15 @@ impl Basis {
     }
 
     fn read(&mut self, bytes: &[u8], d: usize, wanted: [bool; 2]) -> Result<()> {
-        let need = if wanted[1] { Self::bytes_of(d) } else { Self::decoder_bytes_of(d) };
+        let need = if wanted[1] { bytes_of(d) } else { decoder_bytes_of(d) };
         if bytes.len() < need {
             return Err(Error::Data(format!("a basis for heads of {d} elements in {} bytes", bytes.len())));
         }
-        (self.d, self.widths) = (d, Self::widths_of(bytes));
+        (self.d, self.widths) = (d, widths_of(bytes));
         if let Some(w) = self.widths.iter().find(|w| w.rank() > d) {
             return Err(Error::Data(format!("a basis of rank {} for heads of {d} elements", w.rank())));
         }
-        let (floats, matrices) = bytes[BASIS_HEADER_BYTES..].split_at(16 * d);
+        let (floats, matrices) = bytes[HEADER_BYTES..].split_at(16 * d);
         self.mean.clear();
         self.mean.extend((0..if bytes[HAS_MEAN] == 0 { 0 } else { d }).map(|i| f32_at(floats, i)));
         self.weight.clear();

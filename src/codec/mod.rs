@@ -10,6 +10,6 @@ pub mod fit;
 mod measure;
 mod tile;
 
-pub use basis::{Basis, BASIS_HEADER_BYTES};
+pub use basis::Basis;
 pub(crate) use tile::coefficients;
 pub use tile::{decode_row, decode_tile, encode_row, encode_tile, recode_tile, Coded, CodedMut, TileWork};

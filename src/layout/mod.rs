@@ -1,10 +1,13 @@
 //! What bytes mean: the numbers and formats that codec, kernels and cache read alike.
 //!
 //! A tile's bytes ([`tile`]), those of a row taken out of one ([`row`]), how many coefficients have which width ([`Widths`]), which values codes and gain
-//! bytes stand for ([`quant`], [`gain`]), and the numbers that everything counts with. The floor above [`crate::config`] and [`crate::error`], which are
-//! all of this crate that it may know: not who computes with these bytes, nor where they lie.
+//! bytes stand for ([`quant`], [`gain`]), a stored [`basis`], where all of these lie in a stream's arena and how large it is ([`geometry`]), and the numbers
+//! that everything counts with. The floor above [`crate::config`] and [`crate::error`], which are all of this crate that it may know: not who computes
+//! with these bytes.
 
+pub mod basis;
 pub mod gain;
+pub mod geometry;
 pub mod quant;
 pub mod row;
 pub mod tile;

@@ -9,11 +9,11 @@
 //! rows are coded relative to, and its rows: exact ones in f16, packed codes of others; queries; CRC-32 of all that. Must not know C.
 
 use crate::cache::arena::{self, AllBases, ExactRows, Pieces};
-use crate::cache::geometry::{waiting_form, HeadRanges, Kind, FORMER, KINDS, WAITING, WAITING_BITS};
 use crate::cache::{Cells, Geometry, Layer, Location, Restore, Table};
-use crate::codec::{self, Basis};
+use crate::codec;
 use crate::error::{argument, Error, Result};
-use crate::layout::{Fine, Heads, TileForm, BANDS, TILE};
+use crate::layout::geometry::{waiting_form, HeadRanges, Kind, FORMER, KINDS, WAITING, WAITING_BITS};
+use crate::layout::{basis, Fine, Heads, TileForm, BANDS, TILE};
 use crate::rope::Turn;
 use crate::simd;
 use half::f16;
@@ -22,7 +22,7 @@ use std::ops::Range;
 const MAGIC: u64 = u64::from_le_bytes(*b"SKVSTATE");
 const VERSION: u32 = 6;
 const EXACT: u8 = 1;
-/// Plus the [`crate::cache::geometry::Kind`].
+/// Plus the [`crate::layout::geometry::Kind`].
 const CODED: u8 = 2;
 /// Magic, version, shape hash, whether there are bases, number of cells.
 const HEADER_BYTES: usize = 24;
@@ -312,7 +312,7 @@ fn parse_head<'a>(
     let (plain, recent) = (r.take(ranges.plain.len())?, r.take(ranges.recent.len())?);
     let waiting = waiting_form(h, waiting_bits);
     let mut forms = [waiting; KINDS];
-    let k_bytes = [Basis::bytes_of(h.d_k), Basis::decoder_bytes_of(h.d_k)];
+    let k_bytes = [basis::bytes_of(h.d_k), basis::decoder_bytes_of(h.d_k)];
     for ((first, bases), k_bytes) in [(0, bases), (FORMER, former)].into_iter().zip(k_bytes).filter(|((_, bases), _)| !bases.is_empty()) {
         forms[first..first + BANDS].copy_from_slice(&saved_forms(h, bases.split_at(k_bytes))?);
     }
@@ -330,7 +330,7 @@ fn parse_head<'a>(
 
 /// How rows of a state are coded in these bases, by band.
 fn saved_forms(h: &Heads, (k, v): (&[u8], &[u8])) -> Result<[TileForm; BANDS]> {
-    let (k, v) = (Basis::widths_of(k), Basis::widths_of(v));
+    let (k, v) = (basis::widths_of(k), basis::widths_of(v));
     if k.iter().any(|w| w.rank() > h.d_k) || v.iter().any(|w| w.rank() > h.d_v) {
         return Err(Error::Data("state: more coefficients than elements".into()));
     }

@@ -36,9 +36,9 @@ pub use places::Location;
 pub use restore::Restore;
 
 use super::findings::Findings;
-use super::geometry::Geometry;
 use super::plan::{self, PlanData};
 use crate::error::{argument, Error, Result};
+use crate::layout::geometry::Geometry;
 use crate::layout::{QUERY_SLOTS, RECENT_QUERIES, TILE};
 use fit::Progress;
 use places::{Places, NOWHERE};

@@ -3,8 +3,8 @@
 //! Cells and the rows' places point at each other. Must not know why rows go where they go.
 
 use super::Cells;
-use crate::cache::geometry::Geometry;
 use crate::cache::plan::{Change, Filling, Source};
+use crate::layout::geometry::Geometry;
 use crate::layout::TILE;
 use std::sync::Arc;
 

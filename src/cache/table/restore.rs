@@ -2,8 +2,8 @@
 
 use super::places::NOWHERE;
 use super::{Cells, Table};
-use crate::cache::geometry::{Kind, FORMER, WAITING};
 use crate::error::{Error, Result};
+use crate::layout::geometry::{Kind, FORMER, WAITING};
 use crate::layout::{anchor, BANDS, QUERY_SLOTS, RECENT_QUERIES, TILE};
 
 /// Where the rows of a saved state go; per-cell vectors are in the order of the cells given.

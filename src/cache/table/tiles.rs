@@ -1,9 +1,9 @@
 //! The tiles as they will be after a step: makes room in bands, and notes the changes that takes. Must not know which rows are sealed, nor why.
 
 use super::Table;
-use crate::cache::geometry::Geometry;
 use crate::cache::plan::{Change, Filling};
 use crate::error::{Error, Result};
+use crate::layout::geometry::Geometry;
 use crate::layout::{BANDS, TILE};
 use std::ops::Range;
 

@@ -1,7 +1,7 @@
 //! Where everything lies in a stream's arena. The layout is described in [`super`]. Must not know how sizes came about.
 
 use super::{align, query_bytes, waiting_form, Geometry, RECORD_BYTES};
-use crate::codec::Basis;
+use crate::layout::basis;
 use crate::layout::{Heads, TileForm, BANDS, QUERY_SLOTS, RECENT_QUERIES};
 use std::ops::Range;
 
@@ -14,7 +14,7 @@ pub struct HeadRanges {
     pub bases: Range<usize>,
     /// Of waiting rows: mean and scale of K, scale of V, f32.
     pub plain: Range<usize>,
-    /// Recent queries, see [`super::arena::put_query`].
+    /// Recent queries, see [`crate::cache::arena::put_query`].
     pub recent: Range<usize>,
     /// Exact rows, f16.
     pub exact: Range<usize>,
@@ -37,7 +37,7 @@ impl HeadRanges {
 
 /// Bytes of a record and of what bases need to decode.
 fn former_bytes(h: &Heads) -> usize {
-    RECORD_BYTES + Basis::decoder_bytes_of(h.d_k) + Basis::decoder_bytes_of(h.d_v)
+    RECORD_BYTES + basis::decoder_bytes_of(h.d_k) + basis::decoder_bytes_of(h.d_v)
 }
 
 impl Geometry {
@@ -60,7 +60,7 @@ impl Geometry {
         if self.tiles == 0 {
             return [RECORD_BYTES, 0, 0, 0, exact];
         }
-        let bases = Basis::bytes_of(h.d_k) + Basis::bytes_of(h.d_v);
+        let bases = basis::bytes_of(h.d_k) + basis::bytes_of(h.d_v);
         [RECORD_BYTES, bases, align(4 * (2 * h.d_k + h.d_v), 64), query_bytes(h, RECENT_QUERIES), exact]
     }
 

@@ -159,7 +159,7 @@ fn query_bytes(h: &Heads, slots: usize) -> usize {
     align(slots * h.group() * (h.d_k + 4), 64)
 }
 
-/// Host bytes of the table of one stream ([`super::Table`]).
+/// Host bytes of the table of one stream ([`crate::cache::Table`]).
 fn table_bytes(g: &Geometry) -> usize {
     // Location of a cell; cell and turn of a coded row; live rows and age of a tile; cell and position of a slot; query places.
     let tiles = g.tiles + g.waiting;
@@ -170,7 +170,6 @@ impl Geometry {
     /// Check a configuration and compute every size.
     pub fn new(config: &Config, shapes: &[LayerShape]) -> Result<Self> {
         config.check()?;
-        crate::simd::check_level()?;
         if shapes.is_empty() || shapes.len() > 4096 {
             return Err(Error::Config(format!("{} layers; 1 to 4096 are possible", shapes.len())));
         }
