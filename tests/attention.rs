@@ -69,7 +69,7 @@ fn check(c: &Case, cache: &mut Cache, n_q: usize, seed: u64, masked: bool, sinks
     let mut out = vec![f32::NAN; n_q * h * dv];
     let rows = Rows::new(&q, n_q, h * dk, dk, h, dk).unwrap();
     let m = if masked { Mask::F32 { values: &mask, stride: n, n_kv: n } } else { Mask::All };
-    cache.attend(&rows, c.scoring, m, sinks.unwrap_or(&[]), &mut out).unwrap();
+    cache.attend(&rows, m, sinks.unwrap_or(&[]), &mut out).unwrap();
     let (k, v) = (widen(&k), widen(&v));
     let (scale, softcap) = (f64::from(c.scoring.scale), f64::from(c.scoring.softcap));
     let reference = Reference { n_head: h, n_head_kv: kv, d_k: dk, d_v: dv, k: &k, v: &v, scale, softcap, sinks };
@@ -117,7 +117,7 @@ fn every_length_around_tiles_and_the_fit_is_right() {
     let mut empty = Cache::new(&c.config, c.shape, &c.rope, c.scoring, &[]).unwrap();
     let q = vec![1.0; 4 * 64];
     let mut out = vec![f32::NAN; 4 * 64];
-    empty.attend(&Rows::new(&q, 1, 256, 64, 4, 64).unwrap(), c.scoring, Mask::All, &[], &mut out).unwrap();
+    empty.attend(&Rows::new(&q, 1, 256, 64, 4, 64).unwrap(), Mask::All, &[], &mut out).unwrap();
     assert!(out.iter().all(|x| *x == 0.0), "no rows give zeros");
 }
 
@@ -132,7 +132,7 @@ fn soft_cap_sinks_and_hidden_rows_have_ggml_semantics() {
     let mut out = vec![f32::NAN; 4 * 64];
     let hidden = vec![f32::NEG_INFINITY; 700];
     let mask = Mask::F32 { values: &hidden, stride: 700, n_kv: 700 };
-    cache.attend(&Rows::new(&q, 1, 256, 64, 4, 64).unwrap(), c.scoring, mask, &[], &mut out).unwrap();
+    cache.attend(&Rows::new(&q, 1, 256, 64, 4, 64).unwrap(), mask, &[], &mut out).unwrap();
     assert!(out.iter().all(|x| *x == 0.0), "a query that sees nothing gives zeros");
 }
 
@@ -194,7 +194,7 @@ fn adversarial_magnitudes_stay_finite() {
     let rows = |x, heads: usize| Rows::new(x, n as usize, heads * 64, 64, heads, 64).unwrap();
     cache.append(&positions, &rows(&q, 2), &rows(&k, 1), &rows(&v, 1)).unwrap();
     let mut out = vec![f32::NAN; 128];
-    cache.attend(&Rows::new(&q[..128], 1, 128, 64, 2, 64).unwrap(), c.scoring, Mask::All, &[], &mut out).unwrap();
+    cache.attend(&Rows::new(&q[..128], 1, 128, 64, 2, 64).unwrap(), Mask::All, &[], &mut out).unwrap();
     assert!(out.iter().all(|x| x.is_finite()));
 }
 
