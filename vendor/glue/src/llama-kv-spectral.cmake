@@ -25,8 +25,7 @@ endif()
 
 target_link_libraries(llama PRIVATE spectral_kv)
 
-# The symbols of the library must not be exported from libllama.so: calls to exported symbols go through the lazy binder, which
-# clobbers registers that the matrix kernels inside the library (assembly with a calling convention of its own) rely on.
+# The symbols of the library, those of Rust's standard library among them, stay inside of libllama.so.
 if (NOT WIN32 AND NOT APPLE)
     get_filename_component(LLAMA_KV_SPECTRAL_NAME "${LLAMA_KV_SPECTRAL_LIB}" NAME)
     target_link_options(llama PRIVATE "LINKER:--exclude-libs,${LLAMA_KV_SPECTRAL_NAME}")
