@@ -322,6 +322,8 @@ fn codes_find_what_keys_have_in_common_behind_ggmls_rope() {
         let other = RopeParams { pairing: rope.pairing, freq_base: 300_000.0, ..plain(64) };
         let (right, none, other) = (error(rope, rope), error(rope, &RopeParams::none()), error(rope, &other));
         println!("{right}, {none} when told of no rope, {other} of another one: {rope:?}");
-        assert!(right < 0.93 * none && right < 0.98 * other, "{right} against {none} and {other}: {rope:?}");
+        // A rope of some elements makes as much of a difference as there are of them.
+        let most = 1.0 - 0.07 * rope.n_dims as f64 / 64.0;
+        assert!(right < most * none && right < 0.98 * other, "{right} against {none} and {other}: {rope:?}");
     }
 }
