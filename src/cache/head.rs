@@ -5,7 +5,7 @@ use super::input::Rows;
 use super::layer::Layer;
 use super::plan::{Plan, Source, TileView};
 use crate::error::Result;
-use crate::layout::geometry::{HeadRanges, Kind, FORMER, WAITING};
+use crate::layout::geometry::{HeadRanges, Kind};
 use crate::layout::TileForm;
 use crate::rope::Turn;
 
@@ -31,10 +31,10 @@ impl<'a> Head<'a> {
     /// Read the bases that a plan's tiles are coded in.
     pub(super) fn read_bases<B: HeadBasis>(&self, plan: &Plan, bases: &mut AllBases<B>) -> Result<()> {
         let (g, r) = (&self.layer.geometry, &self.ranges);
-        let there = |kinds: std::ops::Range<Kind>| plan.tiles().any(|t| kinds.contains(&g.kind_of(t.tile)));
+        let there = |numbers: std::ops::Range<usize>| plan.tiles().any(|t| numbers.contains(&t.tile));
         let part = |range: std::ops::Range<usize>, there: bool| if there { &self.arena[range] } else { &[] };
-        let fitted = part(r.bases.clone(), there(0..WAITING));
-        let plain = part(r.plain.clone(), there(WAITING..FORMER));
+        let fitted = part(r.bases.clone(), there(0..g.tiles));
+        let plain = part(r.plain.clone(), there(g.tiles..g.former(0)));
         bases.read(self.layer.shape(), [fitted, part(r.former_bases(), plan.former)], (plain, g.waiting_bits), false)
     }
 

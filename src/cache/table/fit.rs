@@ -47,12 +47,7 @@ impl Table {
     /// Begin to gather rows for another fit if the bases no longer fit what comes, or were fitted on few rows, and there is room to code everything again.
     pub(super) fn watch(&mut self) {
         let g = &self.geometry;
-        if !self.fitted
-            || !g.keeps_queries()
-            || self.refit_room > 0
-            || self.places.former_tiles().next().is_some()
-            || self.places.live[g.tiles..].iter().any(|l| *l != 0)
-        {
+        if !self.fitted || !g.keeps_queries() || self.refit_room > 0 || self.places.former_tiles().next().is_some() || self.places.waited() > 0 {
             return;
         }
         let drifts = self.findings.drift(self.stream).filter(|(_, n)| *n >= DRIFT_SAMPLES * g.n_heads());
