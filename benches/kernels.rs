@@ -12,16 +12,17 @@ use half::f16;
 use spectral_kv::cache::{Cache, Mask, Rows};
 use spectral_kv::codec::{encode_tile, Basis, TileWork};
 use spectral_kv::config::{Config, LayerShape, Scoring};
-use spectral_kv::layout::{Fine, TileForm, Widths, BANDS, KEY_CUT, TILE};
+use spectral_kv::layout::{Fine, TileForm, Widths, ANCHOR_GRID, BANDS, KEY_CUT, TILE};
 use spectral_kv::rope::{Pairing, RopeParams};
 use spectral_kv::simd::lanes::LANES;
-use spectral_kv::simd::{self, Kernels, Level, Lines, MatMut, MatRef, Pass, Products, BATCH};
+use spectral_kv::simd::{self, Kernels, Level, Lines, MatMut, MatRef, Pass, Products, Projection, BATCH};
 use std::hint::black_box;
 
 const D: usize = 128;
 const HEADS: usize = 32;
 const KV_HEADS: usize = 8;
 const ROWS: usize = 4096;
+const FRAME_TILES: usize = ANCHOR_GRID as usize / TILE;
 
 fn draw(n: usize, seed: u64) -> Vec<f32> {
     let mut random = Random::new(seed);
@@ -66,14 +67,14 @@ fn encode(c: &mut Criterion) {
 fn tiles(c: &mut Criterion) {
     const QUERIES: usize = 4;
     const LENGTH: usize = BATCH * TILE;
-    let (gains, p) = ([0.9; TILE], draw(QUERIES * LENGTH, 3).iter().map(|x| x.abs()).collect::<Vec<_>>());
+    let (gains, p) = ([[0.9; TILE]; BATCH], draw(QUERIES * LENGTH, 3).iter().map(|x| x.abs()).collect::<Vec<_>>());
     for (name, widths) in widths() {
         let tiles: Vec<Vec<u8>> = (0..BATCH).map(|t| (0..widths.bytes()).map(|i| (i * 37 + t * 11) as u8 % 127).collect()).collect();
         let tiles: Vec<&[u8]> = tiles.iter().map(Vec::as_slice).collect();
         for kernels in levels() {
             let mut s = Products::default();
             (s.n, s.frames, s.scale) = (QUERIES, 1, 0.1);
-            (s.means, s.largest) = (vec![0.0; QUERIES], vec![0.0; QUERIES]);
+            (s.means, s.largest) = (vec![0.0; QUERIES], vec![[0.0; LANES]; QUERIES]);
             for (part, widths) in s.parts.iter_mut().zip(widths.parts(KEY_CUT)) {
                 (part.widths, part.stride) = (widths, widths.rank().next_multiple_of(LANES));
                 part.z.resize((QUERIES * part.stride + 64) * 4);
@@ -87,13 +88,14 @@ fn tiles(c: &mut Criterion) {
             c.benchmark_group("tile scores").throughput(Throughput::Elements(LENGTH as u64)).bench_function(id(), |b| {
                 b.iter(|| {
                     some.iter().for_each(|part| (kernels.prepare)(&mut s, *part));
-                    for (t, codes) in tiles.iter().enumerate() {
-                        let mut codes = black_box(*codes);
+                    // As many as share a frame.
+                    for (t, tiles) in black_box(&tiles).chunks(FRAME_TILES).enumerate() {
+                        let mut at = 0;
                         for (done, part) in some.iter().enumerate() {
-                            let (own, later) = codes.split_at(s.parts[*part].widths.bytes());
+                            let codes: [&[u8]; FRAME_TILES] = std::array::from_fn(|i| &tiles[i][at..]);
+                            at += s.parts[*part].widths.bytes();
                             let pass = Pass { part: *part, add: done > 0, finish: done + 1 == some.len() };
-                            (kernels.tile_scores)(&mut s, pass, own, &gains, &mut scores.floats_mut()[t * TILE..], LENGTH);
-                            codes = later;
+                            (kernels.tile_scores)(&mut s, pass, &codes, &gains, &mut scores.floats_mut()[t * FRAME_TILES * TILE..], LENGTH);
                         }
                     }
                 });
@@ -119,6 +121,11 @@ fn dense(c: &mut Criterion) {
         });
         group.bench_function(id("dots 4x128x128"), |t| {
             t.iter(|| (k.dots)(MatRef::new(black_box(&a), D), MatRef::new(&b, D), MatMut::new(&mut out, D), 4, D, D));
+        });
+        let (mut by, mut work, mut projected) = (Projection::default(), Lines::default(), vec![0.0; 16 * D]);
+        group.bench_function(id("hold 128x128"), |t| t.iter(|| (k.hold)(black_box(&b), D, &mut by)));
+        group.bench_function(id("project 16x128x128"), |t| {
+            t.iter(|| (k.project)(&by, black_box(&x[..16 * D]), 16, D, &mut projected, &mut work));
         });
         group.bench_function(id("exp of 4 x 64 scores"), |t| {
             t.iter(|| {

@@ -6,6 +6,7 @@ use super::scores::Scorer;
 use super::values::{Probabilities, Values};
 use super::{partial_floats, Context, HeadBases, Tile, Turns, Visible, BATCH};
 use crate::layout::{TileForm, TILE};
+use crate::simd::lanes::LANES;
 use crate::simd::{Ahead, Kernels, Lines, MatMut, MatRef};
 
 /// Floats that scores of one batch may take, so that they stay in a core's cache.
@@ -53,7 +54,7 @@ impl Accumulator {
     fn softmax(&mut self, kernels: &Kernels, rows: usize, stride: usize) {
         let (d_v, n) = (self.d_v, self.n);
         for (i, scores) in self.scores.floats_mut().chunks_mut(stride).enumerate().take(n) {
-            let largest = self.max[i].max(self.scorer.products.largest[i]);
+            let largest = self.max[i].max((kernels.largest)(&self.scorer.products.largest[i]));
             if largest == f32::NEG_INFINITY {
                 scores[..rows].fill(0.0);
                 continue;
@@ -90,7 +91,7 @@ impl Accumulator {
         }
         self.show(0, rows, TILE, visible);
         for (largest, scores) in self.scorer.products.largest.iter_mut().zip(self.scores.floats().chunks_exact(TILE)) {
-            *largest = (c.kernels.largest)(&scores[..rows]);
+            *largest = [(c.kernels.largest)(&scores[..rows]); LANES];
         }
         self.softmax(c.kernels, rows, TILE);
         let p = MatRef::new(self.scores.floats(), TILE);
@@ -110,13 +111,13 @@ impl Accumulator {
             }
             self.show(at, TILE, stride, tile.visible);
             if c.scoring.softcap > 0.0 || matches!(tile.visible, Visible::Some(_)) || matches!(tile.turns, Turns::Each(_)) {
-                self.scorer.products.largest.fill(f32::INFINITY);
+                self.scorer.products.largest.fill([f32::INFINITY; LANES]);
             }
         }
         // Where scores changed after their largest was noted, it is looked for again.
         let noted = self.scorer.products.largest.iter_mut().zip(self.scores.floats().chunks_exact(stride));
-        for (largest, scores) in noted.filter(|(l, _)| **l == f32::INFINITY) {
-            *largest = (c.kernels.largest)(scores);
+        for (largest, scores) in noted.filter(|(l, _)| l[0] == f32::INFINITY) {
+            *largest = [(c.kernels.largest)(scores); LANES];
         }
         self.softmax(c.kernels, stride, stride);
         let p = Probabilities { scores: self.scores.floats(), sums: &self.sum };

@@ -21,8 +21,8 @@ use crate::config::Scoring;
 use crate::error::Result;
 use crate::layout::TILE;
 use crate::rope::Rope;
-use crate::simd::lanes::LANES;
-use crate::simd::{self, Kernels, Lines, MatMut, MatRef};
+use crate::simd::{self, Kernels, Lines, MatMut, MatRef, Projection};
+use std::cell::OnceCell;
 
 /// Floats of one query in a partial result: maximum, sum, then the unnormalised output.
 pub const fn partial_floats(d_v: usize) -> usize {
@@ -84,10 +84,10 @@ pub struct HeadBases {
     pub k: Basis,
     /// Values.
     pub v: Basis,
-    /// Transpose of the keys' decode matrix: it takes a query to its coefficients.
-    projection: Lines,
-    /// Floats from a row of `projection` to the next.
-    stride: usize,
+    /// The keys' decode matrix: it takes a query to its coefficients.
+    projection: Projection,
+    /// The same transposed, where rows are rebuilt.
+    transposed: OnceCell<Lines>,
     /// What coefficients of residuals, of keys and of values, are to be multiplied by.
     finer: [Vec<f32>; 2],
 }
@@ -97,22 +97,32 @@ impl HeadBases {
     pub fn load(&mut self, (k, v): (&[u8], &[u8]), d_k: usize, d_v: usize) -> Result<()> {
         self.k.load(k, d_k, false)?;
         self.v.load(v, d_v, false)?;
-        self.prepare();
+        self.prepare(simd::kernels());
         Ok(())
     }
 
-    /// Bases that are not stored.
-    pub fn of(k: Basis, v: Basis) -> Self {
+    /// Bases that are not stored, for these kernels.
+    pub fn of(kernels: &Kernels, k: Basis, v: Basis) -> Self {
         let mut bases = HeadBases { k, v, ..HeadBases::default() };
-        bases.prepare();
+        bases.prepare(kernels);
         bases
     }
 
-    fn prepare(&mut self) {
+    /// The keys' decode matrix, transposed.
+    fn transposed(&self, kernels: &Kernels) -> MatRef<'_> {
         let d = self.k.d;
-        self.stride = d.next_multiple_of(LANES);
-        self.projection.resize(d * self.stride * 4);
-        (simd::kernels().transpose)(MatRef::new(&self.k.decode, d), MatMut::new(self.projection.floats_mut(), self.stride), d, d);
+        let columns = self.transposed.get_or_init(|| {
+            let mut columns = Lines::default();
+            columns.resize(d * d * 4);
+            (kernels.transpose)(MatRef::new(&self.k.decode, d), MatMut::new(columns.floats_mut(), d), d, d);
+            columns
+        });
+        MatRef::new(columns.floats(), d)
+    }
+
+    fn prepare(&mut self, kernels: &Kernels) {
+        self.transposed.take();
+        (kernels.hold)(&self.k.decode, self.k.d, &mut self.projection);
         for (finer, basis) in self.finer.iter_mut().zip([&self.k, &self.v]) {
             finer.clear();
             finer.extend(basis.weight.iter().map(|w| w.sqrt().recip()));

@@ -70,7 +70,7 @@ impl Rebuilder {
         let keys = &mut out.keys.floats_mut()[..k.d * TILE];
         keys.fill(0.0);
         keys.chunks_exact_mut(TILE).zip(&k.mean).for_each(|(to, mean)| to.fill(*mean));
-        let (rank, decode) = (form.k.widths.rank(), MatRef::new(bases.projection.floats(), bases.stride));
+        let (rank, decode) = (form.k.widths.rank(), bases.transposed(kernels));
         (kernels.multiply)(decode, MatRef::new(self.coefficients.floats(), TILE), MatMut::new(keys, TILE), k.d, rank, TILE);
         for (row, step, nibbles) in form.residuals(&form.k, tile) {
             self.residual(kernels, k, &bases.finer[0], step, nibbles);

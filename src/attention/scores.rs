@@ -53,6 +53,7 @@ pub(super) struct Scorer {
     fine_scores: Lines,
     /// Scores of a tile whose rows went apart, by one of their turns.
     few_rows: Lines,
+    work: Lines,
 }
 
 impl Scorer {
@@ -60,12 +61,12 @@ impl Scorer {
     pub(super) fn begin(&mut self, n: usize) {
         self.products.n = n;
         self.products.largest.clear();
-        self.products.largest.resize(n, 0.0);
+        self.products.largest.resize(n, [0.0; LANES]);
     }
 
     /// Scores of tiles of one form, 64 behind each other for each tile and query, and the largest of each query where nothing will change them.
     pub(super) fn score_tiles(&mut self, c: Context, queries: &[f32], bases: &HeadBases, form: &TileForm, tiles: &[Tile], scores: &mut [f32]) {
-        self.products.largest.fill(f32::NEG_INFINITY);
+        self.products.largest.fill([f32::NEG_INFINITY; LANES]);
         self.fine.unpack(c.kernels, form, &form.k, tiles.iter().map(|t| t.bytes));
         // Tiles whose rows went apart have frames of their own; the queries are projected for those of all others at once.
         for (t, tile) in tiles.iter().enumerate() {
@@ -89,18 +90,17 @@ impl Scorer {
             return;
         }
         self.project(c, queries, &frames[..n_frames], bases, form);
-        let mut scored = 0;
-        for (t, tile) in tiles.iter().enumerate().filter(|(_, tile)| tile.one_turn().is_some()) {
-            self.products.frame = frame_of[t];
-            if t >= scored {
-                // Fine rows of neighbours in one frame together.
-                let others = tiles[t..].iter().zip(&frame_of[t..]);
-                scored = t + others.take_while(|(other, frame)| other.one_turn().is_some() && **frame == frame_of[t]).count();
-                let rows = self.fine.of(t..scored);
-                self.score_fine(c.kernels, frame_of[t], form.k.d, rows);
+        let (mut at, stride) = (0, tiles.len() * TILE);
+        // Neighbours in one frame together.
+        for some in tiles.chunk_by(|a, b| a.one_turn() == b.one_turn()) {
+            let which = at..at + some.len();
+            at = which.end;
+            if some[0].one_turn().is_some() {
+                self.products.frame = frame_of[which.start];
+                let rows = self.fine.of(which.clone());
+                self.score_fine(c.kernels, self.products.frame, form.k.d, rows.clone());
+                self.score(c.kernels, form, (which.start, some), rows, (&mut scores[which.start * TILE..], stride));
             }
-            let rows = self.fine.of(t..t + 1);
-            self.score(c.kernels, form, tile.bytes, rows, &mut scores[t * TILE..], tiles.len() * TILE);
         }
     }
 
@@ -125,7 +125,7 @@ impl Scorer {
             left &= !rows;
             self.project(c, queries, &[wanted], bases, form);
             self.score_fine(c.kernels, 0, form.k.d, fine.clone());
-            self.score(c.kernels, form, tile.bytes, fine.clone(), few.floats_mut(), TILE);
+            self.score(c.kernels, form, (t, std::slice::from_ref(tile)), fine.clone(), (few.floats_mut(), TILE));
             for (scored, scores) in few.floats().chunks_exact(TILE).zip(scores.chunks_exact_mut(stride)).take(self.products.n) {
                 for row in (0..TILE).filter(|r| rows >> r & 1 == 1) {
                     scores[t * TILE + row] = scored[row];
@@ -155,12 +155,10 @@ impl Scorer {
         (p.frames, p.frame, p.scale) = (frames.len(), 0, c.scoring.scale);
         // Whole vectors: what lies behind a band's rank is not looked at.
         let needed = if self.fine.at.is_empty() { form.k.widths.rank() } else { d };
-        let (stride, columns) = (bases.stride, needed.next_multiple_of(LANES));
+        let stride = bases.projection.stride();
         self.z.resize(all * stride * 4);
         let z = &mut self.z.floats_mut()[..all * stride];
-        z.fill(0.0);
-        let projection = MatRef::new(bases.projection.floats(), stride);
-        (c.kernels.multiply)(MatRef::new(rotated, d), projection, MatMut::new(z, stride), all, d, columns);
+        (c.kernels.project)(&bases.projection, rotated, all, needed.next_multiple_of(LANES), z, &mut self.work);
         for (i, part) in form.k.some_parts() {
             let (rank, own) = (part.rank(), &mut p.parts[i]);
             (own.widths, own.stride) = (part.widths, rank.next_multiple_of(LANES));
@@ -193,49 +191,60 @@ impl Scorer {
         (kernels.dots)(MatRef::new(queries, d), MatRef::new(fine, d), out, n, d, rows.len());
     }
 
-    /// Scores of a tile, whose fine rows are `rows`; those of a query are `stride` apart.
-    fn score(&mut self, kernels: &Kernels, form: &TileForm, tile: &[u8], rows: Range<usize>, out: &mut [f32], stride: usize) {
-        let parts = form.k.some_parts().count();
+    /// Scores of neighbouring tiles of the present frame, whose fine rows are `rows`, from number `first` on; those of a query are `stride` apart.
+    fn score(
+        &mut self,
+        kernels: &Kernels,
+        form: &TileForm,
+        (first, tiles): (usize, &[Tile]),
+        rows: Range<usize>,
+        (out, stride): (&mut [f32], usize),
+    ) {
+        let (parts, n) = (form.k.some_parts().count(), tiles.len());
         let mut begun = false;
         if parts < 2 && !rows.is_empty() {
-            out.chunks_mut(stride).take(self.products.n).for_each(|out| out[..TILE].fill(0.0));
-            self.add_fine(rows.clone(), out, stride);
+            out.chunks_mut(stride).take(self.products.n).for_each(|out| out[..n * TILE].fill(0.0));
+            self.add_fine(rows.clone(), first, out, stride);
             begun = true;
         }
-        let mut gains = [0.0; TILE];
+        let (mut gains, mut codes) = ([[0.0; TILE]; BATCH], [&[][..]; BATCH]);
         for (done, (part, own)) in form.k.some_parts().enumerate() {
-            (kernels.lookup)(gain::gains(), own.gains(tile), &mut gains);
+            for ((tile, codes), gains) in tiles.iter().zip(&mut codes).zip(&mut gains) {
+                (kernels.lookup)(gain::gains(), own.gains(tile.bytes), gains);
+                *codes = own.codes(tile.bytes);
+            }
             let pass = Pass { part, add: begun, finish: done + 1 == parts };
-            (kernels.tile_scores)(&mut self.products, pass, own.codes(tile), &gains, out, stride);
+            (kernels.tile_scores)(&mut self.products, pass, &codes[..n], &gains[..n], out, stride);
             if !begun {
-                self.add_fine(rows.clone(), out, stride);
+                self.add_fine(rows.clone(), first, out, stride);
             }
             begun = true;
         }
         if parts == 0 {
-            self.score_means(begun, out, stride);
+            self.score_means(begun, n, out, stride);
         }
     }
 
-    /// Scores of rows that have no coefficients.
-    fn score_means(&mut self, add: bool, out: &mut [f32], stride: usize) {
+    /// Scores of rows of some tiles that have no coefficients.
+    fn score_means(&mut self, add: bool, tiles: usize, out: &mut [f32], stride: usize) {
         let p = &mut self.products;
         let means = &p.means[p.frame * p.n..];
         for ((out, mean), largest) in out.chunks_mut(stride).zip(means).zip(&mut p.largest) {
-            for x in &mut out[..TILE] {
+            for x in &mut out[..tiles * TILE] {
                 *x = p.scale * (if add { *x } else { 0.0 } + mean);
-                *largest = largest.max(*x);
+                largest[0] = largest[0].max(*x);
             }
         }
     }
 
-    /// Add what residuals give to products that are not scores yet.
-    fn add_fine(&self, rows: Range<usize>, out: &mut [f32], stride: usize) {
+    /// Add what residuals give to products that are not scores yet: those of tiles from number `first` on.
+    fn add_fine(&self, rows: Range<usize>, first: usize, out: &mut [f32], stride: usize) {
         let m = self.fine.at.len();
         for i in rows {
-            let row = self.fine.at[i].1;
+            let (tile, row) = self.fine.at[i];
             let scores = self.fine_scores.floats()[i..].iter().step_by(m);
-            out[row..].iter_mut().step_by(stride).zip(scores).take(self.products.n).for_each(|(out, x)| *out += x);
+            let out = out[(tile - first) * TILE + row..].iter_mut().step_by(stride);
+            out.zip(scores).take(self.products.n).for_each(|(out, x)| *out += x);
         }
     }
 }

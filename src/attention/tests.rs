@@ -31,7 +31,7 @@ struct Rows {
     values: Vec<f32>,
     queries: Vec<f32>,
     tiles: Vec<Vec<u8>>,
-    bases: [HeadBases; 2],
+    bases: [(Basis, Basis); 2],
     forms: [TileForm; 2],
     rope: Rope,
 }
@@ -39,9 +39,9 @@ struct Rows {
 fn rows(d: usize, k: Widths, v: Widths) -> Rows {
     let rope = Rope::new(&RopeParams::plain(Pairing::Halves, d, 10000.0), d).unwrap();
     let (mean, scale): (Vec<f32>, Vec<f32>) = (noise(d, 3), (0..d).map(deviation).collect());
-    let fitted = HeadBases::of(basis(d, k, mean.clone()), basis(d, v, vec![]));
-    let bases = [fitted, HeadBases::of(Basis::diagonal(&mean, &scale, 8), Basis::diagonal(&[], &scale, 8))];
-    let eight = bases[1].k.widths[0];
+    let fitted = (basis(d, k, mean.clone()), basis(d, v, vec![]));
+    let bases = [fitted, (Basis::diagonal(&mean, &scale, 8), Basis::diagonal(&[], &scale, 8))];
+    let eight = bases[1].0.widths[0];
     let forms = [TileForm::new(k, v, d, d, Fine::Residuals), TileForm::new(eight, eight, d, d, Fine::Marks)];
     let draw = |seed: usize, mean: &[f32]| -> Vec<f32> {
         let add = |i: usize| mean.get(i % d).copied().unwrap_or(0.0);
@@ -54,7 +54,7 @@ fn rows(d: usize, k: Widths, v: Widths) -> Rows {
         let mut tile = vec![0xa5; form.bytes()];
         // Tile 1 has no fine rows, tile 2 one.
         let fine = &[17, 63][..[2, 0, 1, 2, 2][t]];
-        encode_tile(kernels, (&b.k, &b.v), form, k, v, fine, &mut tile, &mut work);
+        encode_tile(kernels, (&b.0, &b.1), form, k, v, fine, &mut tile, &mut work);
         tiles.push(tile);
     }
     let mut r = Rows { d, keys: framed, values, queries: noise(6 * d, 9), tiles, bases, forms, rope };
@@ -78,7 +78,7 @@ impl Rows {
         let mut r = Rows { d, keys: vec![0.0; TILES * n], values: vec![0.0; TILES * n], queries, tiles, bases, forms, rope };
         for t in 0..TILES {
             let (b, out_k, out_v) = (&r.bases[t / 4], &mut r.keys[t * n..(t + 1) * n], &mut r.values[t * n..(t + 1) * n]);
-            decode_tile(plain(), (&b.k, &b.v), &r.forms[t / 4], &r.tiles[t], u64::MAX, out_k, out_v, &mut work);
+            decode_tile(plain(), (&b.0, &b.1), &r.forms[t / 4], &r.tiles[t], u64::MAX, out_k, out_v, &mut work);
         }
         r.turn();
         r
@@ -89,19 +89,20 @@ impl Rows {
 fn attend(r: &Rows, kernels: &'static Kernels, softcap: f32) -> Vec<f32> {
     let d = r.d;
     let c = Context { kernels, scoring: Scoring { scale: 0.2, softcap }, rope: &r.rope };
+    let bases = r.bases.clone().map(|(k, v)| HeadBases::of(kernels, k, v));
     let mut a = Accumulator::default();
     a.begin(d, d, 3, r.queries.chunks_exact(d));
     let turns = |t: usize| anchor((t * TILE) as i32);
     let tile = |t: usize| Tile { bytes: &r.tiles[t], turns: Turns::One(turns(t)), visible: Visible::All };
-    a.tile_batch(c, &r.bases[0], &r.forms[0], &[tile(0), tile(1), tile(2)], Ahead::default());
+    a.tile_batch(c, &bases[0], &r.forms[0], &[tile(0), tile(1), tile(2)], Ahead::default());
     // A tile is scored as one whose rows went apart, and partly hidden from the second token.
     let each = [turns(3); TILE];
     let mask: Vec<f32> = (0..2 * TILE).map(|i| if i >= TILE + 7 { f32::NEG_INFINITY } else { 0.0 }).collect();
     let apart = Tile { bytes: &r.tiles[3], turns: Turns::Each(&each), visible: Visible::Some(&mask) };
-    a.tile_batch(c, &r.bases[0], &r.forms[0], &[apart], Ahead::default());
-    a.leave(kernels, &r.bases[0]);
-    a.tile_batch(c, &r.bases[1], &r.forms[1], &[tile(4)], Ahead::default());
-    a.leave(kernels, &r.bases[1]);
+    a.tile_batch(c, &bases[0], &r.forms[0], &[apart], Ahead::default());
+    a.leave(kernels, &bases[0]);
+    a.tile_batch(c, &bases[1], &r.forms[1], &[tile(4)], Ahead::default());
+    a.leave(kernels, &bases[1]);
     let mut partials = vec![0.0; 6 * partial_floats(d)];
     a.finish(&mut partials);
     let mut out = vec![0.0; 6 * d];
@@ -172,7 +173,7 @@ fn every_level_is_as_near_to_f64_as_plain_f32_is() {
                 println!("{level:?} {d} {k:?}: {error:.3e}, plain {plain_error:.3e}, apart {apart:.3e}, of the coded rows {of_coded:.3e}");
                 assert!(error <= 2.0 * plain_error, "{level:?} {d} {k:?}: {error} {plain_error}");
                 // What levels differ by is rounding: 16 bits in whole numbers, 24 in f32.
-                let rounding = if level.rounds_to_16_bits() { 1e-4 } else { 2e-6 };
+                let rounding = level.rounding();
                 assert!(apart <= rounding && of_coded <= rounding, "{level:?} {d} {k:?}: {apart} {of_coded}");
             }
         }
@@ -185,11 +186,12 @@ fn rebuilt_tiles_have_the_rows_that_were_coded() {
         let r = rows(d, Widths { counts: k }, Widths { counts: v }).decoded();
         for kernels in Level::ALL.into_iter().filter_map(at) {
             let c = Context { kernels, scoring: Scoring { scale: 1.0, softcap: 0.0 }, rope: &r.rope };
+            let bases = r.bases.clone().map(|(k, v)| HeadBases::of(kernels, k, v));
             let (mut rebuilder, mut out) = (Rebuilder::default(), RowBlock::default());
             for t in 0..TILES {
                 let turn = anchor((t * TILE) as i32);
                 let turns = if t == 3 { Turns::Each(&[turn; TILE]) } else { Turns::One(turn) };
-                rebuilder.tile(c, &r.bases[t / 4], &r.forms[t / 4], &r.tiles[t], turns, &mut out);
+                rebuilder.tile(c, &bases[t / 4], &r.forms[t / 4], &r.tiles[t], turns, &mut out);
                 let (keys, values) = out.rows(d, d);
                 for (got, want) in [(keys, &r.keys), (values, &r.values)] {
                     let want: Vec<f64> = want[t * TILE * d..(t + 1) * TILE * d].iter().map(|x| f64::from(*x)).collect();

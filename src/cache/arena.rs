@@ -8,6 +8,7 @@ use crate::codec::Basis;
 use crate::error::{Error, Result};
 use crate::layout::geometry::{waiting_form, Geometry, HeadRanges, Kind, FORMER, WAITING};
 use crate::layout::{basis, f16s, f16s_mut, Fine, Heads, TileForm, BANDS, QUERY_SLOTS};
+use crate::simd;
 use half::f16;
 use std::ops::Range;
 
@@ -212,7 +213,7 @@ impl HeadBasis for HeadBases {
         HeadBases::load(self, stored, h.d_k, h.d_v)
     }
     fn set(&mut self, k: Basis, v: Basis) {
-        *self = HeadBases::of(k, v);
+        *self = HeadBases::of(simd::kernels(), k, v);
     }
 }
 

@@ -32,9 +32,20 @@ pub fn gain(code: u8) -> f32 {
 }
 
 /// All 256 gains.
-pub fn gains() -> &'static [f32; 256] {
-    static TABLE: std::sync::OnceLock<[f32; 256]> = std::sync::OnceLock::new();
-    TABLE.get_or_init(|| std::array::from_fn(|code| gain(code as u8)))
+pub struct Gains {
+    /// By code.
+    pub values: [f32; 256],
+    /// The bytes of each, the lowest first, for who looks up bytes faster than floats.
+    pub bytes: [[u8; 256]; 4],
+}
+
+/// All 256 gains.
+pub fn gains() -> &'static Gains {
+    static TABLE: std::sync::OnceLock<Gains> = std::sync::OnceLock::new();
+    TABLE.get_or_init(|| {
+        let values = std::array::from_fn(|code| gain(code as u8));
+        Gains { values, bytes: std::array::from_fn(|byte| values.map(|value| value.to_le_bytes()[byte])) }
+    })
 }
 
 #[cfg(test)]

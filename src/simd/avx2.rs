@@ -326,7 +326,7 @@ unsafe fn scores<const Q: usize>(rows: &[u8], queries: Queries, s: Scores) {
     unsafe {
         let mut largest = [_mm256_setzero_ps(); Q];
         for q in 0..Q {
-            largest[q] = _mm256_set1_ps(s.largest[q]);
+            largest[q] = _mm256_loadu_ps(s.largest[q].as_ptr());
         }
         for part in 0..4 {
             let mut acc = [[_mm256_setzero_si256(); 2]; Q];
@@ -365,9 +365,7 @@ unsafe fn scores<const Q: usize>(rows: &[u8], queries: Queries, s: Scores) {
             }
         }
         for q in 0..Q {
-            let x = _mm_max_ps(_mm256_castps256_ps128(largest[q]), _mm256_extractf128_ps::<1>(largest[q]));
-            let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
-            s.largest[q] = _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+            _mm256_storeu_ps(s.largest[q].as_mut_ptr(), largest[q]);
         }
     }
 }

@@ -337,17 +337,15 @@ pub unsafe fn lane_sums<V: Lanes>(x: &[f32], out: &mut [f32]) {
     }
 }
 
-/// `x[i] = scale * (x[i] + offset)`; returns the largest.
+/// `x[i] = scale * (x[i] + offset)`; the largest in each lane are noted.
 #[inline(always)]
-pub fn scale_scores(x: &mut [f32; TILE], offset: f32, scale: f32) -> f32 {
-    let mut largest = [f32::NEG_INFINITY; LANES];
+pub fn scale_scores(x: &mut [f32; TILE], offset: f32, scale: f32, largest: &mut [f32; LANES]) {
     for x in x.as_chunks_mut::<LANES>().0 {
-        for (x, largest) in x.iter_mut().zip(&mut largest) {
+        for (x, largest) in x.iter_mut().zip(&mut *largest) {
             *x = (*x + offset) * scale;
             *largest = if *x > *largest { *x } else { *largest };
         }
     }
-    largest.into_iter().fold(f32::NEG_INFINITY, f32::max)
 }
 
 /// `out[i] = x[i] * gains[i]`; returns the sum of `x`.

@@ -208,7 +208,7 @@ pub fn code_row(widths: Widths, weights: &[f32], z: &[f32], mut put: impl FnMut(
 fn gain_and_inverses(scale: f32, zz: f32, zo: f32) -> (u8, f32, f32) {
     let unbiased = if zo > 0.0 { zz / zo } else { 0.0 };
     let stored = gain_code(unbiased);
-    let (gain, inverse) = (gains()[usize::from(stored)], scale.recip());
+    let (gain, inverse) = (gains().values[usize::from(stored)], scale.recip());
     (stored, inverse, if gain > 0.0 { (scale * gain / unbiased).recip() } else { inverse })
 }
 

@@ -5,10 +5,13 @@
 //! Must not know which level a CPU has: [`super::at`] asks before it hands out a table.
 
 use super::dense::{self, MatMut, MatRef};
+use super::memory::Lines;
 use super::products::{Pass, Products};
+use super::projection::Projection;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512, vnni};
 use super::{encode, portable, tiles_float, Level};
+use crate::layout::gain::Gains;
 use crate::layout::{Widths, TILE};
 use half::f16;
 
@@ -30,8 +33,8 @@ macro_rules! kernels {
             widen(x: &[f16], scale: f32, out: &mut [f32]) = dense::widen::<V>;
             /// `out[j][i] = a[i][j]`, for `rows` rows of `columns` floats of `a`.
             transpose(a: MatRef, out: MatMut, rows: usize, columns: usize) = dense::transpose::<V>;
-            /// `out[i] = table[index[i]]` for the rows of a tile.
-            lookup(table: &[f32; 256], index: &[u8], out: &mut [f32; TILE]) = dense::lookup::<V>;
+            /// The gains of the rows of a tile by their codes.
+            lookup(gains: &Gains, codes: &[u8], out: &mut [f32; TILE]) = tiles::lookup::<W>;
             /// Sums of every 16 floats.
             lane_sums(x: &[f32], out: &mut [f32]) = dense::lane_sums::<V>;
             /// `out[i] = x[i] * gains[i]` for the rows of a tile; returns the sum of `x`.
@@ -50,12 +53,18 @@ macro_rules! kernels {
             quantise_fine(x: &[f32], nibbles: &mut [u8]) -> f32 = encode::quantise_fine;
             /// `out[i] = scale * level` of codes of 4 bits: byte `k` has those of elements `k` and, in its high half, `n / 2 + k`.
             unpack_fine(nibbles: &[u8], scale: f32, out: &mut [f32]) = dense::unpack_fine::<V>;
+            /// Let `to` have a matrix of `d` rows of `d` floats.
+            hold(matrix: &[f32], d: usize, to: &mut Projection) = tiles::hold::<W>;
+            /// `out[i][j] = rows[i] . matrix[j]` for the first `columns` rows of a matrix, as many as there are vectors of; those of `out` are
+            /// [`Projection::stride`] apart. `work` is memory to work in.
+            project(by: &Projection, rows: &[f32], n: usize, columns: usize, out: &mut [f32], work: &mut Lines) = tiles::project::<W>;
             /// Make queries ready for [`Kernels::tile_scores`] of a part, once `n`, `frames`, and its `widths`, `z` and `stride` are set.
             prepare(s: &mut Products, part: usize) = tiles::prepare::<W>;
-            /// `x[q][row] = gains[row] * sum_j z[q][j] * value(code[j][row])` over a part of the coefficients of the 64 rows of a tile of frame `frame`;
-            /// to `out`, whose rows are `stride` apart, goes `x`, or is added; in the end `scale * (means[q] + out)`, of which each query's largest is
-            /// noted.
-            tile_scores(s: &mut Products, pass: Pass, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) = tiles::tile_scores::<W>;
+            /// `x[q][row] = gains[row] * sum_j z[q][j] * value(code[j][row])` over a part of the coefficients of the rows of some tiles of frame `frame`;
+            /// to `out`, whose rows are `stride` apart and have the tiles' rows one after another, goes `x`, or is added; in the end
+            /// `scale * (means[q] + out)`, of which each query's largest is noted.
+            tile_scores(s: &mut Products, pass: Pass, tiles: &[&[u8]], gains: &[[f32; TILE]], out: &mut [f32], stride: usize)
+                = tiles::tile_scores::<W>;
             /// `sums[j][q] += sum_row p[q][row] * value(code[j][row])` over up to [`super::BATCH`] tiles of the same widths, for `n` queries, each sum
             /// left in 16 lanes. Rows of `p` are `stride` apart, and have the tiles' rows one after another. `work` is memory to work in.
             tile_values(widths: Widths, tiles: &[&[u8]], p: &[f32], stride: usize, n: usize, sums: &mut [f32], work: &mut Products)

@@ -67,12 +67,28 @@ impl Ahead {
                 let first = self.end - self.piece + self.stride;
                 (self.at, self.end, self.pieces) = (first, first + self.piece, self.pieces - 1);
             }
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: a prefetch reads nothing, whatever the address.
-            unsafe {
-                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(std::ptr::without_provenance(self.at));
-            }
-            self.at += 64;
+            ask_for_line(self.at);
+            self.at += LINE;
         }
     }
+}
+
+const LINE: usize = 64;
+
+/// Ask for some memory to come to the second cache.
+#[inline(always)]
+pub fn ask_for<T>(memory: &[T]) {
+    let at = memory.as_ptr().addr();
+    (at..at + size_of_val(memory)).step_by(LINE).for_each(ask_for_line);
+}
+
+#[inline(always)]
+fn ask_for_line(at: usize) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch reads nothing, whatever the address.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(std::ptr::without_provenance(at));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
 }

@@ -17,6 +17,7 @@ pub mod lanes;
 mod memory;
 mod portable;
 mod products;
+mod projection;
 #[cfg(test)]
 mod tests;
 mod tiles_float;
@@ -27,8 +28,9 @@ mod vnni;
 pub use dense::{MatMut, MatRef};
 pub use encode::code_row;
 pub use kernels::Kernels;
-pub use memory::{Ahead, Lines};
+pub use memory::{ask_for, Ahead, Lines};
 pub use products::{Pass, Products, Projected, BATCH};
+pub use projection::Projection;
 
 use crate::error::{Error, Result};
 use std::sync::OnceLock;
@@ -59,10 +61,14 @@ impl Level {
             Level::Avx512Vnni => "avx512vnni",
         }
     }
-    /// Whether its tiles are computed in whole numbers of 16 bits, not in f32.
+    /// What rounding of factors to 16 bits may do to attention, relative: queries' coefficients, and the queries themselves before that.
     #[cfg(test)]
-    pub(crate) fn rounds_to_16_bits(self) -> bool {
-        !matches!(self, Level::Avx512)
+    pub(crate) fn rounding(self) -> f64 {
+        match self {
+            Level::Portable | Level::Avx2 => 1e-4,
+            Level::Avx512 => 2e-6,
+            Level::Avx512Vnni => 2e-4,
+        }
     }
 }
 

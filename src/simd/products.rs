@@ -2,6 +2,7 @@
 //!
 //! Must not know which instruction set computes with it.
 
+use super::lanes::LANES;
 use super::memory::{Ahead, Lines};
 use crate::layout::{Widths, PARTS};
 
@@ -39,8 +40,8 @@ pub struct Products {
     pub means: Vec<f32>,
     /// Factor on all scores.
     pub scale: f32,
-    /// Per query: the largest score so far.
-    pub largest: Vec<f32>,
+    /// Per query: the largest score so far, in lanes.
+    pub largest: Vec<[f32; LANES]>,
     /// What will be read after these tiles.
     pub ahead: Ahead,
     /// Sums of wide coefficients, 64 for each query.
@@ -49,7 +50,7 @@ pub struct Products {
     pub(super) values: Lines,
 }
 
-/// What one call of [`super::Kernels::tile_scores`] does: scores of a tile are made part by part.
+/// What one call of [`super::Kernels::tile_scores`] does: scores are made part by part.
 #[derive(Debug, Clone, Copy)]
 pub struct Pass {
     /// The part whose sums are made.

@@ -7,6 +7,7 @@ use super::dense;
 use super::dense::{MatMut, MatRef};
 use super::lanes::{Lanes, LANES};
 use super::products::{Pass, Products};
+use crate::layout::gain::Gains;
 use crate::layout::quant::coefficient_bytes;
 use crate::layout::widths::with_width;
 use crate::layout::{Widths, TILE};
@@ -119,6 +120,18 @@ pub unsafe fn wide_sums<V: Unpack>(s: &mut Products, part: usize, codes: &[u8], 
     }
 }
 
+pub use super::projection::{hold, project};
+
+/// See [`super::Kernels::lookup`].
+///
+/// # Safety
+/// The features of `V` are there.
+#[inline(always)]
+pub unsafe fn lookup<V: Lanes>(gains: &Gains, codes: &[u8], out: &mut [f32; TILE]) {
+    // SAFETY: features are the caller's.
+    unsafe { dense::lookup::<V>(&gains.values, codes, out) }
+}
+
 /// Cache lines that are asked for with the scores of a tile, and with the values of a block of coefficients.
 const LINES_A_TILE: usize = 20;
 const LINES_A_BLOCK: usize = 4;
@@ -135,11 +148,13 @@ pub unsafe fn prepare<V: Unpack>(_: &mut Products, _: usize) {}
 /// # Safety
 /// The features of `V` are there.
 #[inline(always)]
-pub unsafe fn tile_scores<V: Unpack>(s: &mut Products, pass: Pass, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
-    s.ahead.fetch(LINES_A_TILE);
-    // SAFETY: features are the caller's.
-    unsafe { wide_sums::<V>(s, pass.part, codes, s.parts[pass.part].widths.rank()) }
-    scale_sums(s, pass, gains, out, stride);
+pub unsafe fn tile_scores<V: Unpack>(s: &mut Products, pass: Pass, tiles: &[&[u8]], gains: &[[f32; TILE]], out: &mut [f32], stride: usize) {
+    for ((t, codes), gains) in tiles.iter().enumerate().zip(gains) {
+        s.ahead.fetch(LINES_A_TILE);
+        // SAFETY: features are the caller's.
+        unsafe { wide_sums::<V>(s, pass.part, codes, s.parts[pass.part].widths.rank()) }
+        scale_sums(s, pass, gains, &mut out[t * TILE..], stride);
+    }
 }
 
 /// Sums of products of a part to scores.
@@ -155,7 +170,7 @@ fn scale_sums(s: &mut Products, pass: Pass, gains: &[f32; TILE], out: &mut [f32]
 
 /// One query's sums of products of a part to scores.
 #[inline(always)]
-pub fn to_scores(sums: &[f32; TILE], pass: Pass, gains: &[f32; TILE], (mean, scale): (f32, f32), out: &mut [f32; TILE], largest: &mut f32) {
+pub fn to_scores(sums: &[f32; TILE], pass: Pass, gains: &[f32; TILE], (mean, scale): (f32, f32), out: &mut [f32; TILE], largest: &mut [f32; LANES]) {
     if !pass.add {
         *out = [0.0; TILE];
     }
@@ -163,7 +178,7 @@ pub fn to_scores(sums: &[f32; TILE], pass: Pass, gains: &[f32; TILE], (mean, sca
         *out += sum * gain;
     }
     if pass.finish {
-        *largest = largest.max(dense::scale_scores(out, mean, scale));
+        dense::scale_scores(out, mean, scale, largest);
     }
 }
 

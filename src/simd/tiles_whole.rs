@@ -6,9 +6,11 @@
 //! ([`super::tiles_float`]). Must not know about bases or heads, nor about any instruction.
 
 use super::lanes::{LANES, ROUND};
-use super::memory::Ahead;
+use super::memory::{Ahead, Lines};
 use super::products::{Pass, Products, Projected, BATCH};
+use super::projection::Projection;
 use super::tiles_float::{self, Unpack};
+use crate::layout::gain::Gains;
 use crate::layout::quant::{coefficient_bytes, STEP};
 use crate::layout::widths::{with_width, Run};
 use crate::layout::{Widths, TILE};
@@ -53,8 +55,8 @@ pub struct Scores<'a> {
     pub means: &'a [f32],
     /// Factor on all scores.
     pub scale: f32,
-    /// Per query: its largest score so far.
-    pub largest: &'a mut [f32],
+    /// Per query: its largest score so far, in lanes.
+    pub largest: &'a mut [[f32; LANES]],
     /// What will be read later.
     pub ahead: &'a mut Ahead,
 }
@@ -102,6 +104,33 @@ pub trait Whole: Sized {
     /// Bytes that a level takes where products are made.
     const LEVEL_BYTES: usize;
 
+    /// See [`super::Kernels::hold`].
+    ///
+    /// # Safety
+    /// The set is there.
+    #[inline(always)]
+    unsafe fn hold(matrix: &[f32], d: usize, to: &mut Projection) {
+        // SAFETY: the caller's.
+        unsafe { tiles_float::hold::<Self::Float>(matrix, d, to) }
+    }
+    /// See [`super::Kernels::project`].
+    ///
+    /// # Safety
+    /// The set is there.
+    #[inline(always)]
+    unsafe fn project(by: &Projection, rows: &[f32], n: usize, columns: usize, out: &mut [f32], work: &mut Lines) {
+        // SAFETY: the caller's.
+        unsafe { tiles_float::project::<Self::Float>(by, rows, n, columns, out, work) }
+    }
+    /// The gains of the rows of a tile by their codes.
+    ///
+    /// # Safety
+    /// The set is there.
+    #[inline(always)]
+    unsafe fn lookup(gains: &Gains, codes: &[u8; TILE], out: &mut [f32; TILE]) {
+        // SAFETY: the caller's.
+        unsafe { tiles_float::lookup::<Self::Float>(gains, codes, out) }
+    }
     /// The levels of a packed coefficient.
     ///
     /// # Safety
@@ -213,6 +242,38 @@ pub unsafe fn prepare<W: Whole>(s: &mut Products, part: usize) {
     }
 }
 
+/// See [`super::Kernels::hold`].
+///
+/// # Safety
+/// The set is there.
+#[inline(always)]
+pub unsafe fn hold<W: Whole>(matrix: &[f32], d: usize, to: &mut Projection) {
+    // SAFETY: the set is the caller's.
+    unsafe { W::hold(matrix, d, to) }
+}
+
+/// See [`super::Kernels::project`].
+///
+/// # Safety
+/// The set is there.
+#[inline(always)]
+pub unsafe fn project<W: Whole>(by: &Projection, rows: &[f32], n: usize, columns: usize, out: &mut [f32], work: &mut Lines) {
+    assert!(columns <= by.stride && columns.is_multiple_of(LANES) && rows.len() >= n * by.d && out.len() >= n * by.stride);
+    // SAFETY: the set is the caller's.
+    unsafe { W::project(by, rows, n, columns, out, work) }
+}
+
+/// See [`super::Kernels::lookup`].
+///
+/// # Safety
+/// The set is there.
+#[inline(always)]
+pub unsafe fn lookup<W: Whole>(gains: &Gains, codes: &[u8], out: &mut [f32; TILE]) {
+    let codes = codes.first_chunk().expect("a gain for each row");
+    // SAFETY: the set is the caller's.
+    unsafe { W::lookup(gains, codes, out) }
+}
+
 #[inline(always)]
 unsafe fn unpack_run<W: Whole, const WIDTH: u32>(codes: &[u8], out: &mut [u8]) {
     for (packed, out) in codes.chunks_exact(coefficient_bytes(WIDTH)).zip(out.as_chunks_mut().0) {
@@ -226,11 +287,12 @@ unsafe fn unpack_run<W: Whole, const WIDTH: u32>(codes: &[u8], out: &mut [u8]) {
 /// # Safety
 /// The set is there. [`prepare`] was called.
 #[inline(always)]
-pub unsafe fn tile_scores<W: Whole>(s: &mut Products, pass: Pass, codes: &[u8], gains: &[f32; TILE], out: &mut [f32], stride: usize) {
+pub unsafe fn tile_scores<W: Whole>(s: &mut Products, pass: Pass, tiles: &[&[u8]], gains: &[[f32; TILE]], out: &mut [f32], stride: usize) {
     let widths = s.parts[pass.part].widths;
-    let first = widths.narrow_from();
+    let (first, bytes) = (widths.narrow_from(), widths.bytes());
     let (narrow, padded) = (widths.rank() - first, (widths.rank() - first).next_multiple_of(TILE));
-    assert!(codes.len() >= widths.bytes() && s.n > 0 && out.len() >= (s.n - 1) * stride + TILE);
+    assert!(tiles.iter().all(|codes| codes.len() >= bytes) && gains.len() >= tiles.len());
+    assert!(s.n > 0 && out.len() >= (s.n - 1) * stride + tiles.len() * TILE);
     // The first of the frame's queries.
     let base = s.frame * s.n;
     let p = &s.parts[pass.part];
@@ -239,29 +301,31 @@ pub unsafe fn tile_scores<W: Whole>(s: &mut Products, pass: Pass, codes: &[u8], 
     // SAFETY: the set is the caller's, sizes were checked.
     unsafe {
         if narrow == 0 || narrow > W::MOST {
-            tiles_float::tile_scores::<W::Float>(s, pass, codes, gains, out, stride);
+            tiles_float::tile_scores::<W::Float>(s, pass, tiles, gains, out, stride);
             return;
-        }
-        if first > 0 {
-            tiles_float::wide_sums::<W::Float>(s, pass.part, codes, first);
         }
         let length = narrow.next_multiple_of(W::GROUP) * TILE * W::LEVEL_BYTES;
         s.unpacked.resize(length);
-        let levels = &mut s.unpacked.bytes_mut()[..length];
-        for run in widths.narrow_runs() {
-            let (codes, levels) = (&codes[run.bytes()], &mut levels[(run.first - first) * TILE..][..run.n * TILE]);
-            with_width!(narrow run.bits, WIDTH => unpack_run::<W, WIDTH>(codes, levels));
-        }
-        W::arrange(levels);
-        let p = &s.parts[pass.part];
-        for q in (0..s.n).step_by(W::QUERIES) {
-            let digits = &p.digits.bytes()[(base + q) * padded * NUMBER..];
-            let (offsets, scales) = (&p.offsets[(base + q) * W::OFFSETS..], &p.scales[base + q..]);
-            let queries = Queries { n: W::QUERIES.min(s.n - q), digits, padded, offsets, scales };
-            let wide = (first > 0).then(|| &s.sums.floats()[q * TILE..]);
-            let (means, largest, ahead) = (&s.means[base + q..], &mut s.largest[q..], &mut s.ahead);
-            let to = Scores { out: &mut out[q * stride..], stride, wide, pass, gains, means, scale: s.scale, largest, ahead };
-            W::scores(levels, queries, to);
+        for ((t, codes), gains) in tiles.iter().enumerate().zip(gains) {
+            if first > 0 {
+                tiles_float::wide_sums::<W::Float>(s, pass.part, codes, first);
+            }
+            let levels = &mut s.unpacked.bytes_mut()[..length];
+            for run in widths.narrow_runs().filter(|run| run.n > 0) {
+                let (codes, levels) = (&codes[run.bytes()], &mut levels[(run.first - first) * TILE..][..run.n * TILE]);
+                with_width!(narrow run.bits, WIDTH => unpack_run::<W, WIDTH>(codes, levels));
+            }
+            W::arrange(levels);
+            let p = &s.parts[pass.part];
+            for q in (0..s.n).step_by(W::QUERIES) {
+                let digits = &p.digits.bytes()[(base + q) * padded * NUMBER..];
+                let (offsets, scales) = (&p.offsets[(base + q) * W::OFFSETS..], &p.scales[base + q..]);
+                let queries = Queries { n: W::QUERIES.min(s.n - q), digits, padded, offsets, scales };
+                let wide = (first > 0).then(|| &s.sums.floats()[q * TILE..]);
+                let (means, largest, ahead) = (&s.means[base + q..], &mut s.largest[q..], &mut s.ahead);
+                let out = &mut out[q * stride + t * TILE..];
+                W::scores(levels, queries, Scores { out, stride, wide, pass, gains, means, scale: s.scale, largest, ahead });
+            }
         }
     }
 }

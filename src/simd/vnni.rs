@@ -6,8 +6,12 @@
 #![expect(clippy::needless_range_loop, reason = "indices into arrays of registers are unrolled, iterators over them not always")]
 
 use super::avx512::Zmm;
+use super::dense::{self, MatMut, MatRef};
 use super::lanes::LANES;
+use super::memory::Lines;
+use super::projection::Projection;
 use super::tiles_whole::{table, Queries, Scores, Sums, Whole, FULL, OFFSET};
+use crate::layout::gain::Gains;
 use crate::layout::quant::{self, coefficient_bytes, STEP};
 use crate::layout::TILE;
 use std::arch::x86_64::*;
@@ -52,18 +56,123 @@ unsafe fn bytes<const WIDTH: u32>(p: *const u8) -> __m512i {
     }
 }
 
-/// Cut 16 numbers, scaled to [`FULL`], into digits; the lowest first.
+/// Where the lowest bytes of 32 whole numbers are in two vectors, and then their second ones.
+static LOW_BYTES: [u8; 64] = {
+    let mut out = [0; 64];
+    let mut i = 0;
+    while i < 64 {
+        out[i] = (i % 32 * 4 + i / 32) as u8;
+        i += 1;
+    }
+    out
+};
+
+/// Multiply 64 numbers by `up`, which brings the largest to [`FULL`], and cut them into digits, the lowest first.
 #[inline(always)]
-unsafe fn digits(x: __m512) -> [__m128i; DIGITS] {
-    // SAFETY: the caller's features.
+unsafe fn digits(x: *const f32, up: __m512) -> [__m512i; DIGITS] {
+    // SAFETY: the caller's features, and its numbers.
     unsafe {
-        let mut x = _mm512_cvtps_epi32(x);
-        std::array::from_fn(|_| {
-            let digit = _mm512_cvtepi32_epi8(x);
-            // What is left after a digit from -128 to 127.
-            x = _mm512_srai_epi32::<8>(_mm512_add_epi32(x, _mm512_set1_epi32(OFFSET)));
-            digit
-        })
+        // With half of the base added, the second byte is the higher digit, and the lowest is off by as much.
+        let number = |i: usize| _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x.add(i * LANES)), up)), _mm512_set1_epi32(OFFSET));
+        let places = _mm512_loadu_si512(LOW_BYTES.as_ptr().cast());
+        let front = _mm512_permutex2var_epi8(number(0), places, number(1));
+        let back = _mm512_permutex2var_epi8(number(2), places, number(3));
+        let low = _mm512_inserti64x4::<1>(front, _mm512_castsi512_si256(back));
+        [_mm512_xor_si512(low, _mm512_set1_epi8(OFFSET as i8)), _mm512_shuffle_i64x2::<0b11_10_11_10>(front, back)]
+    }
+}
+
+/// Numbers of a row come to words in whole vectors of these.
+const WORDS: usize = 32;
+
+/// A row as words, of which its length is [`FULL`]: so sums of products of two such rows, whichever they are, stay in 32 bits. Returns what a unit
+/// stands for.
+#[inline(always)]
+unsafe fn words(x: &[f32], out: &mut [i16]) -> f32 {
+    // SAFETY: the caller's features; vectors lie inside of slices, but for the last of `x`, of which no more is read than there is.
+    unsafe {
+        let some = |i: usize| {
+            let there = x.len().saturating_sub(i).min(LANES);
+            _mm512_maskz_loadu_ps(((1u32 << there) - 1) as u16, x.as_ptr().wrapping_add(i))
+        };
+        let mut squares = _mm512_setzero_ps();
+        for i in (0..out.len()).step_by(LANES) {
+            squares = _mm512_fmadd_ps(some(i), some(i), squares);
+        }
+        let length = _mm512_reduce_add_ps(squares).sqrt();
+        let up = _mm512_set1_ps(if length > 0.0 { FULL / length } else { 0.0 });
+        for (i, out) in out.chunks_exact_mut(LANES).enumerate() {
+            let word = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(some(i * LANES), up)));
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), word);
+        }
+        length / FULL
+    }
+}
+
+/// Products of `R` rows of words and `C` vectors of columns, of which there are `pairs` pairs of words; rows of the result are `stride` apart.
+#[inline(always)]
+unsafe fn project<const R: usize, const C: usize>(rows: &[i32], units: &[f32], by: &Projection, column: usize, out: &mut [f32]) {
+    let (pairs, stride) = (by.d.next_multiple_of(WORDS) / 2, by.stride);
+    // SAFETY: the caller's: rows, columns and results are there.
+    unsafe {
+        let mut acc = [[_mm512_setzero_si512(); C]; R];
+        let columns = by.columns.floats().as_ptr().add(column);
+        for i in 0..pairs {
+            let mut y = [_mm512_setzero_si512(); C];
+            for c in 0..C {
+                y[c] = _mm512_loadu_si512(columns.add(i * stride + c * LANES).cast());
+            }
+            for r in 0..R {
+                let x = _mm512_set1_epi32(*rows.get_unchecked(r * pairs + i));
+                for c in 0..C {
+                    acc[r][c] = _mm512_dpwssd_epi32(acc[r][c], y[c], x);
+                }
+            }
+        }
+        for r in 0..R {
+            for c in 0..C {
+                let unit = _mm512_mul_ps(_mm512_loadu_ps(by.units.floats().as_ptr().add(column + c * LANES)), _mm512_set1_ps(units[r]));
+                _mm512_storeu_ps(out.as_mut_ptr().add(r * stride + column + c * LANES), _mm512_mul_ps(_mm512_cvtepi32_ps(acc[r][c]), unit));
+            }
+        }
+    }
+}
+
+/// The same for all columns.
+#[inline(always)]
+unsafe fn project_rows<const R: usize>(rows: &[i32], units: &[f32], by: &Projection, columns: usize, out: &mut [f32]) {
+    const C: usize = 4;
+    let whole = columns / (C * LANES) * C * LANES;
+    // SAFETY: the caller's.
+    unsafe {
+        for column in (0..whole).step_by(C * LANES) {
+            project::<R, C>(rows, units, by, column, out);
+        }
+        for column in (whole..columns).step_by(LANES) {
+            project::<R, 1>(rows, units, by, column, out);
+        }
+    }
+}
+
+/// Where codes go before they are looked up, so that what bytes are put together to lies in order: [`interleave`]'s places.
+static IN_FOURS: [u8; 64] = {
+    let mut out = [0; 64];
+    let mut i = 0;
+    while i < 64 {
+        out[i] = (i % 16 / 4 * 16 + i / 16 * 4 + i % 4) as u8;
+        i += 1;
+    }
+    out
+};
+
+/// The entries of a table of 256 bytes.
+#[inline(always)]
+unsafe fn look_up(table: &[u8; 256], index: __m512i) -> __m512i {
+    // SAFETY: the caller's features; loads are inside of the table.
+    unsafe {
+        let part = |i: usize| _mm512_loadu_si512(table.as_ptr().add(64 * i).cast());
+        let (low, high) = (_mm512_permutex2var_epi8(part(0), index, part(1)), _mm512_permutex2var_epi8(part(2), index, part(3)));
+        _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high)
     }
 }
 
@@ -141,7 +250,7 @@ unsafe fn scores<const Q: usize>(rows: &[u8], queries: Queries, s: Scores) {
                 _mm512_shuffle_f32x4::<0xdd>(even[0], even[1]),
                 _mm512_shuffle_f32x4::<0xdd>(odd[0], odd[1]),
             ];
-            let mut largest = _mm512_set1_ps(s.largest[q]);
+            let mut largest = _mm512_loadu_ps(s.largest[q].as_ptr());
             for (l, x) in in_order.into_iter().enumerate() {
                 let out = s.out.as_mut_ptr().add(q * s.stride + l * LANES);
                 let x = s.wide.map_or(x, |wide| _mm512_add_ps(_mm512_loadu_ps(wide.as_ptr().add(q * TILE + l * LANES)), x));
@@ -153,7 +262,7 @@ unsafe fn scores<const Q: usize>(rows: &[u8], queries: Queries, s: Scores) {
                 }
                 _mm512_storeu_ps(out, x);
             }
-            s.largest[q] = _mm512_reduce_max_ps(largest);
+            _mm512_storeu_ps(s.largest[q].as_mut_ptr(), largest);
         }
     }
 }
@@ -210,6 +319,60 @@ impl Whole for Vnni {
     const GROUP: usize = 4;
     const LEVEL_BYTES: usize = 1;
 
+    /// Pairs of words of each row beside each other: 32 products of words are one instruction.
+    #[inline(always)]
+    unsafe fn hold(matrix: &[f32], d: usize, to: &mut Projection) {
+        to.set(d, true);
+        let (padded, stride) = (d.next_multiple_of(WORDS), to.stride);
+        to.units.resize(stride * 4);
+        to.work.resize(d * padded * 2);
+        to.columns.resize(padded / 2 * stride * 4);
+        let rows = bytemuck::cast_slice_mut::<u8, i16>(to.work.bytes_mut());
+        // SAFETY: see above.
+        unsafe {
+            for ((row, out), unit) in matrix.chunks_exact(d).zip(rows.chunks_exact_mut(padded)).zip(to.units.floats_mut()) {
+                *unit = words(row, out);
+            }
+            let (pairs, columns) = (MatRef::new(to.work.floats(), padded / 2), MatMut::new(to.columns.floats_mut(), stride));
+            dense::transpose::<Zmm>(pairs, columns, d, padded / 2);
+        }
+    }
+    #[inline(always)]
+    unsafe fn project(by: &Projection, rows: &[f32], n: usize, columns: usize, out: &mut [f32], work: &mut Lines) {
+        const ROWS: usize = 4;
+        assert!(by.is_words);
+        let padded = by.d.next_multiple_of(WORDS);
+        work.resize(ROWS * padded * 2);
+        for (rows, out) in rows[..n * by.d].chunks(ROWS * by.d).zip(out.chunks_mut(ROWS * by.stride)) {
+            let mut units = [0.0; ROWS];
+            let numbers = bytemuck::cast_slice_mut::<u8, i16>(work.bytes_mut());
+            // SAFETY: see above.
+            unsafe {
+                for ((row, out), unit) in rows.chunks_exact(by.d).zip(numbers.chunks_exact_mut(padded)).zip(&mut units) {
+                    *unit = words(row, out);
+                }
+                let pairs = bytemuck::cast_slice(work.bytes());
+                match rows.len() / by.d {
+                    1 => project_rows::<1>(pairs, &units, by, columns, out),
+                    2 => project_rows::<2>(pairs, &units, by, columns, out),
+                    3 => project_rows::<3>(pairs, &units, by, columns, out),
+                    _ => project_rows::<4>(pairs, &units, by, columns, out),
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn lookup(gains: &Gains, codes: &[u8; TILE], out: &mut [f32; TILE]) {
+        // SAFETY: see above.
+        unsafe {
+            let codes = _mm512_permutexvar_epi8(_mm512_loadu_si512(IN_FOURS.as_ptr().cast()), _mm512_loadu_si512(codes.as_ptr().cast()));
+            let [a, b, c, d] = &gains.bytes;
+            let bytes = [look_up(a, codes), look_up(b, codes), look_up(c, codes), look_up(d, codes)];
+            for (i, x) in interleave(bytes).into_iter().enumerate() {
+                _mm512_storeu_si512(out.as_mut_ptr().add(i * LANES).cast(), x);
+            }
+        }
+    }
     #[inline(always)]
     unsafe fn unpack<const WIDTH: u32>(packed: &[u8], out: &mut [u8; TILE]) {
         // SAFETY: see above.
@@ -233,10 +396,10 @@ impl Whole for Vnni {
         unsafe {
             let largest = magnitude(x);
             let up = _mm512_set1_ps(if largest > 0.0 { FULL / largest } else { 0.0 });
-            for i in (0..x.len()).step_by(LANES) {
-                let d = digits(_mm512_mul_ps(_mm512_loadu_ps(x.as_ptr().add(i)), up));
+            for i in (0..x.len()).step_by(64) {
+                let d = digits(x.as_ptr().add(i), up);
                 for k in 0..DIGITS {
-                    _mm_storeu_si128(out.as_mut_ptr().add(k * x.len() + i).cast(), d[k]);
+                    _mm512_storeu_si512(out.as_mut_ptr().add(k * x.len() + i).cast(), d[k]);
                 }
             }
             largest / FULL
@@ -275,14 +438,10 @@ impl Whole for Vnni {
             let largest = magnitude(x);
             let up = _mm512_set1_ps(if largest > 0.0 { FULL / largest } else { 0.0 });
             for (x, out) in x.chunks_exact(TILE).zip(out.chunks_exact_mut(DIGITS * TILE)) {
-                let to = out.as_mut_ptr();
-                for i in (0..TILE).step_by(LANES) {
-                    let d = digits(_mm512_mul_ps(_mm512_loadu_ps(x.as_ptr().add(i)), up));
-                    d.into_iter().enumerate().for_each(|(k, d)| _mm_storeu_si128(to.add(k * TILE + i).cast(), d));
-                }
-                for d in 0..DIGITS {
-                    let digits = _mm512_loadu_si512(to.add(d * TILE).cast());
-                    offsets[d] = _mm512_dpbusd_epi32(offsets[d], _mm512_set1_epi8(OFFSET as i8), digits);
+                let d = digits(x.as_ptr(), up);
+                for k in 0..DIGITS {
+                    _mm512_storeu_si512(out.as_mut_ptr().add(k * TILE).cast(), d[k]);
+                    offsets[k] = _mm512_dpbusd_epi32(offsets[k], _mm512_set1_epi8(OFFSET as i8), d[k]);
                 }
             }
             (largest / FULL, offsets)

@@ -9,6 +9,7 @@ use crate::attention::{merge, no_rows, partial_floats, Context, Tile, Turns, Vis
 use crate::cache::arena::bases_of;
 use crate::cache::head::Head;
 use crate::cache::mask::Seen;
+use crate::cache::plan::Source;
 use crate::cache::Layer;
 use crate::error::{argument, Error, Result};
 use crate::layout::geometry::Kind;
@@ -19,6 +20,9 @@ use std::sync::atomic::Ordering::Relaxed;
 
 /// Blocks of 64 rows that a chunk has at least, if there are as many.
 const LEAST_BLOCKS: usize = 4;
+
+/// How many rows before it is read an exact row is asked for.
+const ROWS_AHEAD: usize = 12;
 
 /// Tiles that share a frame where rows stay in their order.
 const FRAME_TILES: usize = ANCHOR_GRID as usize / TILE;
@@ -128,7 +132,11 @@ impl Layer {
         s.rows_k.resize(TILE * g.d_k * 4);
         s.rows_v.resize(TILE * g.d_v * 4);
         let (keys, values) = (s.rows_k.floats_mut(), s.rows_v.floats_mut());
-        for ((source, _, turn), (key, value)) in sources.iter().zip(keys.chunks_exact_mut(g.d_k).zip(values.chunks_exact_mut(g.d_v))) {
+        for (i, ((source, _, turn), (key, value))) in sources.iter().zip(keys.chunks_exact_mut(g.d_k).zip(values.chunks_exact_mut(g.d_v))).enumerate()
+        {
+            if let Some((Source::Slot(slot), ..)) = sources.get(i + ROWS_AHEAD) {
+                simd::ask_for(head.stored_row(*slot));
+            }
             head.exact_row((*source, *turn), (call.k, call.v), &mut s.turn, key, value);
         }
         s.accumulator.exact_block(context, &keys[..len * g.d_k], &values[..len * g.d_v], visible);
