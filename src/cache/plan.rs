@@ -166,18 +166,15 @@ pub fn capacity(g: &Geometry, n_tokens: usize) -> usize {
 }
 
 impl PlanData {
-    /// Write in transport form; `tiles` yields the tiles in use: tile, then `(cell or -1, turn)` of its rows.
-    pub fn write(&self, tiles: impl Iterator<Item = (u32, [(i32, i32); TILE])>, out: &mut [i32]) -> Result<usize> {
+    /// Write in transport form; `tiles` yields the tiles in use: tile, and what writes cell, or -1, and turn of each of its rows.
+    pub fn write(&self, tiles: impl Iterator<Item = (u32, impl FnOnce(&mut [i32]))>, out: &mut [i32]) -> Result<usize> {
         let mut w = Writer { out, at: HEADER };
         let mut counts = [0i32; 8];
         counts[0] = w.items(self.tokens.iter().map(|t| [t.0 as i32, t.1]))?;
         counts[1] = w.items(self.exact.iter().map(|e| [e.0 as i32, e.1 as i32, e.2]))?;
         for (tile, rows) in tiles {
             w.put(tile as i32)?;
-            for (cell, turn) in rows {
-                w.put(cell)?;
-                w.put(turn)?;
-            }
+            rows(w.next(2 * TILE)?);
             counts[2] += 1;
         }
         let changes_at = w.at;
@@ -228,10 +225,14 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
+    /// Room for the next ints.
+    fn next(&mut self, n: usize) -> Result<&mut [i32]> {
+        let (have, at) = (self.out.len(), self.at);
+        self.at += n;
+        self.out.get_mut(at..at + n).ok_or(Error::Buffer { need: at + n, have })
+    }
     fn put(&mut self, x: i32) -> Result<()> {
-        let have = self.out.len();
-        *self.out.get_mut(self.at).ok_or(Error::Buffer { need: self.at + 1, have })? = x;
-        self.at += 1;
+        self.next(1)?[0] = x;
         Ok(())
     }
     fn puts<const N: usize>(&mut self, ints: [i32; N]) -> Result<()> {

@@ -18,7 +18,8 @@ impl Cells<'_> {
         if self.pos.len() != n_cells || self.seq.len() != n_cells {
             return argument(format!("{} positions and {} sequences for {n_cells} cells", self.pos.len(), self.seq.len()));
         }
-        if self.pos.iter().zip(self.seq).any(|(p, s)| (*p < 0) != (*s < 0)) {
+        // Without an early end: all cells are looked at in each step, and so many at a time.
+        if self.pos.iter().zip(self.seq).fold(0, |signs, (p, s)| signs | (p ^ s)) < 0 {
             return argument("a cell has a position but no sequence, or the other way round");
         }
         let mut sorted = new.to_vec();
@@ -36,7 +37,7 @@ impl Cells<'_> {
 impl Table {
     /// Bring the table up to date with the cells, before `new` ones get new rows.
     pub(super) fn reconcile(&mut self, cells: &Cells, new: &[u32]) {
-        (0..cells.pos.len()).filter(|cell| cells.pos[*cell] < 0).for_each(|cell| self.places.free(cell));
+        self.places.free_all(cells.pos);
         for cell in new {
             self.places.free(*cell as usize);
         }

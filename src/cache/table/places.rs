@@ -34,6 +34,8 @@ pub struct Places {
     pub row_turn: Vec<i32>,
     /// Which rows of a tile have a cell.
     pub live: Vec<u64>,
+    /// Tiles whose rows lie in cells in a row and were at positions in a row: nearly all, and what is written of them in each step follows from the first row.
+    is_run: Vec<bool>,
     /// When the rows of a tile were sealed: counts tiles.
     pub sealed_at: Vec<u64>,
     /// Tiles sealed so far.
@@ -55,6 +57,7 @@ impl Places {
             row_cell: vec![NOWHERE; tiles * TILE],
             row_turn: vec![0; tiles * TILE],
             live: vec![0; tiles],
+            is_run: vec![false; tiles],
             sealed_at: vec![0; tiles],
             sealed: 0,
             slot_cell: vec![NOWHERE; geometry.exact],
@@ -109,11 +112,27 @@ impl Places {
             Some((Location::Coded(tile, row), _)) => {
                 self.row_cell[tile * TILE + row] = NOWHERE;
                 self.live[tile] &= !(1 << row);
+                self.is_run[tile] = false;
                 self.leave_former(tile);
             }
             None => {}
         }
         self.location[cell] = NOWHERE;
+    }
+
+    /// The rows of cells without a position are no more.
+    pub fn free_all(&mut self, positions: &[i32]) {
+        // Nearly always there are none among neighbours, or they had no rows: told without a branch for each cell.
+        for (i, positions) in positions.chunks(TILE).enumerate() {
+            if positions.iter().fold(0, |signs, p| signs | p) >= 0 {
+                continue;
+            }
+            let first = i * TILE;
+            let rows = &self.location[first..first + positions.len()];
+            if positions.iter().zip(rows).fold(false, |any, (p, l)| any | ((*p < 0) & (*l != NOWHERE))) {
+                (first..).zip(positions).filter(|(_, p)| **p < 0).for_each(|(cell, _)| self.free(cell));
+            }
+        }
     }
 
     /// Whether a tile is in the former bases.
@@ -131,6 +150,7 @@ impl Places {
         let cell = std::mem::replace(&mut self.row_cell[from], NOWHERE);
         if cell != NOWHERE {
             self.live[from / TILE] &= !(1 << (from % TILE));
+            self.is_run[from / TILE] = false;
             self.put_coded(cell, to, self.row_turn[from]);
         }
     }
@@ -140,7 +160,15 @@ impl Places {
         self.row_cell[row] = cell;
         self.row_turn[row] = turn;
         self.live[row / TILE] |= 1 << (row % TILE);
+        self.is_run[row / TILE] = self.live[row / TILE] == u64::MAX && self.rows_are_a_run(row / TILE);
         self.location[cell as usize] = CODED | row as u32;
+    }
+
+    fn rows_are_a_run(&self, tile: usize) -> bool {
+        let rows = tile * TILE..(tile + 1) * TILE;
+        let (cells, turns) = (&self.row_cell[rows.clone()], &self.row_turn[rows]);
+        let follow = |(i, (cell, turn)): (u32, (&u32, &i32))| cell.wrapping_sub(i) == cells[0] && turn.wrapping_add(i as i32) == turns[0];
+        (0..).zip(cells.iter().zip(turns)).all(follow)
     }
 
     /// A cell's row is in this slot.
@@ -156,16 +184,30 @@ impl Places {
         taken.map(|((cell, pos), slot)| (slot, *cell, cells.pos[*cell as usize].wrapping_sub(*pos)))
     }
 
-    /// Tiles with rows, those in the former bases last: number, and cell and turn of each row; a cell of -1 for a dead one.
-    pub fn tiles<'a>(&'a self, cells: &'a Cells) -> impl Iterator<Item = (u32, [(i32, i32); TILE])> + 'a {
-        let (former, own): (Vec<usize>, Vec<usize>) = (0..self.live.len()).filter(|t| self.live[*t] != 0).partition(|t| self.is_former(*t));
-        own.into_iter().chain(former).map(|tile| {
-            let row = |row: usize| match self.row_cell[row] {
+    /// Tiles with rows, those in the former bases last: number, and what writes cell and turn of each row; a cell of -1 for a dead one.
+    pub fn tiles<'a>(&'a self, cells: &'a Cells) -> impl Iterator<Item = (u32, impl FnOnce(&mut [i32]) + 'a)> + 'a {
+        let used = |former: bool| (0..self.live.len()).filter(move |t| self.live[*t] != 0 && self.is_former(*t) == former);
+        used(false).chain(used(true)).map(move |tile| (self.number(tile) as u32, move |out: &mut [i32]| self.write_rows(tile, cells, out)))
+    }
+
+    /// Cell and turn of each row of a tile, one pair after another.
+    fn write_rows(&self, tile: usize, cells: &Cells, out: &mut [i32]) {
+        let rows = tile * TILE..(tile + 1) * TILE;
+        let out = out[..2 * TILE].chunks_exact_mut(2);
+        if self.is_run[tile] {
+            let (cell, turn) = (self.row_cell[rows.start], self.row_turn[rows.start]);
+            let positions = &cells.pos[cell as usize..][..TILE];
+            for ((out, pos), i) in out.zip(positions).zip(0..) {
+                (out[0], out[1]) = (cell as i32 + i, turn.wrapping_sub(i).wrapping_add(*pos));
+            }
+            return;
+        }
+        for ((out, turn), cell) in out.zip(&self.row_turn[rows.clone()]).zip(&self.row_cell[rows]) {
+            (out[0], out[1]) = match *cell {
                 NOWHERE => (-1, 0),
-                cell => (cell as i32, self.row_turn[row].wrapping_add(cells.pos[cell as usize])),
+                cell => (cell as i32, turn.wrapping_add(cells.pos[cell as usize])),
             };
-            (self.number(tile) as u32, std::array::from_fn(|i| row(tile * TILE + i)))
-        })
+        }
     }
 
     /// Changes of a plan become fact. `sealed` has, in the order of the tiles that are filled, when their rows were sealed, and cell and `turn - position` of
@@ -196,5 +238,66 @@ impl Places {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Config, LayerShape};
+
+    const SHAPE: LayerShape = LayerShape { n_head: 2, n_head_kv: 1, d_k: 32, d_v: 32 };
+
+    /// What a plan says of each tile, against what each cell's place says.
+    fn agree(places: &Places, pos: &[i32]) {
+        let cells = Cells { pos, seq: pos };
+        let mut rows = 0;
+        for (tile, write) in places.tiles(&cells) {
+            let mut written = [7; 2 * TILE];
+            write(&mut written);
+            for (row, pair) in written.chunks_exact(2).enumerate() {
+                let Ok(cell) = usize::try_from(pair[0]) else {
+                    assert_eq!((pair, places.live[tile as usize] >> row & 1), (&[-1, 0][..], 0));
+                    continue;
+                };
+                let (at, turn) = places.locate(cell).unwrap();
+                assert_eq!((at, turn.wrapping_add(pos[cell])), (Location::Coded(tile as usize, row), pair[1]));
+                rows += 1;
+            }
+        }
+        assert_eq!(rows, places.live.iter().map(|l| l.count_ones()).sum::<u32>());
+    }
+
+    #[test]
+    fn a_tile_is_written_alike_whether_its_rows_follow_each_other_or_not() {
+        let geometry = Geometry::new(&Config { n_cells: 2048, calibrated: true, ..Config::default() }, &[SHAPE]).unwrap();
+        let mut places = Places::new(Arc::new(geometry));
+        let mut pos: Vec<i32> = (0..2048).collect();
+        let fill = |places: &mut Places, tile: usize, at: &dyn Fn(u32) -> (u32, i32)| {
+            (0..TILE as u32).for_each(|i| places.put_coded(at(i).0, tile * TILE + i as usize, at(i).1));
+        };
+        fill(&mut places, 0, &|i| (100 + i, 7 - i as i32));
+        fill(&mut places, 1, &|i| (300 - i, 7 - i as i32));
+        fill(&mut places, 2, &|i| (400 + i, i32::from(i == 63)));
+        fill(&mut places, 3, &|i| (500 + i, -(i as i32)));
+        assert_eq!(places.is_run[..4], [true, false, false, true]);
+        agree(&places, &pos);
+        // Some are shifted, some go, and other rows come into their places.
+        pos[110..].iter_mut().for_each(|p| *p += 5);
+        agree(&places, &pos);
+        pos[500] = -1;
+        pos[130] = -1;
+        places.free_all(&pos);
+        assert_eq!(places.is_run[..4], [false; 4]);
+        agree(&places, &pos);
+        places.put_coded(600, 30, 9);
+        places.put_coded(500, 3 * TILE, 0);
+        pos[500] = 3;
+        assert_eq!(places.is_run[..4], [false, false, false, true]);
+        agree(&places, &pos);
+        let moves: Vec<_> = (0..TILE).map(|row| Change::Move { from: 3 * TILE + row, to: 5 * TILE + row }).collect();
+        places.carry_out(&moves, &[], true);
+        assert_eq!(places.is_run[3..6], [false, false, true]);
+        agree(&places, &pos);
     }
 }
