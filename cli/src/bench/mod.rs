@@ -3,6 +3,7 @@
 //! Owns the options and the order of the measurements. Must not know how llama.cpp's tools are called, nor how results are shown.
 
 mod gguf;
+mod host;
 mod model;
 mod report;
 mod runs;
@@ -21,6 +22,7 @@ use super::fetch::SourceKind;
 use super::layout::{Layout, Pin};
 use super::{cmd, model as real, text};
 
+use host::Host;
 use model::Shape;
 use report::{Row, Subject, Summary, Timing};
 use runs::{Cache, Case, Runs};
@@ -28,7 +30,7 @@ use runs::{Cache, Case, Runs};
 /// Types of a KV cache that both tools know.
 const TYPES: [&str; 8] = ["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"];
 
-/// What is measured.
+/// The way tokens go through a model.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum What {
     /// One token after the other, behind a context.
@@ -39,10 +41,37 @@ pub enum What {
     Batch,
 }
 
+/// What is measured.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// One token after the other, behind a context.
+    Decode,
+    /// Many tokens at once, behind a context.
+    Prefill,
+    /// One token of each of some sequences at once, behind a context that they share.
+    Batch,
+    /// What the library does between the graphs of decode steps, without llama.cpp and models.
+    Host,
+}
+
+impl Part {
+    /// The way through a model, if there is one.
+    fn what(self) -> Option<What> {
+        match self {
+            Part::Decode => Some(What::Decode),
+            Part::Prefill => Some(What::Prefill),
+            Part::Batch => Some(What::Batch),
+            Part::Host => None,
+        }
+    }
+}
+
 /// An instruction-set level of the library.
 #[derive(Clone, Copy, ValueEnum)]
 pub enum Level {
-    /// AVX-512.
+    /// AVX-512 with VNNI.
+    Avx512vnni,
+    /// AVX-512 alone.
     Avx512,
     /// AVX2.
     Avx2,
@@ -63,9 +92,9 @@ pub struct Options {
     /// one (see the command `model`)
     #[arg(short, long = "model", value_name = "MODEL", value_delimiter = ',', default_value = "attention,8b", value_parser = parse_model)]
     models: Vec<Model>,
-    /// What to measure, comma-separated (default: everything; for 8b decode)
+    /// What to measure, comma-separated (default: everything but host; for 8b decode)
     #[arg(long, value_enum, value_delimiter = ',')]
-    what: Option<Vec<What>>,
+    what: Option<Vec<Part>>,
     /// Tokens before those that are decoded, comma-separated (default: 512,4096,16384; for 8b 0,16384)
     #[arg(long, value_name = "TOKENS", value_delimiter = ',')]
     depths: Option<Vec<u32>>,
@@ -81,6 +110,9 @@ pub struct Options {
     /// Sequences of a batch: query tokens of a step
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=64))]
     batch: u32,
+    /// Cells of the tables that host measures, comma-separated; they are filled but for the last steps
+    #[arg(long, value_name = "CELLS", value_delimiter = ',', default_value = "131072,1048576", value_parser = clap::value_parser!(u32).range(1024..))]
+    host_cells: Vec<u32>,
     /// Stock cache types, comma-separated (default: f16,q8_0,q4_0 to decode, f16 else and for 8b)
     #[arg(long, value_delimiter = ',', value_parser = TYPES)]
     types: Option<Vec<String>>,
@@ -127,7 +159,8 @@ fn value_name(x: &impl ValueEnum) -> String {
 fn plan(o: &Options, model: &Model) -> Vec<(Case, Vec<Cache>)> {
     // Of this one the interest is what decoding is made of.
     let is_large = matches!(model, Model::Made(m) if m.name == model::EIGHT_B.name);
-    let some = |few: &[What], all: &[What]| o.what.clone().unwrap_or_else(|| if is_large { few } else { all }.to_vec());
+    let all: &[Part] = if is_large { &[Part::Decode] } else { &[Part::Decode, Part::Prefill, Part::Batch] };
+    let asked = o.what.as_deref().unwrap_or(all).iter().filter_map(|part| part.what());
     let mut decode = o.depths.clone().unwrap_or_else(|| if is_large { vec![0, 16384] } else { vec![512, 4096, 16384] });
     decode.extend(o.long.then_some(65536));
     let caches = |what: What| {
@@ -146,7 +179,7 @@ fn plan(o: &Options, model: &Model) -> Vec<(Case, Vec<Cache>)> {
         };
         depths.into_iter().map(move |depth| (Case { what, depth, tokens, sequences }, caches(what)))
     };
-    some(&[What::Decode], &[What::Decode, What::Prefill, What::Batch]).into_iter().flat_map(rows).collect()
+    asked.flat_map(rows).collect()
 }
 
 /// Calls of a tool for one cache, and the repetitions in each. A batch is filled anew for each repetition.
@@ -159,28 +192,54 @@ fn calls(o: &Options, case: &Case) -> (u32, u32) {
 
 /// Measures, prints a table, and writes the numbers.
 pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCode> {
+    let host = measure_host(o)?;
     let layout = Layout::find()?;
-    let plans: Vec<_> = o.models.iter().map(|m| (m, plan(o, m))).collect();
+    let level = o.level.map(|l| value_name(&l));
+    let summary = Summary {
+        version: env!("CARGO_PKG_VERSION"),
+        llama_cpp: Pin::read(&layout.root)?.commit,
+        cpu: cpu(),
+        threads: o.threads,
+        level: level.or_else(|| std::env::var("SPECTRAL_KV_CPU_LEVEL").ok()),
+        kv_spectral: o.kv_spectral,
+        repetitions: o.repetitions,
+        rounds: o.rounds,
+        models: measure_models(o, &layout, source, jobs)?,
+        host,
+    };
+    print!("{summary}");
+    if let Some(path) = &o.output {
+        let json = serde_json::to_string_pretty(&summary)? + "\n";
+        fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// All rows of all models, if there are any: builds what they take.
+fn measure_models(o: &Options, layout: &Layout, source: SourceKind, jobs: Option<u32>) -> Result<Vec<Subject>> {
+    let plans: Vec<_> = o.models.iter().map(|m| (m, plan(o, m))).filter(|(_, rows)| !rows.is_empty()).collect();
+    if plans.is_empty() {
+        return Ok(vec![]);
+    }
     let cases = || plans.iter().flat_map(|(_, rows)| rows);
     let mut targets: Vec<&'static str> = cases().map(|(case, _)| runs::tool(case.what)).collect();
     targets.sort_unstable();
     targets.dedup();
     let build = |tree| build::ensure(&Request { tree, targets: targets.clone(), source, jobs });
-    let level = o.level.map(|l| value_name(&l));
     let mut runs = Runs {
         stock: build(Tree::Stock)?,
         patched: build(Tree::Patched)?,
         model: PathBuf::new(),
         threads: o.threads,
         ratio: o.kv_spectral,
-        level: level.clone(),
+        level: o.level.map(|l| value_name(&l)),
     };
     let bar = progress(cases().map(|(case, caches)| u64::from(calls(o, case).0) * caches.len() as u64).sum());
     let mut models = vec![];
     for (model, rows) in &plans {
         let (name, description) = match model {
             Model::Made(shape) => {
-                runs.model = shape.file(&layout)?;
+                runs.model = shape.file(layout)?;
                 (shape.name.to_string(), shape.description())
             }
             Model::File(path) => {
@@ -192,24 +251,17 @@ pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCod
         models.push(Subject::new(name, description, measured));
     }
     bar.finish_and_clear();
+    Ok(models)
+}
 
-    let summary = Summary {
-        version: env!("CARGO_PKG_VERSION"),
-        llama_cpp: Pin::read(&layout.root)?.commit,
-        cpu: cpu(),
-        threads: o.threads,
-        level: level.or_else(|| std::env::var("SPECTRAL_KV_CPU_LEVEL").ok()),
-        kv_spectral: o.kv_spectral,
-        repetitions: o.repetitions,
-        rounds: o.rounds,
-        models,
-    };
-    print!("{summary}");
-    if let Some(path) = &o.output {
-        let json = serde_json::to_string_pretty(&summary)? + "\n";
-        fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
+/// Decode steps that the library's host time is a median of.
+const HOST_STEPS: u32 = 320;
+
+fn measure_host(o: &Options) -> Result<Vec<Host>> {
+    if !o.what.as_ref().is_some_and(|what| what.contains(&Part::Host)) {
+        return Ok(vec![]);
     }
-    Ok(ExitCode::SUCCESS)
+    o.host_cells.iter().map(|cells| host::measure(*cells, HOST_STEPS)).collect()
 }
 
 /// One row: the caches take turns.

@@ -7,6 +7,7 @@ use std::fmt::{self, Display, Formatter};
 
 use serde::Serialize;
 
+use super::host::Host;
 use super::runs::{Cache, Case};
 use super::{value_name, What};
 use crate::text::{columns, number, or_dash, percent};
@@ -158,6 +159,17 @@ pub struct Summary {
     pub rounds: u32,
     /// By model.
     pub models: Vec<Subject>,
+    /// Of the library alone, by cells.
+    pub host: Vec<Host>,
+}
+
+fn host_table(host: &[Host]) -> String {
+    let head = ["host, ns/step", "plan", "commit", "slowest plan", "slowest commit", "KiB of plan"].map(String::from).to_vec();
+    let row = |h: &Host| {
+        let times = [h.ns_plan, h.ns_commit, h.ns_plan_most, h.ns_commit_most].map(|ns| ns.to_string());
+        [vec![format!("{} cells", h.cells)], times.to_vec(), vec![(h.plan_bytes / 1024).to_string()]].concat()
+    };
+    columns(&[vec![head], host.iter().map(row).collect()].concat())
 }
 
 impl Display for Summary {
@@ -169,7 +181,9 @@ impl Display for Summary {
             1 => "single samples".into(),
             n => format!("medians of {n} samples, up to {} apart", percent(timings().map(Timing::spread).fold(0.0, f64::max))),
         };
-        writeln!(f, "{apart}; ratios are spectral / stock")?;
+        if !self.models.is_empty() {
+            writeln!(f, "{apart}; ratios are spectral / stock")?;
+        }
         for m in &self.models {
             writeln!(f, "\n{}: {}\n\n{}", m.name, m.description, m.table())?;
             for same_depth in m.outside_attention.chunk_by(|a, b| a.depth == b.depth) {
@@ -177,6 +191,9 @@ impl Display for Summary {
                 let depth = same_depth[0].depth;
                 writeln!(f, "outside attention at {depth} (time per token at depth 0 / at {depth}): {}", shares.join(", "))?;
             }
+        }
+        if !self.host.is_empty() {
+            writeln!(f, "\n{}", host_table(&self.host))?;
         }
         Ok(())
     }
