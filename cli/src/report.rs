@@ -24,6 +24,7 @@ pub struct Line {
     fits: u64,
     ns_encode: u64,
     ns_attend: u64,
+    ns_host: u64,
     bytes_held: u64,
     bytes_f16: u64,
     code_bits: f64,
@@ -190,7 +191,8 @@ impl Display for Report {
         writeln!(f, "  bytes held        {} ({held}) for {} tokens; f16: {} ({f16})", mib(held), self.ctx, mib(f16))?;
         writeln!(f, "  ratio             {:.2} ({} asked)", f16 as f64 / held.max(1) as f64, self.ratio)?;
         writeln!(f, "  code bits         {:.2} per element", last.code_bits)?;
-        writeln!(f, "  time              encode {} ({} fits), attention {}", ms(last.ns_encode), last.fits, ms(last.ns_attend))?;
+        let times = [last.ns_encode, last.ns_attend, last.ns_host].map(ms);
+        writeln!(f, "  time              encode {} ({} fits), attention {}, between graphs {}", times[0], last.fits, times[1], times[2])?;
 
         writeln!(f, "\n  {:>5} {:>8} {:>8} {:>14} {:>14}", "step", "cached", "sealed", "exact attended", "coded attended")?;
         for (i, step) in self.sample(9) {
@@ -278,7 +280,7 @@ mod tests {
 
     #[test]
     fn reads_the_log() {
-        let ok = r#"{"n_tokens":1,"path":"decode","appended_prefill":1,"appended_decode":1,"sealed_prefill":0,"sealed_decode":0,"attended_exact":2,"attended_coded":0,"reconstructed":0,"fits":0,"ns_encode":1,"ns_attend":1,"bytes_held":1,"bytes_f16":8,"ratio":8.0,"code_bits":1.75}"#;
+        let ok = r#"{"n_tokens":1,"path":"decode","appended_prefill":1,"appended_decode":1,"sealed_prefill":0,"sealed_decode":0,"attended_exact":2,"attended_coded":0,"reconstructed":0,"fits":0,"ns_encode":1,"ns_attend":1,"ns_host":1,"bytes_held":1,"bytes_f16":8,"ratio":8.0,"code_bits":1.75}"#;
         assert_eq!(read(ok).unwrap().len(), 1);
         let e = read(&format!("{ok}\n{{\"n_tokens\":1}}")).err().unwrap().to_string();
         assert!(e.contains("line 2"), "{e}");

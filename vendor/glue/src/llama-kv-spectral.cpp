@@ -106,6 +106,7 @@ uint64_t llama_kv_spectral_model_hash(const llama_model & model) {
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cinttypes>
 #include <cmath>
 #include <cstdio>
@@ -324,6 +325,19 @@ enum spectral_header {
 // in place of the type of K in a saved state: no ggml_type, so that a stock cache refuses to read it
 #define SPECTRAL_STATE_TYPE (-0x534B56)
 
+// adds the time of its life to a counter
+struct spectral_timer {
+    uint64_t & ns;
+
+    const std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
+
+    explicit spectral_timer(uint64_t & ns) : ns(ns) {}
+
+    ~spectral_timer() { ns += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count(); }
+
+    spectral_timer(const spectral_timer &) = delete;
+};
+
 struct llama_kv_spectral::impl {
     // user data of the ops: graphs are reused, so everything here lives as long as the cache and is constant during a graph
     struct layer {
@@ -402,6 +416,7 @@ struct llama_kv_spectral::impl {
     FILE * log = nullptr; // env: LLAMA_KV_SPECTRAL_LOG
 
     uint64_t n_commits = 0;
+    uint64_t ns_host   = 0; // of the calling thread between graphs: snapshots, plans, commits
 
     bool is_paged = false; // use_huge_pages() was called
 
@@ -464,10 +479,10 @@ llama_kv_spectral::impl::~impl() {
         const auto st = stats();
 
         LLAMA_LOG_INFO("kv_spectral: sealed %" PRIu64 " rows in prefill and %" PRIu64 " in decode; attended %" PRIu64 " coded and %" PRIu64
-                " exact rows, rebuilt %" PRIu64 "; held %.1f MiB against %.1f MiB f16, ratio %.2f; encode %.1f ms, attend %.1f ms\n",
+                " exact rows, rebuilt %" PRIu64 "; held %.1f MiB against %.1f MiB f16, ratio %.2f; encode %.1f ms, attend %.1f ms, host %.1f ms\n",
                 (uint64_t) st.sealed_prefill, (uint64_t) st.sealed_decode, (uint64_t) st.attended_coded, (uint64_t) st.attended_exact, (uint64_t) st.reconstructed,
                 bytes_held()/1024.0/1024.0, report.bytes_f16/1024.0/1024.0, (double) report.bytes_f16/bytes_held(),
-                st.ns_encode/1e6, st.ns_attend/1e6);
+                st.ns_encode/1e6, st.ns_attend/1e6, ns_host/1e6);
     }
     for (auto & l : layers) {
         skv_layer_free(l->skv);
@@ -498,6 +513,19 @@ void llama_kv_spectral::impl::use_huge_pages() {
 #endif
 }
 
+// the sequence that all cells in use are in while none of them is in a lower one, or -1
+static llama_seq_id lowest_of_all(const llama_kv_cells & cells) {
+    for (llama_seq_id seq = 0; seq < LLAMA_MAX_SEQ; ++seq) {
+        const size_t n = cells.seq_pos_get(seq).size();
+        if (n > 0) {
+            return n == cells.get_used() ? seq : -1;
+        }
+    }
+    return -1;
+}
+
+// Nobody tells which cells have changed, so all of them are looked at before each step. Their sets of sequences are most of what llama.cpp
+// keeps of cells, and are left alone where there is but one answer.
 void llama_kv_spectral::impl::snapshot(uint32_t strm) {
     const auto & cells = kv.v_cells[strm];
 
@@ -505,19 +533,20 @@ void llama_kv_spectral::impl::snapshot(uint32_t strm) {
 
     const uint32_t n = cells.used_max_p1();
 
+    const llama_seq_id lowest = lowest_of_all(cells);
+
     for (uint32_t i = 0; i < n; ++i) {
-        if (cells.is_empty(i)) {
-            st.cell_pos[i] = -1;
-            st.cell_seq[i] = -1;
-            continue;
+        st.cell_pos[i] = cells.is_empty(i) ? -1 : cells.pos_get(i);
+    }
+
+    for (uint32_t i = 0; i < n; ++i) {
+        llama_seq_id seq = st.cell_pos[i] < 0 ? -1 : std::max(lowest, 0);
+        if (lowest < 0 && seq >= 0) {
+            while (!cells.seq_has(i, seq)) {
+                ++seq;
+            }
         }
 
-        llama_seq_id seq = 0;
-        while (!cells.seq_has(i, seq)) {
-            ++seq;
-        }
-
-        st.cell_pos[i] = cells.pos_get(i);
         st.cell_seq[i] = seq;
     }
 
@@ -594,12 +623,12 @@ void llama_kv_spectral::impl::log_commit(const slot_info & sinfo) {
     fprintf(log, "{\"n_tokens\":%zu,\"path\":\"%s\",\"appended_prefill\":%" PRIu64 ",\"appended_decode\":%" PRIu64
             ",\"sealed_prefill\":%" PRIu64 ",\"sealed_decode\":%" PRIu64 ",\"attended_exact\":%" PRIu64 ",\"attended_coded\":%" PRIu64
             ",\"reconstructed\":%" PRIu64 ",\"fits\":%" PRIu64 ",\"ns_encode\":%" PRIu64 ",\"ns_attend\":%" PRIu64
-            ",\"bytes_held\":%" PRIu64 ",\"bytes_f16\":%" PRIu64 ",\"ratio\":%.4f,\"code_bits\":%.4f}\n",
+            ",\"ns_host\":%" PRIu64 ",\"bytes_held\":%" PRIu64 ",\"bytes_f16\":%" PRIu64 ",\"ratio\":%.4f,\"code_bits\":%.4f}\n",
             sinfo.n_stream()*sinfo.size(), sinfo.size() <= SPECTRAL_MAX_DECODE_TOKENS ? "decode" : "prefill",
             (uint64_t) st.appended_prefill, (uint64_t) st.appended_decode, (uint64_t) st.sealed_prefill, (uint64_t) st.sealed_decode,
             (uint64_t) st.attended_exact, (uint64_t) st.attended_coded, (uint64_t) st.reconstructed, (uint64_t) st.fits,
             (uint64_t) st.ns_encode, (uint64_t) st.ns_attend,
-            bytes_held(), (uint64_t) report.bytes_f16, (double) report.bytes_f16/bytes_held(), report.code_bits);
+            ns_host, bytes_held(), (uint64_t) report.bytes_f16, (double) report.bytes_f16/bytes_held(), report.code_bits);
     fflush(log);
 }
 
@@ -1202,6 +1231,8 @@ void llama_kv_spectral::copy_stream(uint32_t ssrc, uint32_t sdst) {
 }
 
 bool llama_kv_spectral::plan(const slot_info & sinfo) {
+    const spectral_timer timer(pimpl->ns_host);
+
     // an error spoils what is stored; once all of that was removed, there is nothing left to mistrust
     if (pimpl->failed) {
         uint32_t n_used = 0;
@@ -1252,6 +1283,8 @@ void llama_kv_spectral::commit(const slot_info & sinfo) {
     bool ran = false;
 
     for (const uint32_t strm : sinfo.strm) {
+        const spectral_timer timer(pimpl->ns_host);
+
         auto & st = pimpl->streams[strm];
 
         // a graph without the attention (training) leaves the plan to be dropped by the next one
@@ -1288,6 +1321,8 @@ ggml_tensor * llama_kv_spectral::build_input_plan(ggml_context * ctx, const llam
 void llama_kv_spectral::set_input_plan(ggml_tensor * dst, const slot_info & sinfo) {
     GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
     GGML_ASSERT(dst->ne[1] == (int64_t) sinfo.n_stream());
+
+    const spectral_timer timer(pimpl->ns_host);
 
     for (size_t s = 0; s < sinfo.n_stream(); ++s) {
         auto & st = pimpl->streams[sinfo.strm[s]];
