@@ -23,6 +23,7 @@ pub struct skv_layer(Object<Layer>);
 
 handle!(skv_layer, Layer, "layer");
 
+/// Counts all of a call of the first thread: reading the plan, which grows with the context, is a part of it.
 fn timed<T>(first: bool, counter: &AtomicU64, body: impl FnOnce() -> T) -> T {
     let start = Instant::now();
     let out = body();
@@ -157,11 +158,11 @@ pub unsafe extern "C" fn skv_layer_append(layer: *const skv_layer, step: *const 
     // SAFETY: the caller's contract; heads are shared out so that no two threads touch the same bytes.
     unsafe {
         read(layer, |l| {
-            check_threads(ith, nth)?;
-            let s = take(step, "step")?;
-            check_arena(s.arena, s.arena_bytes, l.geometry().arena_bytes)?;
-            let (plan, step) = (s.plan(l)?, s.whole(l)?);
             timed(ith == 0, &l.counters.ns_encode, || {
+                check_threads(ith, nth)?;
+                let s = take(step, "step")?;
+                check_arena(s.arena, s.arena_bytes, l.geometry().arena_bytes)?;
+                let (plan, step) = (s.plan(l)?, s.whole(l)?);
                 if plan.fit && !plan.shared {
                     if ith > 0 {
                         return Ok(());
@@ -262,12 +263,12 @@ pub unsafe extern "C" fn skv_layer_attend(
     // SAFETY: the caller's contract; each thread writes the units of its own share.
     unsafe {
         read(layer, |l| {
-            check_threads(ith, nth)?;
-            let (s, a) = (take(step, "step")?, take(attention, "attention")?);
-            let (arena, plan, q, (k, v)) = (s.arena(l)?, s.plan(l)?, s.queries(l)?, s.tokens(l)?);
-            check_queries(q.len(), 1)?;
-            let (partials, size, mask) = (a.partials(l, q.len())?, l.unit_floats(q.len()), a.mask(q.len())?);
             timed(ith == 0, &l.counters.ns_attend, || {
+                check_threads(ith, nth)?;
+                let (s, a) = (take(step, "step")?, take(attention, "attention")?);
+                let (arena, plan, q, (k, v)) = (s.arena(l)?, s.plan(l)?, s.queries(l)?, s.tokens(l)?);
+                check_queries(q.len(), 1)?;
+                let (partials, size, mask) = (a.partials(l, q.len())?, l.unit_floats(q.len()), a.mask(q.len())?);
                 let units = share(l.units(), ith, nth);
                 let out = slice_mut(partials.add(units.start * size), units.len() * size, "attention.partials")?;
                 let call = Call { arena, plan: &plan, q: &q, k: &k, v: &v, scoring: a.scoring(), mask };
@@ -292,14 +293,16 @@ pub unsafe extern "C" fn skv_layer_combine(
     // SAFETY: the caller's contract; each thread writes the output rows of its own share.
     unsafe {
         read(layer, |l| {
-            check_threads(ith, nth)?;
-            check_queries(n_tokens, 0)?;
-            let (g, a) = (l.shape(), take(attention, "attention")?);
-            let (partials, sinks, out) = (a.partials(l, n_tokens)?, a.sinks(l)?, a.out(l, n_tokens)?);
-            let partials = std::slice::from_raw_parts(partials, a.n_partials);
-            let mine = share(n_tokens * g.n_head, ith, nth);
-            let out = slice_mut(out.add(mine.start * g.d_v), mine.len() * g.d_v, "attention.out")?;
-            Ok(l.combine(n_tokens, partials, sinks, mine, out)?)
+            timed(ith == 0, &l.counters.ns_attend, || {
+                check_threads(ith, nth)?;
+                check_queries(n_tokens, 0)?;
+                let (g, a) = (l.shape(), take(attention, "attention")?);
+                let (partials, sinks, out) = (a.partials(l, n_tokens)?, a.sinks(l)?, a.out(l, n_tokens)?);
+                let partials = std::slice::from_raw_parts(partials, a.n_partials);
+                let mine = share(n_tokens * g.n_head, ith, nth);
+                let out = slice_mut(out.add(mine.start * g.d_v), mine.len() * g.d_v, "attention.out")?;
+                Ok(l.combine(n_tokens, partials, sinks, mine, out)?)
+            })
         })
     }
 }
@@ -320,15 +323,15 @@ pub unsafe extern "C" fn skv_layer_prefill(
     // SAFETY: the caller's contract; each thread writes the output rows of its own share.
     unsafe {
         read(layer, |l| {
-            check_threads(ith, nth)?;
-            let (s, a) = (take(step, "step")?, take(attention, "attention")?);
-            let (arena, plan, q, (k, v)) = (s.arena(l)?, s.plan(l)?, s.queries(l)?, s.tokens(l)?);
-            let (n, d) = (q.len(), l.shape().d_v);
-            if n == 0 {
-                return Err(Failure::argument("no query tokens"));
-            }
-            let (out, sinks, mask) = (a.out(l, n)?, a.sinks(l)?, a.mask(n)?);
             timed(ith == 0, &l.counters.ns_attend, || {
+                check_threads(ith, nth)?;
+                let (s, a) = (take(step, "step")?, take(attention, "attention")?);
+                let (arena, plan, q, (k, v)) = (s.arena(l)?, s.plan(l)?, s.queries(l)?, s.tokens(l)?);
+                let (n, d) = (q.len(), l.shape().d_v);
+                if n == 0 {
+                    return Err(Failure::argument("no query tokens"));
+                }
+                let (out, sinks, mask) = (a.out(l, n)?, a.sinks(l)?, a.mask(n)?);
                 let call = Call { arena, plan: &plan, q: &q, k: &k, v: &v, scoring: a.scoring(), mask };
                 // Output rows of a share lie between those of others, so there is no slice of them.
                 let put = |row: usize, x: &[f32]| std::ptr::copy_nonoverlapping(x.as_ptr(), out.add(row * d), d);
