@@ -4,12 +4,14 @@
 //! Owns how a failure of a child is worded. Must not know what the children are for.
 
 use std::ffi::OsString;
+use std::io::Read;
 use std::path::Path;
 use std::process::{Command, ExitCode, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
+use wait4::Wait4;
 
 /// The command as a user would type it.
 pub fn shown(cmd: &Command) -> String {
@@ -34,6 +36,10 @@ pub fn tail(text: &str, n: usize) -> String {
 /// Runs a command without input; on failure the error has the command and the end of its output.
 pub fn output(cmd: &mut Command) -> Result<Output> {
     let out = cmd.stdin(Stdio::null()).output().with_context(|| format!("cannot run `{}`", shown(cmd)))?;
+    judged(cmd, out)
+}
+
+fn judged(cmd: &Command, out: Output) -> Result<Output> {
     if !out.status.success() {
         let text = [out.stdout.as_slice(), out.stderr.as_slice()].concat();
         bail!("`{}` failed ({}):\n{}", shown(cmd), out.status, tail(&String::from_utf8_lossy(&text), 40));
@@ -41,9 +47,31 @@ pub fn output(cmd: &mut Command) -> Result<Output> {
     Ok(out)
 }
 
+fn trimmed(out: &Output) -> String {
+    String::from_utf8_lossy(&out.stdout).trim().to_string()
+}
+
 /// Runs a command for its standard output, as text without surrounding space.
 pub fn text(cmd: &mut Command) -> Result<String> {
-    Ok(String::from_utf8_lossy(&output(cmd)?.stdout).trim().to_string())
+    Ok(trimmed(&output(cmd)?))
+}
+
+/// As [`text`], and the most memory that the process held at once, in bytes, where the system tells.
+pub fn text_and_memory(cmd: &mut Command) -> Result<(String, Option<u64>)> {
+    let run = |cmd: &mut Command| {
+        let mut child = cmd.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let (mut out, mut err, mut stderr) = (vec![], vec![], child.stderr.take());
+        std::thread::scope(|s| {
+            // Whichever pipe is not read fills up, and the child waits.
+            let other = s.spawn(|| stderr.as_mut().map_or(Ok(0), |pipe| pipe.read_to_end(&mut err)));
+            let read = child.stdout.as_mut().map_or(Ok(0), |pipe| pipe.read_to_end(&mut out));
+            read.and(other.join().unwrap_or(Ok(0)))
+        })?;
+        let end = child.wait4()?;
+        Ok::<_, std::io::Error>((Output { status: end.status, stdout: out, stderr: err }, end.rusage.maxrss))
+    };
+    let (out, most) = run(cmd).with_context(|| format!("cannot run `{}`", shown(cmd)))?;
+    Ok((trimmed(&judged(cmd, out)?), (most > 0).then_some(most)))
 }
 
 /// Whether a command ends successfully within a time limit; its output is dropped.
@@ -97,6 +125,21 @@ mod tests {
     fn an_error_has_the_command_and_its_output() {
         let e = output(Command::new("sh").args(["-c", "echo why >&2; exit 3"])).err().unwrap().to_string();
         assert!(e.contains("sh -c 'echo why >&2; exit 3'") && e.contains("why") && e.contains('3'), "{e}");
+    }
+
+    #[test]
+    fn memory_is_that_of_the_child_and_output_of_any_length_is_read() {
+        let many = |to: &str| format!("i=0; while [ $i -lt 20000 ]; do echo 0123456789 {to}; i=$((i+1)); done");
+        let small = text_and_memory(Command::new("sh").args(["-c", &format!("{}; {}", many(""), many(">&2"))])).unwrap();
+        assert_eq!(small.0.lines().count(), 20000);
+        let large = text_and_memory(Command::new("sh").args(["-c", "x=$(head -c 40000000 /dev/zero | tr '\\0' x); echo ${#x}"])).unwrap();
+        assert_eq!(large.0, "40000000");
+        if cfg!(target_os = "linux") {
+            let most = [small.1, large.1].map(Option::unwrap);
+            assert!(most[0] < 20_000_000 && most[1] > 40_000_000, "{most:?}");
+        }
+        let e = text_and_memory(Command::new("sh").args(["-c", "echo why >&2; exit 3"])).err().unwrap().to_string();
+        assert!(e.contains("why") && e.contains('3'), "{e}");
     }
 
     #[test]

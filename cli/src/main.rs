@@ -3,7 +3,7 @@
 //!
 //! This file owns the command line only. It must not know how a tree is fetched or built, nor what
 //! the counters mean: that is the modules' affair. They do not call the library, but build it into llama.cpp and look at
-//! what llama.cpp then does; only `calibrate` has it analyse rows, and `eval` takes its rotary frame from it, for a baseline.
+//! what llama.cpp then does; only `calibrate` has it analyse rows, `eval` takes its rotary frame from it, for a baseline, and `bench` times its table.
 
 #![deny(missing_docs)]
 #![forbid(unsafe_code)]
@@ -22,6 +22,7 @@ mod law;
 mod layout;
 mod llama;
 mod model;
+mod plots;
 mod probe;
 mod progress;
 mod random;

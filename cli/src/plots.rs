@@ -1,6 +1,6 @@
 //! Plots as SVG text.
 //!
-//! Owns colours and scales. Every number that is drawn is also in a table of the page: plots only show the shape.
+//! Owns colours and scales. Every number that is drawn is also in a table beside it: plots only show the shape. Must not know what was measured.
 
 use anyhow::Result;
 use plotters::prelude::*;

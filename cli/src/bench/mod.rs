@@ -5,8 +5,11 @@
 mod gguf;
 mod host;
 mod model;
+mod parts;
+mod plot;
 mod report;
 mod runs;
+mod table;
 
 use std::fs;
 use std::io::IsTerminal;
@@ -79,6 +82,28 @@ pub enum Level {
     Portable,
 }
 
+/// Flash attention of stock caches.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Fa {
+    /// With it.
+    On,
+    /// Without it, where the type allows that: quantised values need it.
+    Off,
+    /// Both where the type allows it; the faster one counts.
+    Best,
+}
+
+impl Fa {
+    /// What is measured of a type.
+    fn of(self, kind: &str) -> &'static [bool] {
+        match self {
+            Fa::Off if kind == "f16" => &[false],
+            Fa::Best if kind == "f16" => &[true, false],
+            _ => &[true],
+        }
+    }
+}
+
 #[derive(Clone)]
 enum Model {
     Made(&'static Shape),
@@ -116,6 +141,9 @@ pub struct Options {
     /// Stock cache types, comma-separated (default: f16,q8_0,q4_0 to decode, f16 else and for 8b)
     #[arg(long, value_delimiter = ',', value_parser = TYPES)]
     types: Option<Vec<String>>,
+    /// Flash attention of stock caches
+    #[arg(long, value_enum, default_value_t = Fa::Best)]
+    fa: Fa,
     /// How many times smaller than f16 the spectral cache shall be
     #[arg(long, value_name = "RATIO", default_value_t = 8.0, value_parser = crate::parse_ratio)]
     kv_spectral: f64,
@@ -140,6 +168,9 @@ pub struct Options {
     /// Write all numbers to this file, as JSON
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
+    /// Draw the speed of decoding against the depth, as SVG
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
 }
 
 fn parse_model(s: &str) -> Result<Model, String> {
@@ -166,10 +197,11 @@ fn plan(o: &Options, model: &Model) -> Vec<(Case, Vec<Cache>)> {
     let caches = |what: What| {
         let default: &[&str] = if is_large || what != What::Decode { &["f16"] } else { &["f16", "q8_0", "q4_0"] };
         let types = o.types.clone().unwrap_or_else(|| default.iter().map(|t| t.to_string()).collect());
-        let mut caches: Vec<Cache> = types.into_iter().map(Cache::Stock).collect();
+        let of = |kind: &String| o.fa.of(kind).iter().map(|fa| Cache::Stock { kind: kind.clone(), fa: *fa }).collect::<Vec<_>>();
+        let mut caches: Vec<Vec<Cache>> = types.iter().map(of).collect();
         // Next to the first type, the one that matters most.
-        caches.insert(1, Cache::Spectral);
-        caches
+        caches.insert(1, vec![Cache::Spectral]);
+        caches.into_iter().flatten().collect()
     };
     let rows = |what: What| {
         let (depths, tokens, sequences) = match what {
@@ -208,9 +240,12 @@ pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCod
         host,
     };
     print!("{summary}");
+    let write = |path: &Path, text: String| fs::write(path, text).with_context(|| format!("cannot write {}", path.display()));
     if let Some(path) = &o.output {
-        let json = serde_json::to_string_pretty(&summary)? + "\n";
-        fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
+        write(path, serde_json::to_string_pretty(&summary)? + "\n")?;
+    }
+    if let Some(path) = &o.plot {
+        write(path, plot::speeds(&summary.models)?)?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -232,6 +267,7 @@ fn measure_models(o: &Options, layout: &Layout, source: SourceKind, jobs: Option
         model: PathBuf::new(),
         threads: o.threads,
         ratio: o.kv_spectral,
+        scratch: layout.work.clone(),
         level: o.level.map(|l| value_name(&l)),
     };
     let bar = progress(cases().map(|(case, caches)| u64::from(calls(o, case).0) * caches.len() as u64).sum());
@@ -267,7 +303,7 @@ fn measure_host(o: &Options) -> Result<Vec<Host>> {
 /// One row: the caches take turns.
 fn measure(o: &Options, runs: &Runs, bar: &ProgressBar, name: &str, case: &Case, caches: &[Cache]) -> Result<Row> {
     let (calls, repetitions) = calls(o, case);
-    let mut samples = vec![vec![]; caches.len()];
+    let mut timings: Vec<Timing> = caches.iter().map(Timing::new).collect();
     for call in 0..calls {
         let mut order: Vec<usize> = (0..caches.len()).collect();
         if call % 2 == 1 {
@@ -276,14 +312,14 @@ fn measure(o: &Options, runs: &Runs, bar: &ProgressBar, name: &str, case: &Case,
         for i in order {
             let what = format!("{name}, {case}, {}", caches[i]);
             bar.set_message(what.clone());
-            let new = runs.samples(case, &caches[i], repetitions).with_context(|| format!("cannot measure {what}"))?;
-            let shown = new.iter().map(|x| text::number(*x)).collect::<Vec<_>>().join(" ");
+            let sample = runs.sample(case, &caches[i], repetitions).with_context(|| format!("cannot measure {what}"))?;
+            let shown = sample.speeds.iter().map(|x| text::number(*x)).collect::<Vec<_>>().join(" ");
             bar.suspend(|| eprintln!("{what}: {shown} t/s"));
             bar.inc(1);
-            samples[i].extend(new);
+            timings[i].add(sample);
         }
     }
-    Ok(Row::new(case, caches.iter().zip(samples).map(|(cache, samples)| Timing::new(cache, samples)).collect()))
+    Ok(Row::new(case, timings))
 }
 
 /// A bar over the calls, hidden where there is no terminal. Nothing redraws it by itself: that would be another thread.

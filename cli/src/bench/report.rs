@@ -1,35 +1,60 @@
-//! The results: medians, their quotients, and how they are shown.
+//! The results as numbers: medians, their quotients, and what follows from speeds at several depths.
 //!
-//! Owns the JSON's form and the table. Must not know how a speed was measured.
+//! Owns the JSON's form. Must not know how a speed was measured, nor how results are shown.
 
 use std::collections::BTreeMap;
-use std::fmt::{self, Display, Formatter};
 
 use serde::Serialize;
 
 use super::host::Host;
-use super::runs::{Cache, Case};
+use super::parts::{Parts, Sums};
+use super::runs::{Cache, Case, Sample};
 use super::{value_name, What};
-use crate::text::{columns, number, or_dash, percent};
 
 /// The speeds of one cache in one row.
 #[derive(Serialize)]
 pub struct Timing {
-    cache: String,
+    pub(super) cache: String,
+    /// Flash attention, on or off.
+    pub(super) fa: &'static str,
     samples_ts: Vec<f64>,
-    median_ts: f64,
+    pub(super) median_ts: f64,
+    /// Of the whole process, model included; the largest of all calls.
+    pub(super) peak_bytes: Option<u64>,
+    /// Of a decoded token, of the spectral cache.
+    pub(super) parts: Option<Parts>,
     #[serde(skip)]
-    is_spectral: bool,
+    sums: Option<Sums>,
+    #[serde(skip)]
+    pub(super) is_spectral: bool,
 }
 
 impl Timing {
-    /// Of all repetitions.
-    pub fn new(cache: &Cache, samples: Vec<f64>) -> Self {
-        Self { cache: cache.name().into(), median_ts: median(&samples), samples_ts: samples, is_spectral: matches!(cache, Cache::Spectral) }
+    /// Without any sample yet.
+    pub fn new(cache: &Cache) -> Self {
+        Self {
+            cache: cache.name().into(),
+            fa: cache.fa(),
+            samples_ts: vec![],
+            median_ts: 0.0,
+            peak_bytes: None,
+            parts: None,
+            sums: None,
+            is_spectral: matches!(cache, Cache::Spectral),
+        }
+    }
+
+    /// Takes what another call has told.
+    pub fn add(&mut self, sample: Sample) {
+        self.samples_ts.extend(sample.speeds);
+        self.median_ts = median(&self.samples_ts);
+        self.peak_bytes = self.peak_bytes.max(sample.peak);
+        self.sums = sample.sums.map(|sums| sums.and(&self.sums.unwrap_or_default())).or(self.sums);
+        self.parts = self.sums.map(|sums| Parts::new(&self.samples_ts, &sums));
     }
 
     /// How far the samples are apart, as a share of their median.
-    fn spread(&self) -> f64 {
+    pub(super) fn spread(&self) -> f64 {
         let of = |f: fn(f64, f64) -> f64| self.samples_ts.iter().copied().fold(self.median_ts, f);
         (of(f64::max) - of(f64::min)) / self.median_ts
     }
@@ -45,55 +70,98 @@ fn median(samples: &[f64]) -> f64 {
 /// One row of a table.
 #[derive(Serialize)]
 pub struct Row {
-    what: String,
-    depth: u32,
+    pub(super) what: String,
+    pub(super) depth: u32,
     tokens: u32,
     sequences: u32,
-    timings: Vec<Timing>,
-    /// Speed of the spectral cache / speed of each stock type.
-    ratios: BTreeMap<String, f64>,
+    pub(super) timings: Vec<Timing>,
+    /// Flash attention with which each stock type was faster.
+    pub(super) best_fa: BTreeMap<String, &'static str>,
+    /// Speed of the spectral cache / speed of each stock type, as it was faster.
+    pub(super) ratios: BTreeMap<String, f64>,
     #[serde(skip)]
-    name: String,
+    pub(super) name: String,
 }
 
 impl Row {
     /// Of the caches that took turns.
     pub fn new(case: &Case, timings: Vec<Timing>) -> Self {
-        let spectral = timings.iter().find(|t| t.is_spectral).map(|t| t.median_ts);
-        let stock = timings.iter().filter(|t| !t.is_spectral);
-        let ratios = stock.filter_map(|t| Some((t.cache.clone(), spectral? / t.median_ts))).collect();
-        Self {
+        let mut row = Self {
             what: value_name(&case.what),
             depth: case.depth,
             tokens: case.tokens,
             sequences: case.sequences,
             timings,
-            ratios,
+            best_fa: BTreeMap::new(),
+            ratios: BTreeMap::new(),
             name: case.to_string(),
-        }
+        };
+        let best: Vec<&Timing> = row.best().collect();
+        let spectral = best.iter().find(|t| t.is_spectral).map(|t| t.median_ts);
+        let stock = || best.iter().filter(|t| !t.is_spectral);
+        let best_fa = stock().map(|t| (t.cache.clone(), t.fa)).collect();
+        let ratios = stock().filter_map(|t| Some((t.cache.clone(), spectral? / t.median_ts))).collect();
+        (row.best_fa, row.ratios) = (best_fa, ratios);
+        row
     }
 
-    fn speed(&self, cache: &str) -> Option<f64> {
-        self.timings.iter().find(|t| t.cache == cache).map(|t| t.median_ts)
+    /// Each cache as it was faster, in the order in which they were measured; of equal ones the first.
+    pub(super) fn best(&self) -> impl Iterator<Item = &Timing> {
+        let is_best = |i: usize, t: &Timing| {
+            let mut others = self.timings.iter().enumerate().filter(|(_, o)| o.cache == t.cache);
+            others.all(|(j, o)| o.median_ts < t.median_ts || o.median_ts == t.median_ts && j >= i)
+        };
+        self.timings.iter().enumerate().filter(move |(i, t)| is_best(*i, t)).map(|(_, t)| t)
+    }
+
+    /// A cache as it was faster.
+    pub(super) fn of(&self, cache: &str) -> Option<&Timing> {
+        self.best().find(|t| t.cache == cache)
+    }
+
+    /// Milliseconds of a token.
+    fn ms(&self, cache: &str) -> Option<f64> {
+        self.of(cache).map(|t| 1e3 / t.median_ts)
+    }
+
+    pub(super) fn is(&self, what: What) -> bool {
+        self.what == value_name(&what)
     }
 }
 
-/// The share of a decoded token's time that does not grow with the context.
+/// What of a decoded token's time does not grow with the context, and what does.
 #[derive(Serialize)]
-struct Outside {
-    depth: u32,
-    cache: String,
-    share: f64,
+pub struct Outside {
+    pub(super) depth: u32,
+    pub(super) cache: String,
+    /// Time at depth 0 / time at this depth.
+    pub(super) share: f64,
+    /// Time at this depth less time at depth 0: attention, nearly.
+    pub(super) attention_ms: f64,
+    /// The same of this cache / that of the spectral one. None of the spectral one itself, nor where the noise is larger than a difference.
+    pub(super) attention_ratio: Option<f64>,
+}
+
+/// A speed of decoding.
+pub struct Point<'a> {
+    /// Name of the cache.
+    pub cache: &'a str,
+    /// It is the spectral one.
+    pub is_spectral: bool,
+    /// Tokens before.
+    pub depth: u32,
+    /// Tokens per second.
+    pub speed: f64,
 }
 
 /// One model.
 #[derive(Serialize)]
 pub struct Subject {
-    name: String,
-    description: String,
-    rows: Vec<Row>,
-    /// Time per token at depth 0 / time per token at a depth, where decoding was measured at both.
-    outside_attention: Vec<Outside>,
+    pub(super) name: String,
+    pub(super) description: String,
+    pub(super) rows: Vec<Row>,
+    /// Where decoding was measured at depth 0 and at another.
+    pub(super) outside_attention: Vec<Outside>,
 }
 
 impl Subject {
@@ -103,39 +171,36 @@ impl Subject {
         Self { name, description, rows, outside_attention }
     }
 
-    /// Names of the stock types, in the order of their first appearance.
-    fn stock(&self) -> Vec<&str> {
-        let mut names: Vec<&str> = vec![];
-        for t in self.rows.iter().flat_map(|r| &r.timings).filter(|t| !t.is_spectral) {
-            if !names.contains(&t.cache.as_str()) {
-                names.push(&t.cache);
-            }
-        }
-        names
+    /// What a user calls it.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
-    fn table(&self) -> String {
-        let stock = self.stock();
-        let mut head = vec!["tokens/s".to_string()];
-        head.extend(stock.iter().map(|t| format!("stock {t}")));
-        head.push("spectral".into());
-        head.extend(stock.iter().map(|t| format!("/ {t}")));
-        let row = |r: &Row| {
-            let mut cells = vec![r.name.clone()];
-            cells.extend(stock.iter().chain(&["spectral"]).map(|c| or_dash(r.speed(c).map(number))));
-            cells.extend(stock.iter().map(|c| or_dash(r.ratios.get(*c).copied().map(number))));
-            cells
-        };
-        columns(&[vec![head], self.rows.iter().map(row).collect()].concat())
+    /// Each cache as it was faster, at each depth.
+    pub fn decoded(&self) -> impl Iterator<Item = Point<'_>> {
+        let point = |r: &Row, t: &'_ Timing| (r.depth, t.median_ts);
+        let rows = self.rows.iter().filter(|r| r.is(What::Decode));
+        rows.flat_map(move |r| r.best().map(move |t| (t, point(r, t)))).map(|(t, (depth, speed))| Point {
+            cache: &t.cache,
+            is_spectral: t.is_spectral,
+            depth,
+            speed,
+        })
     }
 }
 
 fn outside(rows: &[Row]) -> Vec<Outside> {
-    let decoded = || rows.iter().filter(|r| r.what == value_name(&What::Decode));
+    let decoded = || rows.iter().filter(|r| r.is(What::Decode));
     let Some(short) = decoded().find(|r| r.depth == 0) else { return vec![] };
-    let deep = decoded().filter(|r| r.depth > 0);
-    let share = |r: &Row, t: &Timing| Some(Outside { depth: r.depth, cache: t.cache.clone(), share: t.median_ts / short.speed(&t.cache)? });
-    deep.flat_map(|r| r.timings.iter().filter_map(move |t| share(r, t))).collect()
+    let grown = |r: &Row, cache: &str| Some(r.ms(cache)? - short.ms(cache)?);
+    let of = |r: &Row, t: &Timing| {
+        let attention_ms = grown(r, &t.cache)?;
+        let spectral = r.timings.iter().find(|t| t.is_spectral).and_then(|t| grown(r, &t.cache));
+        let ratio = spectral.filter(|s| *s > 0.0 && attention_ms > 0.0 && !t.is_spectral).map(|s| attention_ms / s);
+        let share = short.ms(&t.cache)? / r.ms(&t.cache)?;
+        Some(Outside { depth: r.depth, cache: t.cache.clone(), share, attention_ms, attention_ratio: ratio })
+    };
+    decoded().filter(|r| r.depth > 0).flat_map(|r| r.best().filter_map(move |t| of(r, t))).collect()
 }
 
 /// Everything.
@@ -163,49 +228,26 @@ pub struct Summary {
     pub host: Vec<Host>,
 }
 
-fn host_table(host: &[Host]) -> String {
-    let head = ["host, ns/step", "plan", "commit", "slowest plan", "slowest commit", "KiB of plan"].map(String::from).to_vec();
-    let row = |h: &Host| {
-        let times = [h.ns_plan, h.ns_commit, h.ns_plan_most, h.ns_commit_most].map(|ns| ns.to_string());
-        [vec![format!("{} cells", h.cells)], times.to_vec(), vec![(h.plan_bytes / 1024).to_string()]].concat()
-    };
-    columns(&[vec![head], host.iter().map(row).collect()].concat())
-}
-
-impl Display for Summary {
-    fn fmt(&self, f: &mut Formatter) -> fmt::Result {
-        let level = self.level.as_ref().map_or(String::new(), |l| format!(", at level {l}"));
-        writeln!(f, "{}, {} threads, llama.cpp {}, --kv-spectral {}{level}", self.cpu, self.threads, self.llama_cpp, self.kv_spectral)?;
-        let timings = || self.models.iter().flat_map(|m| &m.rows).flat_map(|r| &r.timings);
-        let apart = match self.repetitions * self.rounds {
-            1 => "single samples".into(),
-            n => format!("medians of {n} samples, up to {} apart", percent(timings().map(Timing::spread).fold(0.0, f64::max))),
-        };
-        if !self.models.is_empty() {
-            writeln!(f, "{apart}; ratios are spectral / stock")?;
-        }
-        for m in &self.models {
-            writeln!(f, "\n{}: {}\n\n{}", m.name, m.description, m.table())?;
-            for same_depth in m.outside_attention.chunk_by(|a, b| a.depth == b.depth) {
-                let shares: Vec<_> = same_depth.iter().map(|o| format!("{} {}", o.cache, percent(o.share))).collect();
-                let depth = same_depth[0].depth;
-                writeln!(f, "outside attention at {depth} (time per token at depth 0 / at {depth}): {}", shares.join(", "))?;
-            }
-        }
-        if !self.host.is_empty() {
-            writeln!(f, "\n{}", host_table(&self.host))?;
-        }
-        Ok(())
-    }
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn row(depth: u32, stock: &[f64], spectral: &[f64]) -> Row {
-        let timings = vec![Timing::new(&Cache::Stock("f16".into()), stock.to_vec()), Timing::new(&Cache::Spectral, spectral.to_vec())];
-        Row::new(&Case { what: What::Decode, depth, tokens: 4, sequences: 1 }, timings)
+    fn stock(kind: &str, fa: bool) -> Cache {
+        Cache::Stock { kind: kind.into(), fa }
+    }
+
+    /// A row of stock f16 with flash attention and of the spectral cache, from their samples.
+    pub fn row(depth: u32, f16: &[f64], spectral: &[f64]) -> Row {
+        rows_of(depth, &[(stock("f16", true), f16), (Cache::Spectral, spectral)])
+    }
+
+    pub fn rows_of(depth: u32, samples: &[(Cache, &[f64])]) -> Row {
+        let timing = |(cache, speeds): &(Cache, &[f64])| {
+            let mut t = Timing::new(cache);
+            speeds.iter().zip(1..).for_each(|(s, i)| t.add(Sample { speeds: vec![*s], peak: Some(i << 20), sums: None }));
+            t
+        };
+        Row::new(&Case { what: What::Decode, depth, tokens: 4, sequences: 1 }, samples.iter().map(timing).collect())
     }
 
     #[test]
@@ -216,15 +258,44 @@ mod tests {
     }
 
     #[test]
+    fn ratios_are_made_with_the_faster_baseline() {
+        let both = |on: f64, off: f64| [(stock("f16", true), vec![on]), (Cache::Spectral, vec![60.0]), (stock("f16", false), vec![off])];
+        for (on, off, fa, ratio) in [(30.0, 20.0, "on", 2.0), (20.0, 30.0, "off", 2.0), (30.0, 30.0, "on", 2.0)] {
+            let samples = both(on, off);
+            let row = rows_of(8, &samples.map(|(c, s)| (c, s)).each_ref().map(|(c, s)| (c.clone(), &s[..])));
+            assert_eq!((row.best_fa["f16"], row.ratios["f16"]), (fa, ratio));
+            assert_eq!(row.timings.len(), 3, "none is left out");
+            assert_eq!(row.best().map(|t| t.cache.as_str()).collect::<Vec<_>>().len(), 2);
+        }
+    }
+
+    #[test]
     fn ratios_and_shares_are_quotients_of_medians() {
         let subject = Subject::new("m".into(), String::new(), vec![row(0, &[100.0, 80.0, 90.0], &[60.0]), row(512, &[30.0], &[40.0, 50.0])]);
         assert_eq!(subject.rows[0].ratios["f16"], 60.0 / 90.0);
         assert_eq!(subject.rows[1].ratios["f16"], 1.5);
-        let shares: Vec<_> = subject.outside_attention.iter().map(|o| (o.depth, o.cache.as_str(), o.share)).collect();
-        assert_eq!(shares, [(512, "f16", 30.0 / 90.0), (512, "spectral", 45.0 / 60.0)]);
-        assert_eq!(
-            subject.table(),
-            "tokens/s       stock f16  spectral  / f16\ndecode at 0         90.0      60.0  0.667\ndecode at 512       30.0      45.0   1.50\n"
-        );
+        let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-12, "{a} {b}");
+        let [f16, spectral] = &subject.outside_attention[..] else { panic!("two caches") };
+        assert_eq!((f16.depth, &*f16.cache, spectral.depth, &*spectral.cache), (512, "f16", 512, "spectral"));
+        near(f16.share, 30.0 / 90.0);
+        near(spectral.share, 45.0 / 60.0);
+        near(f16.attention_ms, 1e3 / 30.0 - 1e3 / 90.0);
+        near(f16.attention_ratio.unwrap(), (1.0 / 30.0 - 1.0 / 90.0) / (1.0 / 45.0 - 1.0 / 60.0));
+        assert_eq!(spectral.attention_ratio, None);
+        let noise = Subject::new("m".into(), String::new(), vec![row(0, &[90.0], &[60.0]), row(1, &[91.0], &[50.0])]);
+        assert_eq!(noise.outside_attention[0].attention_ratio, None);
+    }
+
+    #[test]
+    fn calls_add_up() {
+        let row = row(4, &[1.0, 3.0, 2.0], &[1.0]);
+        assert_eq!((row.timings[0].peak_bytes, row.timings[0].median_ts, row.timings[0].parts), (Some(3 << 20), 2.0, None));
+        let mut t = Timing::new(&Cache::Spectral);
+        let log = |ns: u64| format!("{{\"n_tokens\":1,\"ns_attend\":{ns},\"ns_encode\":0,\"ns_host\":{ns}}}");
+        for ns in [1_000_000, 3_000_000] {
+            t.add(Sample { speeds: vec![100.0], peak: None, sums: Some(Sums::read(&log(ns), 1).unwrap()) });
+        }
+        let parts = t.parts.unwrap();
+        assert_eq!((parts.attention_ms, parts.host_ms, parts.token_ms, parts.rest_ms), (2.0, 2.0, 10.0, 6.0));
     }
 }

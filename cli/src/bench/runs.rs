@@ -1,21 +1,32 @@
-//! One measurement: a call of llama-bench or llama-batched-bench, and the speeds that it prints.
+//! One measurement: a call of llama-bench or llama-batched-bench, the speeds that it prints, and the memory that it takes.
 //!
 //! Owns the arguments of both tools and how their output is read. Must not know what is compared with what.
 
 use std::fmt::{self, Display, Formatter};
+use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{ensure, Context, Result};
 use serde_json::Value;
 
+use super::parts::Sums;
 use super::What;
 use crate::cmd;
 
+/// Names the file that a spectral cache appends its counters to.
+const COUNTERS: &str = "LLAMA_KV_SPECTRAL_LOG";
+
 /// Which KV cache.
+#[derive(Clone)]
 pub enum Cache {
-    /// One of stock llama.cpp's types, in its stock build.
-    Stock(String),
+    /// One of stock llama.cpp's types, in its stock build, with or without flash attention.
+    Stock {
+        /// The type.
+        kind: String,
+        /// Flash attention.
+        fa: bool,
+    },
     /// The spectral one, in the patched build.
     Spectral,
 }
@@ -24,16 +35,26 @@ impl Cache {
     /// Its name in results.
     pub fn name(&self) -> &str {
         match self {
-            Cache::Stock(t) => t,
+            Cache::Stock { kind, .. } => kind,
             Cache::Spectral => "spectral",
+        }
+    }
+
+    /// Its flash attention, `on` or `off`. The spectral one has an attention of its own, and the option must be on.
+    pub fn fa(&self) -> &'static str {
+        match self {
+            Cache::Stock { fa: false, .. } => "off",
+            _ => "on",
         }
     }
 }
 
 impl Display for Cache {
     fn fmt(&self, f: &mut Formatter) -> fmt::Result {
-        f.write_str(if let Cache::Stock(_) = self { "stock " } else { "" })?;
-        f.write_str(self.name())
+        match self {
+            Cache::Stock { kind, .. } => write!(f, "stock {kind}, -fa {}", self.fa()),
+            Cache::Spectral => f.write_str(self.name()),
+        }
     }
 }
 
@@ -79,18 +100,55 @@ pub struct Runs {
     pub threads: u32,
     /// Of the spectral cache.
     pub ratio: f64,
+    /// Folder for what is read and removed at once.
+    pub scratch: PathBuf,
     /// Instruction-set level for it, if not the one that it chooses.
     pub level: Option<String>,
 }
 
-impl Runs {
+/// What a call tells.
+#[derive(Default)]
+pub struct Sample {
     /// Tokens per second, of each repetition. A batch has one.
-    pub fn samples(&self, case: &Case, cache: &Cache, repetitions: u32) -> Result<Vec<f64>> {
+    pub speeds: Vec<f64>,
+    /// The most memory that the process held, in bytes.
+    pub peak: Option<u64>,
+    /// What the cache counted in the decoded tokens, of a spectral one that decodes.
+    pub sums: Option<Sums>,
+}
+
+impl Runs {
+    /// Calls the tool.
+    pub fn sample(&self, case: &Case, cache: &Cache, repetitions: u32) -> Result<Sample> {
+        let mut call = self.call(case, cache, repetitions);
+        let log = match (case.what, cache) {
+            (What::Decode, Cache::Spectral) => Some(self.scratch.join(format!("bench-{}.jsonl", std::process::id()))),
+            _ => None,
+        };
+        call.env_remove(COUNTERS).envs(log.iter().map(|file| (COUNTERS, file)));
+        let ran = cmd::text_and_memory(&mut call);
+        let counted = log.as_ref().map(fs::read_to_string);
+        // It was written by this call, or is not there.
+        log.iter().for_each(|file| drop(fs::remove_file(file)));
+        let (text, peak) = ran?;
+        let speeds = match case.what {
+            What::Batch => read_batch(&text),
+            What::Decode | What::Prefill => read_single(&text),
+        };
+        let speeds = speeds.with_context(|| format!("`{}` printed no speed", cmd::shown(&call)))?;
+        ensure!(speeds.len() == repetitions as usize, "`{}` printed {} speeds instead of {repetitions}", cmd::shown(&call), speeds.len());
+        ensure!(speeds.iter().all(|x| x.is_finite() && *x > 0.0), "`{}` printed a speed that is none", cmd::shown(&call));
+        let steps = (repetitions * case.tokens) as usize;
+        let sums = counted.map(|log| Sums::read(&log.context("the cache wrote no counters")?, steps)).transpose()?;
+        Ok(Sample { speeds, peak, sums })
+    }
+
+    fn call(&self, case: &Case, cache: &Cache, repetitions: u32) -> Command {
         let name = tool(case.what);
         let mut call = match cache {
-            Cache::Stock(t) => {
+            Cache::Stock { kind, .. } => {
                 let mut call = Command::new(self.stock.join(name));
-                call.args(["-ctk", t, "-ctv", t]);
+                call.args(["-ctk", kind, "-ctv", kind]);
                 call
             }
             Cache::Spectral => {
@@ -100,20 +158,12 @@ impl Runs {
                 call
             }
         };
-        call.arg("-m").arg(&self.model).args(["-t", &self.threads.to_string(), "-fa", "on"]);
+        call.arg("-m").arg(&self.model).args(["-t", &self.threads.to_string(), "-fa", cache.fa()]);
         match case.what {
             What::Batch => call.args(batch(case)).args(["-tb", &self.threads.to_string()]),
             What::Decode | What::Prefill => call.args(single(case, repetitions)),
         };
-        let text = cmd::text(&mut call)?;
-        let samples = match case.what {
-            What::Batch => read_batch(&text),
-            What::Decode | What::Prefill => read_single(&text),
-        };
-        let samples = samples.with_context(|| format!("`{}` printed no speed", cmd::shown(&call)))?;
-        ensure!(samples.len() == repetitions as usize, "`{}` printed {} speeds instead of {repetitions}", cmd::shown(&call), samples.len());
-        ensure!(samples.iter().all(|x| x.is_finite() && *x > 0.0), "`{}` printed a speed that is none", cmd::shown(&call));
-        Ok(samples)
+        call
     }
 }
 

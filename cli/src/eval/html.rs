@@ -6,10 +6,10 @@ use std::fmt::Write;
 
 use anyhow::Result;
 
-use super::plots::{bars, heat_map, scatter, Mark, Scale};
 use super::summary::{Divergence, Entry, PathResults, Row, Summary, BINS};
 use super::table::{self, Grid};
 use crate::law::{Law, Terms};
+use crate::plots::{bars, heat_map, scatter, Mark, Scale};
 use crate::text::{number, or_dash, percent};
 
 const STYLE: &str = "

@@ -13,7 +13,6 @@ mod look;
 mod material;
 mod measure;
 mod parts;
-mod plots;
 mod scenario;
 mod session;
 mod settings;
