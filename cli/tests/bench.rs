@@ -119,6 +119,13 @@ fn llama_cpp_reads_the_model_of_random_weights() {
 }
 
 #[test]
+fn a_plot_without_points_is_refused_before_anything_is_measured() {
+    let mut bench = Command::new(env!("CARGO_BIN_EXE_spectral-kv"));
+    let out = bench.args("bench --what decode --depths 0 --plot none.svg".split(' ')).stdin(Stdio::null()).output().unwrap();
+    assert!(!out.status.success() && String::from_utf8_lossy(&out.stderr).contains("above 0"), "{out:?}");
+}
+
+#[test]
 fn a_failing_tool_is_quoted() {
     let model = format!("{ROOT}/tests/data/prompt.txt");
     let mut bench = Command::new(env!("CARGO_BIN_EXE_spectral-kv"));

@@ -16,7 +16,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -224,6 +224,8 @@ fn calls(o: &Options, case: &Case) -> (u32, u32) {
 
 /// Measures, prints a table, and writes the numbers.
 pub fn run(o: &Options, source: SourceKind, jobs: Option<u32>) -> Result<ExitCode> {
+    let can_draw = || o.models.iter().flat_map(|m| plan(o, m)).any(|(case, _)| case.what == What::Decode && case.depth > 0);
+    ensure!(o.plot.is_none() || can_draw(), "a plot shows decoding behind a context: ask for a depth above 0");
     let host = measure_host(o)?;
     let layout = Layout::find()?;
     let level = o.level.map(|l| value_name(&l));
