@@ -41,6 +41,6 @@ fn a_level_is_had_or_refused() {
         };
         assert_eq!(answer(Some(level.name())), want);
     }
-    let known = "no such level; there are portable, avx2, avx512, avx512vnni";
+    let known = "no such level; there are portable, avx2, avx512, avx512vnni, neon";
     assert_eq!(answer(Some("sse")), format!("102 invalid configuration: SPECTRAL_KV_CPU_LEVEL=sse: {known}"));
 }

@@ -210,11 +210,11 @@ impl Unpack for Ymm {
     }
 }
 
-static TABLE_1: [u8; 32] = table(&quant::UNITS_1, 0, 2);
-static TABLE_2: [u8; 32] = table(&quant::UNITS_2, 0, 4);
-static TABLE_3: [u8; 32] = table(&quant::UNITS_3, 0, 8);
-static TABLE_4: [u8; 32] = table(&quant::UNITS_4, 0, 16);
-static TABLE_5: [[u8; 32]; 2] = [table(&quant::UNITS_5, 0, 16), table(&quant::UNITS_5, 16, 16)];
+static TABLE_1: [u8; 32] = table(&quant::UNITS_1, 0, 2, OFFSET);
+static TABLE_2: [u8; 32] = table(&quant::UNITS_2, 0, 4, OFFSET);
+static TABLE_3: [u8; 32] = table(&quant::UNITS_3, 0, 8, OFFSET);
+static TABLE_4: [u8; 32] = table(&quant::UNITS_4, 0, 16, OFFSET);
+static TABLE_5: [[u8; 32]; 2] = [table(&quant::UNITS_5, 0, 16, OFFSET), table(&quant::UNITS_5, 16, 16, OFFSET)];
 
 /// Levels of a packed coefficient, a byte per row.
 #[inline(always)]

@@ -6,6 +6,8 @@
 
 use super::dense::{self, MatMut, MatRef};
 use super::memory::Lines;
+#[cfg(target_arch = "aarch64")]
+use super::neon;
 use super::products::{Pass, Products};
 use super::projection::Projection;
 #[cfg(target_arch = "x86_64")]
@@ -126,6 +128,8 @@ kernels!(table(
     AVX512_VNNI, Avx512Vnni, avx512::Zmm, tiles_whole<vnni::Vnni>,
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c")]
 ));
+#[cfg(target_arch = "aarch64")]
+kernels!(table(NEON, Neon, neon::Neon, tiles_whole<neon::Neon>, #[target_feature(enable = "neon,dotprod")]));
 // Tiles in f32 without intrinsics: what every level is compared with.
 #[cfg(test)]
 kernels!(table(PLAIN, Portable, portable::Plain, tiles_float<portable::Plain>, #[inline]));

@@ -1,10 +1,11 @@
 //! Vector kernels behind run-time dispatch. The granularity is a row or a tile, never an element.
 //!
-//! What is computed stands once, over what an instruction set has for it: floats in [`dense`], coding in `encode`, tiles of codes in `tiles_float` and
-//! `tiles_whole`. What that is has a file for each set: `portable` for any target, `avx2`, `avx512`, and `vnni` for AVX-512 that multiplies bytes.
-//! `kernels` lists the kernels and compiles them for each [`Level`]; this file chooses one: the best that the CPU has, or what `SPECTRAL_KV_CPU_LEVEL`
-//! names (`portable`, `avx2`, `avx512`, `avx512vnni`). A name that is none of these, or one of a level that the CPU lacks, is an error. Sums run in a
-//! fixed order per level, so results repeat; levels differ in the last bits. Must not know about bases, cells or arenas: it sees slices.
+//! What is computed stands once, over what an instruction set has for it: floats in [`dense`], coding in `encode`, tiles of codes in `tiles_float`
+//! and `tiles_whole`. What that is has a file for each set: `portable` for any target, `avx2`, `avx512`, `vnni` for AVX-512 that multiplies bytes,
+//! and `neon`. `kernels` lists the kernels and compiles them for each [`Level`]; this file chooses one: the best that the CPU has, or what
+//! `SPECTRAL_KV_CPU_LEVEL` names (`portable`, `avx2`, `avx512`, `avx512vnni`, `neon`). A name that is none of these, or one of a level that the CPU
+//! lacks, is an error. Sums run in a fixed order per level, so results repeat; levels differ in the last bits. Must not know about bases, cells or
+//! arenas: it sees slices.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -15,12 +16,16 @@ mod encode;
 mod kernels;
 pub mod lanes;
 mod memory;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 mod products;
 mod projection;
 #[cfg(test)]
 mod tests;
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only a level of x86 takes this way for all tiles"))]
 mod tiles_float;
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only levels of x86 add something to those of codes"))]
 mod tiles_whole;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
@@ -35,7 +40,7 @@ pub use projection::Projection;
 use crate::error::{Error, Result};
 use std::sync::OnceLock;
 
-/// An instruction-set level, lowest first.
+/// An instruction-set level, lowest first among those of an architecture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
     /// Whatever the target guarantees.
@@ -46,11 +51,13 @@ pub enum Level {
     Avx512,
     /// The same with VNNI and VBMI.
     Avx512Vnni,
+    /// NEON with dot products of bytes, FEAT_DotProd.
+    Neon,
 }
 
 impl Level {
-    /// All levels, lowest first.
-    pub const ALL: [Level; 4] = [Level::Portable, Level::Avx2, Level::Avx512, Level::Avx512Vnni];
+    /// All levels, lowest first among those of an architecture.
+    pub const ALL: [Level; 5] = [Level::Portable, Level::Avx2, Level::Avx512, Level::Avx512Vnni, Level::Neon];
 
     /// Its name in `SPECTRAL_KV_CPU_LEVEL`.
     pub fn name(self) -> &'static str {
@@ -59,13 +66,14 @@ impl Level {
             Level::Avx2 => "avx2",
             Level::Avx512 => "avx512",
             Level::Avx512Vnni => "avx512vnni",
+            Level::Neon => "neon",
         }
     }
     /// What rounding of factors to 16 bits may do to attention, relative: queries' coefficients, and the queries themselves before that.
     #[cfg(test)]
     pub(crate) fn rounding(self) -> f64 {
         match self {
-            Level::Portable | Level::Avx2 => 1e-4,
+            Level::Portable | Level::Avx2 | Level::Neon => 1e-4,
             Level::Avx512 => 2e-6,
             Level::Avx512Vnni => 2e-4,
         }
@@ -90,7 +98,9 @@ pub fn at(level: Level) -> Option<&'static Kernels> {
         #[cfg(target_arch = "x86_64")]
         Level::Avx512Vnni => (at(Level::Avx512).is_some() && is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vbmi"))
             .then_some(&kernels::AVX512_VNNI),
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon => std::arch::is_aarch64_feature_detected!("dotprod").then_some(&kernels::NEON),
+        // Those of other architectures.
         _ => None,
     }
 }

@@ -362,7 +362,7 @@ fn a_level_that_cannot_be_had_is_refused_by_name() {
     }
     for name in ["avx", "AVX2", "avx2 ", "4"] {
         let text = choose(Some(name)).map(|k| k.level).unwrap_err().to_string();
-        assert!(text.contains(&format!("{VARIABLE}={name}: ")) && text.ends_with("there are portable, avx2, avx512, avx512vnni"), "{text}");
+        assert!(text.contains(&format!("{VARIABLE}={name}: ")) && text.ends_with("there are portable, avx2, avx512, avx512vnni, neon"), "{text}");
     }
     assert!([None, Some("")].into_iter().all(|name| choose(name).is_ok_and(|k| k.level == best().level)));
 }

@@ -168,12 +168,12 @@ pub trait Whole: Sized {
     unsafe fn values<const WIDTH: u32, const C: usize>(tiles: &[&[u8]], at: usize, j: usize, s: &mut Sums<Self>);
 }
 
-/// Bytes of levels by code with [`OFFSET`] added, repeated to a vector: an index is looked at in its low bits only.
-pub const fn table<const N: usize, const BYTES: usize>(units: &[i8; N], from: usize, n: usize) -> [u8; BYTES] {
+/// Bytes of levels by code with `offset` added, repeated to a vector: an index is looked at in its low bits only.
+pub const fn table<const N: usize, const BYTES: usize>(units: &[i8; N], from: usize, n: usize, offset: i32) -> [u8; BYTES] {
     let mut out = [0; BYTES];
     let mut i = 0;
     while i < BYTES {
-        out[i] = (units[from + i % n] as i32 + OFFSET) as u8;
+        out[i] = (units[from + i % n] as i32 + offset) as u8;
         i += 1;
     }
     out

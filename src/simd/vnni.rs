@@ -21,11 +21,11 @@ pub struct Vnni;
 
 /// Digits of base 256 of a factor, the lowest first.
 const DIGITS: usize = 2;
-static TABLE_1: [[u8; 64]; 2] = [table(&quant::UNITS_1, 0, 1), table(&quant::UNITS_1, 1, 1)];
-static TABLE_2: [u8; 64] = table(&quant::UNITS_2, 0, 4);
-static TABLE_3: [[u8; 64]; 2] = [table(&quant::UNITS_3, 0, 4), table(&quant::UNITS_3, 4, 4)];
-static TABLE_4: [u8; 64] = table(&quant::UNITS_4, 0, 16);
-static TABLE_5: [[u8; 64]; 2] = [table(&quant::UNITS_5, 0, 16), table(&quant::UNITS_5, 16, 16)];
+static TABLE_1: [[u8; 64]; 2] = [table(&quant::UNITS_1, 0, 1, OFFSET), table(&quant::UNITS_1, 1, 1, OFFSET)];
+static TABLE_2: [u8; 64] = table(&quant::UNITS_2, 0, 4, OFFSET);
+static TABLE_3: [[u8; 64]; 2] = [table(&quant::UNITS_3, 0, 4, OFFSET), table(&quant::UNITS_3, 4, 4, OFFSET)];
+static TABLE_4: [u8; 64] = table(&quant::UNITS_4, 0, 16, OFFSET);
+static TABLE_5: [[u8; 64]; 2] = [table(&quant::UNITS_5, 0, 16, OFFSET), table(&quant::UNITS_5, 16, 16, OFFSET)];
 
 /// Levels of a packed coefficient, a byte per row.
 #[inline(always)]
