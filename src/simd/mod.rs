@@ -20,6 +20,7 @@ mod memory;
 mod neon;
 mod portable;
 mod products;
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only a level of x86 projects in words"))]
 mod projection;
 #[cfg(test)]
 mod tests;
