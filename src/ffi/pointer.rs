@@ -227,16 +227,16 @@ mod tests {
     fn a_struct_is_filled_as_far_as_it_reaches() {
         let mut x = filled(0x5a);
         // SAFETY: as many bytes as are said are there.
-        assert_eq!(unsafe { init(&raw mut x.known, size_of::<Longer>()) }, SKV_STATUS_OK);
+        assert_eq!(unsafe { init((&raw mut x).cast::<skv_config>(), size_of::<Longer>()) }, SKV_STATUS_OK);
         assert!(x.known.struct_size == size_of::<Longer>() && x.known.window == 128 && x.later == [0; 3]);
         let mut x = filled(0x5a);
         let short = std::mem::offset_of!(skv_config, window);
         // SAFETY: the same.
-        assert_eq!(unsafe { init(&raw mut x.known, short) }, SKV_STATUS_OK);
+        assert_eq!(unsafe { init((&raw mut x).cast::<skv_config>(), short) }, SKV_STATUS_OK);
         assert!(x.known.struct_size == short && x.known.n_seqs == 1 && x.known.window == 0x5a5a_5a5a);
         for size in [0, 7, LARGEST + 1] {
             // SAFETY: refused before anything is written.
-            assert_eq!(unsafe { init(&raw mut x.known, size) }, SKV_STATUS_ARGUMENT);
+            assert_eq!(unsafe { init((&raw mut x).cast::<skv_config>(), size) }, SKV_STATUS_ARGUMENT);
         }
     }
 
@@ -245,14 +245,14 @@ mod tests {
         let mut x = filled(0);
         (x.known.struct_size, x.known.n_cells, x.known.sinks) = (std::mem::offset_of!(skv_config, n_seqs), 5, 77);
         // SAFETY: the struct is as long as it says, or longer.
-        let got = unsafe { take(&raw const x.known, "config") }.ok().unwrap();
+        let got = unsafe { take((&raw const x).cast::<skv_config>(), "config") }.ok().unwrap();
         assert_eq!((got.n_cells, got.n_seqs, got.sinks), (5, 1, 4));
         x.known.struct_size = size_of::<Longer>();
         // SAFETY: the same.
-        assert_eq!(unsafe { take(&raw const x.known, "config") }.ok().map(|c| (c.sinks, c.n_seqs)), Some((77, 0)));
+        assert_eq!(unsafe { take((&raw const x).cast::<skv_config>(), "config") }.ok().map(|c| (c.sinks, c.n_seqs)), Some((77, 0)));
         x.later[2] = 1 << 40;
         // SAFETY: the same.
-        assert!(matches!(unsafe { take(&raw const x.known, "config") }, Err(Failure::Library(Error::Argument(_)))));
+        assert!(matches!(unsafe { take((&raw const x).cast::<skv_config>(), "config") }, Err(Failure::Library(Error::Argument(_)))));
     }
 
     #[test]
@@ -262,10 +262,10 @@ mod tests {
             (x.known.struct_size, x.known.n_cells) = (size_of::<Longer>(), 10 + i as u32);
         }
         // SAFETY: two structs, as long as they say.
-        let got = unsafe { take_all(&raw const all[0].known, 2, "configs") }.ok().unwrap();
+        let got = unsafe { take_all(all.as_ptr().cast::<skv_config>(), 2, "configs") }.ok().unwrap();
         assert_eq!(got.iter().map(|c| c.n_cells).collect::<Vec<_>>(), [10, 11]);
         all[1].known.struct_size -= 8;
         // SAFETY: the same.
-        assert!(unsafe { take_all(&raw const all[0].known, 2, "configs") }.is_err());
+        assert!(unsafe { take_all(all.as_ptr().cast::<skv_config>(), 2, "configs") }.is_err());
     }
 }
