@@ -77,26 +77,24 @@ impl Scorer {
 
     /// Tiles whose rows share a turn.
     fn score_frames(&mut self, c: Context, queries: &[f32], bases: &HeadBases, form: &TileForm, tiles: &[Tile], scores: &mut [f32]) {
-        let (mut frames, mut n_frames, mut frame_of) = ([0; BATCH], 0, [0; BATCH]);
-        let mut last = None;
-        for (t, turn) in tiles.iter().enumerate().filter_map(|(t, tile)| tile.one_turn().map(|turn| (t, turn))) {
-            if last.replace(turn) != Some(turn) {
-                frames[n_frames] = turn;
-                n_frames += 1;
-            }
-            frame_of[t] = n_frames - 1;
+        // Neighbours in one frame together.
+        let neighbours = || tiles.chunk_by(|a, b| a.one_turn() == b.one_turn());
+        let (mut frames, mut n_frames) = ([0; BATCH], 0);
+        for turn in neighbours().filter_map(|some| some[0].one_turn()) {
+            frames[n_frames] = turn;
+            n_frames += 1;
         }
         if n_frames == 0 {
             return;
         }
         self.project(c, queries, &frames[..n_frames], bases, form);
-        let (mut at, stride) = (0, tiles.len() * TILE);
-        // Neighbours in one frame together.
-        for some in tiles.chunk_by(|a, b| a.one_turn() == b.one_turn()) {
+        let (mut at, mut frame, stride) = (0, 0, tiles.len() * TILE);
+        for some in neighbours() {
             let which = at..at + some.len();
             at = which.end;
             if some[0].one_turn().is_some() {
-                self.products.frame = frame_of[which.start];
+                self.products.frame = frame;
+                frame += 1;
                 let rows = self.fine.of(which.clone());
                 self.score_fine(c.kernels, self.products.frame, form.k.d, rows.clone());
                 self.score(c.kernels, form, (which.start, some), rows, (&mut scores[which.start * TILE..], stride));

@@ -300,19 +300,6 @@ pub unsafe fn transpose<V: Lanes>(a: MatRef, out: MatMut, n: usize, m: usize) {
     }
 }
 
-/// `out[i] = table[index[i]]` for the rows of a tile.
-///
-/// # Safety
-/// The features of `V` are there.
-#[inline(always)]
-pub unsafe fn lookup<V: Lanes>(table: &[f32; 256], index: &[u8], out: &mut [f32; TILE]) {
-    let index = &index[..TILE];
-    for i in (0..TILE).step_by(V::N) {
-        // SAFETY: both have the rows of a tile; features are the caller's.
-        unsafe { V::lookup(table, index.as_ptr().add(i)).store(out.as_mut_ptr().add(i)) }
-    }
-}
-
 /// Sums of every 16 floats.
 ///
 /// # Safety

@@ -7,6 +7,7 @@ use super::dense;
 use super::dense::{MatMut, MatRef};
 use super::lanes::{Lanes, LANES};
 use super::products::{Pass, Products};
+pub use super::projection::{hold, project};
 use crate::layout::gain::Gains;
 use crate::layout::quant::coefficient_bytes;
 use crate::layout::widths::with_width;
@@ -120,16 +121,17 @@ pub unsafe fn wide_sums<V: Unpack>(s: &mut Products, part: usize, codes: &[u8], 
     }
 }
 
-pub use super::projection::{hold, project};
-
 /// See [`super::Kernels::lookup`].
 ///
 /// # Safety
 /// The features of `V` are there.
 #[inline(always)]
 pub unsafe fn lookup<V: Lanes>(gains: &Gains, codes: &[u8], out: &mut [f32; TILE]) {
-    // SAFETY: features are the caller's.
-    unsafe { dense::lookup::<V>(&gains.values, codes, out) }
+    let codes = &codes[..TILE];
+    for i in (0..TILE).step_by(V::N) {
+        // SAFETY: both have the rows of a tile; features are the caller's.
+        unsafe { V::lookup(&gains.values, codes.as_ptr().add(i)).store(out.as_mut_ptr().add(i)) }
+    }
 }
 
 /// Cache lines that are asked for with the scores of a tile, and with the values of a block of coefficients.
