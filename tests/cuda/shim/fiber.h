@@ -1,0 +1,47 @@
+// Fibers: functions with stacks of their own that one thread of the host runs in turn. Owns stacks, the switch from one to another
+// and what AddressSanitizer must be told of it. Knows nothing of CUDA.
+#pragma once
+
+#include <stddef.h>
+
+#if !defined(__x86_64__) && !defined(__aarch64__)
+#define SHIM_UCONTEXT
+#endif
+#ifdef SHIM_UCONTEXT
+#include <ucontext.h>
+#endif
+
+namespace shim {
+
+class Fiber {
+public:
+    // The stack that the program runs on already.
+    Fiber() = default;
+    // A stack for `body`, which must never return. It begins with the first switch to it.
+    Fiber(void (*body)(void *), void *argument);
+    ~Fiber();
+    Fiber(const Fiber &) = delete;
+    Fiber &operator=(const Fiber &) = delete;
+
+    // Go on there. This fiber, which must be the one that runs, goes on when another switches to it.
+    void switch_to(Fiber &next);
+
+private:
+    static void begin();
+    void prepare();
+
+    void (*body_)(void *) = nullptr;
+    void *argument_ = nullptr;
+    unsigned char *mapping_ = nullptr;
+    // Of the stack, without its guard page.
+    const void *bottom_ = nullptr;
+    size_t bytes_ = 0;
+    void *fake_stack_ = nullptr;
+#ifdef SHIM_UCONTEXT
+    ucontext_t context_;
+#else
+    void *stack_pointer_ = nullptr;
+#endif
+};
+
+} // namespace shim
