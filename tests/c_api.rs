@@ -1,59 +1,14 @@
 //! The C interface from C and C++: the programs in `tests/c` and `examples`, built with sanitizers against the static library.
 
-use std::path::{Path, PathBuf};
+#[path = "common/programs.rs"]
+mod programs;
+
+use programs::{build, compiler, library, lines, root, scratch, succeed, LIBRARIES};
 use std::process::{Command, Output};
-use std::sync::OnceLock;
-
-const WARNINGS: [&str; 4] = ["-Wall", "-Wextra", "-Werror", "-pedantic"];
-const SANITIZERS: [&str; 3] = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
-const LIBRARIES: [&str; 4] = ["-lpthread", "-ldl", "-lm", "-lgcc_s"];
-
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-fn scratch(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_TARGET_TMPDIR")).join(name)
-}
-
-/// Run to the end and give what it printed; a failure ends the test with it.
-fn succeed(command: &mut Command) -> Output {
-    let out = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
-    let text = [&out.stdout, &out.stderr].map(|t| String::from_utf8_lossy(t).into_owned()).concat();
-    assert!(out.status.success(), "{command:?}: {}\n{text}", out.status);
-    out
-}
-
-fn lines(command: &mut Command) -> Vec<String> {
-    String::from_utf8_lossy(&succeed(command).stdout).lines().map(String::from).collect()
-}
-
-/// The static library, built once in a target directory of its own: the outer cargo holds the lock of the usual one.
-fn library() -> &'static Path {
-    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
-    LIBRARY.get_or_init(|| {
-        let target = scratch("c_api");
-        let build = ["build", "--release", "--lib", "--offline", "--target-dir"];
-        succeed(Command::new(env!("CARGO")).current_dir(root()).args(build).arg(&target).env_remove("CARGO_BUILD_TARGET"));
-        target.join("release/libspectral_kv.a")
-    })
-}
-
-fn compiler(source: &str) -> Command {
-    let (variable, default, standard) = if source.ends_with("cpp") { ("CXX", "c++", "-std=c++17") } else { ("CC", "cc", "-std=c99") };
-    let mut command = Command::new(std::env::var_os(variable).unwrap_or_else(|| default.into()));
-    command.arg(standard).args(WARNINGS).arg("-I").arg(root().join("include"));
-    command
-}
 
 /// Build and run a program, and give what it printed.
 fn run(source: &str) -> Output {
-    let program = scratch(&source.replace(['.', '/'], "_"));
-    succeed(compiler(source).args(SANITIZERS).arg(root().join(source)).arg("-o").arg(&program).arg(library()).args(LIBRARIES));
-    let symbols = lines(Command::new("nm").arg(&program));
-    for sanitizer in ["__asan_init", "__ubsan_handle"] {
-        assert!(symbols.iter().any(|s| s.contains(sanitizer)), "{source} is not sanitized: no {sanitizer}");
-    }
+    let program = build(source, |c| c.arg(library()).args(LIBRARIES));
     // A failed allocation is one of the cases; the library answers it, the sanitizer must not.
     let options = "allocator_may_return_null=1:detect_stack_use_after_return=1";
     succeed(Command::new(&program).env("ASAN_OPTIONS", options).env("UBSAN_OPTIONS", "print_stacktrace=1"))

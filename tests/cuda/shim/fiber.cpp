@@ -1,5 +1,5 @@
-// Fibers (fiber.h). A switch stores the registers that a call must keep, on x86-64 and aarch64 by a few instructions: ucontext, for
-// others and with -DSHIM_UCONTEXT, takes two system calls.
+// Fibers (fiber.h). A switch stores the registers that a call must keep and loads those of the other stack, on x86-64 and aarch64:
+// ucontext, for all CPUs, takes two system calls, and AddressSanitizer forgets what it knew of the stack.
 #include "fiber.h"
 
 #include <stdio.h>
@@ -16,74 +16,6 @@
 #ifdef SHIM_ASAN
 #include <sanitizer/common_interface_defs.h>
 #endif
-
-namespace shim {
-
-namespace {
-
-constexpr size_t guard_bytes = 64 << 10; // a page, however large pages are
-constexpr size_t stack_bytes = 256 << 10;
-
-// The fibers that the switch under way is from and to: a new one finds itself here.
-Fiber *from, *to;
-
-void leave([[maybe_unused]] void **fake_stack, [[maybe_unused]] const void *bottom, [[maybe_unused]] size_t bytes) {
-#ifdef SHIM_ASAN
-    __sanitizer_start_switch_fiber(fake_stack, bottom, bytes);
-#endif
-}
-
-// Tells where the stack is that was left: only so is the program's own known.
-void arrive([[maybe_unused]] void *fake_stack, [[maybe_unused]] const void **bottom, [[maybe_unused]] size_t *bytes) {
-#ifdef SHIM_ASAN
-    __sanitizer_finish_switch_fiber(fake_stack, bottom, bytes);
-#endif
-}
-
-} // namespace
-
-Fiber::Fiber(void (*body)(void *), void *argument) : body_(body), argument_(argument), bytes_(stack_bytes) {
-    void *mapping = mmap(nullptr, guard_bytes + stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (mapping == MAP_FAILED || mprotect(mapping, guard_bytes, PROT_NONE) != 0) {
-        perror("cuda shim: a stack");
-        abort();
-    }
-    mapping_ = static_cast<unsigned char *>(mapping);
-    bottom_ = mapping_ + guard_bytes;
-    prepare();
-}
-
-Fiber::~Fiber() {
-    if (mapping_ != nullptr)
-        munmap(mapping_, guard_bytes + stack_bytes);
-}
-
-// Where a fiber begins. Never left, and without anything on the stack that a sanitizer would guard.
-void Fiber::begin() {
-    Fiber *self = to;
-    arrive(nullptr, &from->bottom_, &from->bytes_);
-    self->body_(self->argument_);
-    abort();
-}
-
-#ifdef SHIM_UCONTEXT
-
-void Fiber::prepare() {
-    getcontext(&context_);
-    context_.uc_stack.ss_sp = mapping_ + guard_bytes;
-    context_.uc_stack.ss_size = bytes_;
-    context_.uc_link = nullptr;
-    makecontext(&context_, begin, 0);
-}
-
-void Fiber::switch_to(Fiber &next) {
-    from = this, to = &next;
-    leave(&fake_stack_, next.bottom_, next.bytes_);
-    swapcontext(&context_, &next.context_);
-    arrive(fake_stack_, &from->bottom_, &from->bytes_);
-}
-
-#else
 
 // Store the registers that a call keeps on this stack and its pointer at `*left`, go to the stack `next` and load them from there.
 extern "C" void shim_switch(void **left, void *next);
@@ -114,7 +46,7 @@ shim_switch:
 )");
 constexpr size_t saved_words = 8; // six registers, where to go on, and where a caller would be: nowhere
 constexpr size_t return_word = 6;
-#else
+#elif defined(__aarch64__)
 asm(R"(
     .pushsection .text
     .globl shim_switch
@@ -151,13 +83,60 @@ shim_switch:
 )");
 constexpr size_t saved_words = 20;
 constexpr size_t return_word = 11;
+#else
+#error "the switch is written for x86-64 and aarch64"
 #endif
 
-// What the first switch loads: registers of zero (backtraces end there), and where to go on.
-void Fiber::prepare() {
+namespace shim {
+
+namespace {
+
+constexpr size_t guard_bytes = 64 << 10; // a page, however large pages are
+constexpr size_t stack_bytes = 256 << 10;
+
+// The fibers that the switch under way is from and to: a new one finds itself here.
+Fiber *from, *to;
+
+void leave([[maybe_unused]] void **fake_stack, [[maybe_unused]] const void *bottom, [[maybe_unused]] size_t bytes) {
+#ifdef SHIM_ASAN
+    __sanitizer_start_switch_fiber(fake_stack, bottom, bytes);
+#endif
+}
+
+// Tells where the stack is that was left: only so is the program's own known.
+void arrive([[maybe_unused]] void *fake_stack, [[maybe_unused]] const void **bottom, [[maybe_unused]] size_t *bytes) {
+#ifdef SHIM_ASAN
+    __sanitizer_finish_switch_fiber(fake_stack, bottom, bytes);
+#endif
+}
+
+} // namespace
+
+Fiber::Fiber(void (*body)(void *), void *argument) : body_(body), argument_(argument), bytes_(stack_bytes) {
+    void *mapping = mmap(nullptr, guard_bytes + stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapping == MAP_FAILED || mprotect(mapping, guard_bytes, PROT_NONE) != 0) {
+        perror("cuda shim: a stack");
+        abort();
+    }
+    mapping_ = static_cast<unsigned char *>(mapping);
+    bottom_ = mapping_ + guard_bytes;
+    // What the first switch loads: registers of zero, where backtraces end, and where to go on.
     void **words = reinterpret_cast<void **>(mapping_ + guard_bytes + stack_bytes) - saved_words;
     words[return_word] = reinterpret_cast<void *>(begin);
     stack_pointer_ = words;
+}
+
+Fiber::~Fiber() {
+    if (mapping_ != nullptr)
+        munmap(mapping_, guard_bytes + stack_bytes);
+}
+
+// Where a fiber begins. Never left, and without anything on the stack that a sanitizer would guard.
+void Fiber::begin() {
+    Fiber *self = to;
+    arrive(nullptr, &from->bottom_, &from->bytes_);
+    self->body_(self->argument_);
+    abort();
 }
 
 void Fiber::switch_to(Fiber &next) {
@@ -166,7 +145,5 @@ void Fiber::switch_to(Fiber &next) {
     shim_switch(&stack_pointer_, next.stack_pointer_);
     arrive(fake_stack_, &from->bottom_, &from->bytes_);
 }
-
-#endif
 
 } // namespace shim

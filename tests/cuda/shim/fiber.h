@@ -4,13 +4,6 @@
 
 #include <stddef.h>
 
-#if !defined(__x86_64__) && !defined(__aarch64__)
-#define SHIM_UCONTEXT
-#endif
-#ifdef SHIM_UCONTEXT
-#include <ucontext.h>
-#endif
-
 namespace shim {
 
 class Fiber {
@@ -28,7 +21,6 @@ public:
 
 private:
     static void begin();
-    void prepare();
 
     void (*body_)(void *) = nullptr;
     void *argument_ = nullptr;
@@ -37,11 +29,7 @@ private:
     const void *bottom_ = nullptr;
     size_t bytes_ = 0;
     void *fake_stack_ = nullptr;
-#ifdef SHIM_UCONTEXT
-    ucontext_t context_;
-#else
     void *stack_pointer_ = nullptr;
-#endif
 };
 
 } // namespace shim
