@@ -32,6 +32,21 @@ fn shim_runs_kernels_as_a_device_does() {
     assert_eq!(String::from_utf8_lossy(&out.stdout), "shim: all well\n");
 }
 
+/// The same without sanitizers, but with an eye on races in shared memory (`shim/races.h`).
+fn run_watched(source: &str) -> Output {
+    let program = scratch(&source.replace(['.', '/'], "_")).with_extension("watched");
+    let object = program.with_extension("o");
+    succeed(with_shim(&mut compiler(source)).args(["-g", "-fsanitize=thread", "-c"]).arg(root().join(source)).arg("-o").arg(&object));
+    succeed(with_shim(&mut compiler(source)).args(shim()).arg(object).arg("-o").arg(&program));
+    succeed(&mut Command::new(program))
+}
+
+#[test]
+fn races_in_shared_memory_are_seen() {
+    let out = run_watched("tests/cuda/races_test.cpp");
+    assert_eq!(String::from_utf8_lossy(&out.stdout), "races: all well\n");
+}
+
 #[test]
 fn shared_memory_is_dynamic_only() {
     let source = scratch("static_shared.cpp");

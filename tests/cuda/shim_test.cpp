@@ -5,10 +5,6 @@
 #include "check.h"
 #include "shim/launch.h"
 
-#include <string>
-#include <sys/wait.h>
-#include <unistd.h>
-
 using shim::launch;
 using shim::poisoned;
 
@@ -19,39 +15,6 @@ const shim::Order orders[] = {shim::ascending, shim::descending, shim::random_or
 template <class T>
 bool same(const std::vector<T> &a, const std::vector<T> &b) {
     return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
-}
-
-// What a child prints that runs `what`, which must end it otherwise than well.
-template <class What>
-std::string last_words(What what) {
-    int ends[2];
-    CHECK(pipe(ends) == 0);
-    const pid_t child = fork();
-    CHECK(child >= 0);
-    if (child == 0) {
-        dup2(ends[1], 2);
-        what();
-        _exit(0);
-    }
-    close(ends[1]);
-    std::string words;
-    char buffer[4096];
-    for (ssize_t n; (n = read(ends[0], buffer, sizeof buffer)) > 0;)
-        words.append(buffer, static_cast<size_t>(n));
-    close(ends[0]);
-    int status = 0;
-    CHECK(waitpid(child, &status, 0) == child);
-    CHECK(!(WIFEXITED(status) && WEXITSTATUS(status) == 0));
-    return words;
-}
-
-template <class... Parts>
-void says(const std::string &words, Parts... parts) {
-    for (const char *part : {parts...})
-        if (words.find(part) == std::string::npos) {
-            fprintf(stderr, "\"%s\" is not in:\n%s\n", part, words.c_str());
-            exit(1);
-        }
 }
 
 // Threads, blocks, shared memory.

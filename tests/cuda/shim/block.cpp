@@ -4,6 +4,7 @@
 
 #include "fiber.h"
 #include "launch.h"
+#include "races.h"
 
 #include <algorithm>
 #include <memory>
@@ -19,7 +20,6 @@ namespace shim {
 
 namespace {
 
-constexpr unsigned most_threads = 1024;
 const char *const syncthreads = "__syncthreads";
 const char *const syncwarp = "__syncwarp";
 
@@ -198,6 +198,7 @@ unsigned char *allocate_shared(size_t bytes) {
 
 void run_block(size_t shared_bytes) {
     shared = allocate_shared(shared_bytes);
+    watch_block(shared, shared_bytes);
     n_finished = n_at_barrier = 0;
     for (unsigned i = 0; i < n_threads; i++)
         threads[i]->finished = false;
@@ -206,6 +207,7 @@ void run_block(size_t shared_bytes) {
     threadIdx = running->index;
     host.switch_to(running->fiber);
     running = nullptr;
+    watch_block(nullptr, 0);
     free(shared);
 }
 
@@ -246,6 +248,8 @@ void fail(const char *format, ...) {
 unsigned char *shared_memory() { return shared; }
 
 Copies &copies() { return running->copies; }
+
+unsigned running_thread() { return running->number; }
 
 void meet(const Call &call, void *brought, Settle settle) {
     const unsigned lane = running->number % 32, first = running->number - lane;
@@ -288,7 +292,8 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, Order launch_order, vo
 } // namespace shim
 
 void __syncwarp(unsigned mask, shim::Site site) {
-    shim::meet({shim::syncwarp, mask, site}, nullptr, [](unsigned, void *const *) {});
+    using namespace shim;
+    meet({syncwarp, mask, site}, nullptr, [](unsigned lanes, void *const *) { order_lanes(running->number / 32 * 32, lanes); });
 }
 
 void __syncthreads(shim::Site site) {
@@ -299,6 +304,7 @@ void __syncthreads(shim::Site site) {
     running->call = {syncthreads, whole_warp, site};
     if (++n_at_barrier == n_threads) {
         n_at_barrier = 0;
+        order_block();
         ready.add_all(n_threads);
     }
     take_turns();

@@ -10,6 +10,7 @@
 namespace shim {
 
 constexpr unsigned whole_warp = 0xffffffffu;
+constexpr unsigned most_threads = 1024;
 
 // An operation of a warp as a thread calls it. All lanes of the mask must call the same; names are compared as pointers.
 struct Call {
@@ -34,6 +35,9 @@ struct Copies {
     size_t committed = 0;
 };
 Copies &copies();
+
+// The number in its block of the thread that runs.
+unsigned running_thread();
 
 // End the program with a message that names block and thread.
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char *format, ...);

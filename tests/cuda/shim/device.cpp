@@ -2,6 +2,7 @@
 #include "../../../kernels/device.cuh"
 
 #include "block.h"
+#include "races.h"
 
 namespace {
 
@@ -150,6 +151,7 @@ uint16_t skv_float_to_half(float x) {
 void skv_copy_async_16(void *shared, const void *global) {
     if (!aligned(shared) || !aligned(global))
         shim::fail("skv_copy_async_16 from %p to %p: not aligned to 16 bytes", global, shared);
+    shim::touch(shared, 16, true, __builtin_return_address(0));
     unsigned char read_now[16];
     memcpy(read_now, global, sizeof read_now);
     memset(shared, 0xff, sizeof read_now);
@@ -160,8 +162,10 @@ void skv_copy_async_commit() { shim::copies().committed = shim::copies().begun.s
 
 void skv_copy_async_wait_all() {
     shim::Copies &copies = shim::copies();
-    for (size_t i = 0; i < copies.committed; i++)
+    for (size_t i = 0; i < copies.committed; i++) {
+        shim::touch(copies.begun[i].shared, 16, true, __builtin_return_address(0));
         memcpy(copies.begun[i].shared, copies.begun[i].global, 16);
+    }
     copies.begun.erase(copies.begun.begin(), copies.begun.begin() + static_cast<std::ptrdiff_t>(copies.committed));
     copies.committed = 0;
 }
