@@ -149,6 +149,10 @@ enum skv_status
    */
   SKV_STATUS_NUMERIC = 302,
   /**
+   * A CUDA device, its driver or this build of the library lacks what the call needs.
+   */
+  SKV_STATUS_DEVICE = 401,
+  /**
    * The library failed internally, in this call or in an earlier one on the same object, which can only be freed.
    */
   SKV_STATUS_PANIC = 900,

@@ -38,6 +38,9 @@ pub enum Error {
     /// A matrix decomposition did not converge.
     #[error("numeric failure: {0}")]
     Numeric(String),
+    /// A CUDA device, its driver or this build of the library lacks what a call needs.
+    #[error("CUDA: {0}")]
+    Device(String),
 }
 
 impl Error {
@@ -52,6 +55,7 @@ impl Error {
             Error::Data(_) => 201,
             Error::NotFinite(_) => 301,
             Error::Numeric(_) => 302,
+            Error::Device(_) => 401,
         }
     }
 }

@@ -134,6 +134,26 @@ impl Rope {
         self.pairing == Pairing::None
     }
 
+    /// Which elements form a pair.
+    pub fn pairing(&self) -> Pairing {
+        self.pairing
+    }
+
+    /// Rotated elements of a head.
+    pub fn n_dims(&self) -> usize {
+        self.n_dims
+    }
+
+    /// The first of them.
+    pub fn offset(&self) -> usize {
+        self.offset
+    }
+
+    /// Radians per position of each pair.
+    pub fn omega(&self) -> &[f64] {
+        &self.omega
+    }
+
     /// Everything that tells two ropes apart.
     pub fn to_bytes(&self) -> Vec<u8> {
         let ints = [self.pairing as u32, self.n_dims as u32, self.offset as u32];

@@ -14,7 +14,7 @@ fn run(source: &str) -> Output {
     succeed(Command::new(&program).env("ASAN_OPTIONS", options).env("UBSAN_OPTIONS", "print_stacktrace=1"))
 }
 
-const HEADERS: [&str; 2] = ["spectral_kv.h", "spectral_kv_llama.h"];
+const HEADERS: [&str; 3] = ["spectral_kv.h", "spectral_kv_llama.h", "spectral_kv_cuda.h"];
 
 /// Names and parameters of all functions in the headers.
 fn declarations() -> Vec<(String, usize)> {
@@ -114,6 +114,11 @@ fn arena() {
 #[test]
 fn state() {
     run("tests/c/state.c");
+}
+
+#[test]
+fn cuda() {
+    run("tests/c/cuda.c");
 }
 
 #[test]

@@ -111,6 +111,11 @@ impl Layer {
         Ok(())
     }
 
+    /// Scale and soft cap of the scores.
+    pub fn scoring(&self) -> Scoring {
+        self.scoring
+    }
+
     pub(super) fn check_rows(&self, plan: &Plan, rows: &[&Rows]) -> Result<()> {
         match rows.iter().find(|r| r.len() != plan.tokens().len()) {
             Some(r) => argument(format!("{} rows for a plan of {} tokens", r.len(), plan.tokens().len())),

@@ -32,6 +32,8 @@ pub enum skv_status {
     SKV_STATUS_NOT_FINITE = 301,
     /// A matrix decomposition did not converge.
     SKV_STATUS_NUMERIC = 302,
+    /// A CUDA device, its driver or this build of the library lacks what the call needs.
+    SKV_STATUS_DEVICE = 401,
     /// The library failed internally, in this call or in an earlier one on the same object, which can only be freed.
     SKV_STATUS_PANIC = 900,
 }
@@ -49,6 +51,7 @@ impl skv_status {
             SKV_STATUS_DATA,
             SKV_STATUS_NOT_FINITE,
             SKV_STATUS_NUMERIC,
+            SKV_STATUS_DEVICE,
         ];
         all.into_iter().find(|s| *s as i32 == code).unwrap_or(SKV_STATUS_PANIC)
     }
@@ -68,6 +71,7 @@ pub extern "C" fn skv_status_str(status: i32) -> *const c_char {
         201 => c"damaged, truncated or foreign data",
         301 => c"a value is NaN or infinite",
         302 => c"numeric failure",
+        401 => c"no CUDA for this call",
         900 => c"internal error",
         _ => c"unknown status",
     };

@@ -2,6 +2,8 @@
 
 #include "step.h"
 
+#include "spectral_kv_cuda.h"
+
 #define NULL_IS(call) STATUS(SKV_STATUS_NULL, call)
 
 /* Anything a failed call must leave alone. */
@@ -280,6 +282,41 @@ static void calibration(struct stream *s) {
     skv_calibration_free(NULL);
 }
 
+/* No device can be created here: the library that this is linked with has no CUDA. */
+static void cuda(struct stream *s) {
+    skv_cuda_device *device = NULL;
+    skv_cuda_layer *made = NULL;
+    skv_layer *l = s->layers[0];
+    skv_cuda_attention attention;
+    skv_cuda_launch launch;
+    size_t n = UNTOUCHED;
+    NULL_IS(skv_cuda_attention_init(NULL, sizeof attention));
+    NULL_IS(skv_cuda_launch_init(NULL, sizeof launch));
+    OK(skv_cuda_attention_init(&attention, sizeof attention));
+    OK(skv_cuda_launch_init(&launch, sizeof launch));
+    NULL_IS(skv_cuda_device_create(0, NULL));
+    STATUS(SKV_STATUS_DEVICE, skv_cuda_device_create(0, &device));
+    says("built without CUDA");
+    NULL_IS(skv_cuda_layer_create(NULL, l, &made));
+    says("device is NULL");
+    NULL_IS(skv_cuda_layer_create(NULL, l, NULL));
+    says("out is NULL");
+    CHECK(device == NULL && made == NULL);
+    NULL_IS(skv_cuda_layer_workspace_bytes(NULL, 1, &n));
+    NULL_IS(skv_cuda_layer_attend(NULL, &attention, NULL));
+    says("layer is NULL");
+
+    NULL_IS(skv_layer_cuda_constants(NULL, NULL, 0, &n));
+    NULL_IS(skv_layer_cuda_constants(l, NULL, 0, NULL));
+    NULL_IS(skv_layer_cuda_constants(l, NULL, 1000000, &n));
+    says("buffer is NULL");
+    NULL_IS(skv_layer_cuda_launch(NULL, 1, 1, &launch));
+    NULL_IS(skv_layer_cuda_launch(l, 1, 1, NULL));
+    CHECK(n == UNTOUCHED && launch.columns == 0);
+    skv_cuda_layer_free(NULL);
+    skv_cuda_device_free(NULL);
+}
+
 static void cache(void) {
     skv_config c = config();
     skv_layer_shape s = shape();
@@ -352,6 +389,7 @@ int main(void) {
     layer(&s);
     state(&s);
     calibration(&s);
+    cuda(&s);
     cache();
     close_stream(&s);
     return 0;

@@ -60,7 +60,10 @@ pub fn library() -> &'static Path {
 pub fn compiler(source: &str) -> Command {
     let (variable, default, standard) = if source.ends_with("cpp") { ("CXX", "c++", "-std=c++17") } else { ("CC", "cc", "-std=c99") };
     let mut command = Command::new(std::env::var_os(variable).unwrap_or_else(|| default.into()));
-    command.arg(standard).args(WARNINGS).arg("-I").arg(root().join("include"));
+    command.arg(standard).args(WARNINGS);
+    for folder in ["include", "kernels"] {
+        command.arg("-I").arg(root().join(folder));
+    }
     command
 }
 
