@@ -14,7 +14,7 @@ use super::fetch::SourceKind;
 use super::layout::Layout;
 use super::report::{self, Recall, Report};
 use super::texts::{self, Kind, Text};
-use super::{cmd, fsutil, model};
+use super::{cmd, fsutil, model, toolchain};
 
 const TOOL: &str = "llama-completion";
 const COUNTERS: &str = "counters.jsonl";
@@ -93,7 +93,7 @@ fn subject(demo: &Demo, layout: &Layout) -> Result<Subject> {
     };
     match known.fetch(layout) {
         Ok(file) => Ok(Subject { file, name: known.description, trained: Some(known.context) }),
-        Err(e) if demo.model.is_none() && e.is::<model::Unreachable>() => {
+        Err(e) if demo.model.is_none() && e.is::<toolchain::Unreachable>() => {
             eprintln!("{e:#}\nthe demo goes on with the small model in tests/models");
             let name = format!("the small one in tests/models, as {MODEL} could not be fetched");
             Ok(Subject { file: layout.root.join("tests/models/bench-a-f16.gguf"), name, trained: None })

