@@ -18,7 +18,7 @@ pub mod cache;
 pub mod codec;
 #[deny(unsafe_code)]
 pub mod config;
-mod cuda;
+pub mod cuda;
 #[deny(unsafe_code)]
 pub mod error;
 pub mod ffi;

@@ -16,6 +16,7 @@ use std::mem::offset_of;
 pub const PAIRS: usize = 512;
 
 /// What a kernel knows of a layer; see `kernels/layer.h`.
+#[allow(missing_docs, reason = "kernels/layer.h says what each is")]
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SkvLayer {
@@ -53,6 +54,7 @@ pub struct SkvLayer {
 }
 
 /// One attention call; see `kernels/layer.h`. Pointers are addresses in the device's memory, 0 for none.
+#[allow(missing_docs, reason = "kernels/layer.h says what each is")]
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SkvAttend {

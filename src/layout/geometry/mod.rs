@@ -242,7 +242,8 @@ impl Geometry {
             let few = nominal.min(FEW_BITS) * (LEAST_RATE + (1.0 - LEAST_RATE) * overheads);
             (left / self.tiles as f64 * 8.0 / block_elements).max(few.max(LEAST_RATE * nominal))
         };
-        rates(mean.clamp(least, MAX_BITS), &self.band_tiles).map(|bits| (bits.max(least) * block_elements / 8.0) as usize)
+        // Kernels of devices read words of codes: blocks begin at such.
+        rates(mean.clamp(least, MAX_BITS), &self.band_tiles).map(|bits| ((bits.max(least) * block_elements / 8.0) as usize).next_multiple_of(16))
     }
 
     /// Rows that a fit is best made on.

@@ -204,3 +204,8 @@ inline float __uint_as_float(unsigned x) { return shim::same_bits<float>(x); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
+// In f64, as the device is right to 2 units in the last place.
+inline void sincospif(float x, float *sine, float *cosine) {
+    *sine = static_cast<float>(sin(x * M_PI));
+    *cosine = static_cast<float>(cos(x * M_PI));
+}
