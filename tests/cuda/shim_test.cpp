@@ -242,6 +242,17 @@ void powers_of_two() {
     EQUAL(skv_exp2(-126.5f), 0);
 }
 
+void words_are_picked_apart() {
+    EQUAL(__funnelshift_r(0x89abcdef, 0x01234567, 4), 0x789abcde);
+    EQUAL(__funnelshift_r(0x89abcdef, 0x01234567, 32), 0x89abcdef);
+    EQUAL(__byte_perm(0x33221100, 0x77665544, 0x7250), 0x77225500);
+    EQUAL(__byte_perm(0x80, 0x7f, 0xc884), 0x00ffff7f);
+    EQUAL(__popc(0xf0f0), 8);
+    EQUAL(__clz(0), 32);
+    EQUAL(__clz(1), 31);
+    EQUAL(__ffs(8), 4);
+}
+
 // Tensor cores.
 
 // Matrices in memory; each lane takes its fragments as the PTX ISA has them.
@@ -445,7 +456,7 @@ __global__ void touch_stack(unsigned *out, unsigned at) {
 
 __global__ void load_unaligned(uint4 *out) {
     SKV_SHARED(memory);
-    *out = *reinterpret_cast<uint4 *>(memory + 8);
+    out->x = reinterpret_cast<const uint4 *>(memory + 8)->x;
 }
 
 void sanitizers_see_kernels() {
@@ -473,6 +484,7 @@ int main() {
     halves_become_floats();
     floats_round_to_the_nearest_half();
     powers_of_two();
+    words_are_picked_apart();
     products_of_whole_numbers<16>();
     products_of_whole_numbers<8>();
     products_of_one_value<16>();

@@ -24,7 +24,7 @@ const char *const syncthreads = "__syncthreads";
 const char *const syncwarp = "__syncwarp";
 
 struct Thread {
-    Thread(unsigned number, void (*body)(void *)) : number(number), fiber(body, this) {}
+    Thread(unsigned number, void (*body)()) : number(number), fiber(body) {}
 
     unsigned number;
     uint3 index{};
@@ -60,30 +60,28 @@ public:
         return std::all_of(std::begin(words_), std::end(words_), [](uint64_t word) { return word == 0; });
     }
 
-    unsigned take(Order::Kind kind, uint64_t random) {
-        const unsigned start = static_cast<unsigned>(random % most_threads);
-        const unsigned number = kind == Order::Descending ? highest() : lowest(kind == Order::Random ? start : 0);
-        words_[number / 64] &= ~(uint64_t{1} << number % 64);
-        return number;
+    // The first from `start` on, round about.
+    unsigned take_from(unsigned start) {
+        uint64_t word = words_[start / 64] & ~uint64_t{0} << start % 64;
+        unsigned i = start / 64;
+        for (; word == 0; word = words_[i])
+            i = (i + 1) % n_words;
+        return take(i * 64 + static_cast<unsigned>(__builtin_ctzll(word)));
+    }
+
+    unsigned take_last() {
+        unsigned i = n_words - 1;
+        while (words_[i] == 0)
+            i--;
+        return take(i * 64 + 63 - static_cast<unsigned>(__builtin_clzll(words_[i])));
     }
 
 private:
     static constexpr unsigned n_words = most_threads / 64;
 
-    // The first from `start` on, round about.
-    unsigned lowest(unsigned start) const {
-        uint64_t word = words_[start / 64] & ~uint64_t{0} << start % 64;
-        unsigned i = start / 64;
-        for (; word == 0; word = words_[i])
-            i = (i + 1) % n_words;
-        return i * 64 + static_cast<unsigned>(__builtin_ctzll(word));
-    }
-
-    unsigned highest() const {
-        unsigned i = n_words - 1;
-        while (words_[i] == 0)
-            i--;
-        return i * 64 + 63 - static_cast<unsigned>(__builtin_clzll(words_[i]));
+    unsigned take(unsigned number) {
+        words_[number / 64] &= ~(uint64_t{1} << number % 64);
+        return number;
     }
 
     uint64_t words_[n_words] = {};
@@ -108,6 +106,15 @@ uint64_t draw() {
     order.seed ^= order.seed >> 7;
     order.seed ^= order.seed << 17;
     return order.seed * 0x2545f4914f6cdd1du >> 20;
+}
+
+// The thread whose turn it is.
+Thread &next_thread() {
+    switch (order.kind) {
+    case Order::Ascending: return *threads[ready.take_from(0)];
+    case Order::Descending: return *threads[ready.take_last()];
+    default: return *threads[ready.take_from(static_cast<unsigned>(draw() % n_threads))];
+    }
 }
 
 void print_block() {
@@ -149,7 +156,7 @@ void print_place(const Thread &thread) {
 void take_turns() {
     if (ready.none())
         stuck();
-    Thread &left = *running, &next = *threads[ready.take(order.kind, order.kind == Order::Random ? draw() : 0)];
+    Thread &left = *running, &next = next_thread();
     running = &next;
     threadIdx = next.index;
     if (&left != &next)
@@ -168,7 +175,7 @@ void finish() {
 }
 
 // A fiber: the same thread of block after block.
-void live(void *) {
+void live() {
     for (;;) {
         thread_body(thread_argument);
         finish();
@@ -203,7 +210,7 @@ void run_block(size_t shared_bytes) {
     for (unsigned i = 0; i < n_threads; i++)
         threads[i]->finished = false;
     ready.add_all(n_threads);
-    running = threads[ready.take(order.kind, draw())].get();
+    running = &next_thread();
     threadIdx = running->index;
     host.switch_to(running->fiber);
     running = nullptr;
@@ -272,6 +279,7 @@ void meet(const Call &call, void *brought, Settle settle) {
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, Order launch_order, void (*thread)(void *), void *argument) {
     if (running != nullptr)
         fail("a launch inside of a kernel");
+    blockIdx = {};
     check_shape(grid, block);
     gridDim = grid, blockDim = block;
     order = launch_order;

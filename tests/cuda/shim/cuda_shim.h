@@ -197,6 +197,20 @@ T __ldg(const T *at) {
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+// The low 32 bits of high:low, shifted right.
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+    return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> shift % 32);
+}
+// Byte i is the one of b:a that digit i of the selector names, or its sign where the digit has bit 3.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+    const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+    unsigned out = 0;
+    for (unsigned i = 0; i < 4; i++) {
+        const unsigned digit = selector >> 4 * i, byte = static_cast<unsigned>(bytes >> digit % 8 * 8) & 255;
+        out |= ((digit & 8) == 0 ? byte : (byte >> 7) * 255) << 8 * i;
+    }
+    return out;
+}
 inline int __float_as_int(float x) { return shim::same_bits<int>(x); }
 inline unsigned __float_as_uint(float x) { return shim::same_bits<unsigned>(x); }
 inline float __int_as_float(int x) { return shim::same_bits<float>(x); }

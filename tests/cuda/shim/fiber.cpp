@@ -112,7 +112,7 @@ void arrive([[maybe_unused]] void *fake_stack, [[maybe_unused]] const void **bot
 
 } // namespace
 
-Fiber::Fiber(void (*body)(void *), void *argument) : body_(body), argument_(argument), bytes_(stack_bytes) {
+Fiber::Fiber(void (*body)()) : body_(body), bytes_(stack_bytes) {
     void *mapping = mmap(nullptr, guard_bytes + stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapping == MAP_FAILED || mprotect(mapping, guard_bytes, PROT_NONE) != 0) {
         perror("cuda shim: a stack");
@@ -135,7 +135,7 @@ Fiber::~Fiber() {
 void Fiber::begin() {
     Fiber *self = to;
     arrive(nullptr, &from->bottom_, &from->bytes_);
-    self->body_(self->argument_);
+    self->body_();
     abort();
 }
 

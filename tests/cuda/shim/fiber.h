@@ -11,7 +11,7 @@ public:
     // The stack that the program runs on already.
     Fiber() = default;
     // A stack for `body`, which must never return. It begins with the first switch to it.
-    Fiber(void (*body)(void *), void *argument);
+    explicit Fiber(void (*body)());
     ~Fiber();
     Fiber(const Fiber &) = delete;
     Fiber &operator=(const Fiber &) = delete;
@@ -22,8 +22,7 @@ public:
 private:
     static void begin();
 
-    void (*body_)(void *) = nullptr;
-    void *argument_ = nullptr;
+    void (*body_)() = nullptr;
     unsigned char *mapping_ = nullptr;
     // Of the stack, without its guard page.
     const void *bottom_ = nullptr;
