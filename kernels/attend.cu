@@ -527,12 +527,11 @@ template <int COLUMNS> __device__ __forceinline__ float Block<COLUMNS>::rotated(
 template <int COLUMNS> __device__ __forceinline__ void Block<COLUMNS>::rotate(int turn) {
     const bool plain = kind == WAITING, has_mean = plain || (kind != EXACT && stored(0).has_mean());
     const uint8_t *plain_mean = a.arena + l.head_first + head * l.head_stride + l.plain;
-    float product[COLUMNS];
-    UNROLL
-    for (int c = 0; c < COLUMNS; c++)
-        product[c] = 0.0f;
-    for (int e = thread; e < d16; e += SKV_THREADS) {
-        const int in = e - l.rope_first, pairs = l.rope_dims / 2;
+    if (lane < COLUMNS)
+        warp_mean[warp * COLUMNS + lane] = 0.0f;
+    __syncwarp();
+    for (int from = 0; from < d16; from += SKV_THREADS) {
+        const int e = from + thread, in = e - l.rope_first, pairs = l.rope_dims / 2;
         float cos = 1.0f, sin = 0.0f;
         int partner = e;
         if (turn != 0 && l.pairing != 0 && in >= 0 && in < l.rope_dims) {
@@ -545,21 +544,21 @@ template <int COLUMNS> __device__ __forceinline__ void Block<COLUMNS>::rotate(in
             sin = second ? sin : -sin;
         }
         const float mean = has_mean && e < l.d_k ? (plain ? as_float(plain_mean + 4 * e) : stored(0).mean(e)) : 0.0f;
-        UNROLL
         for (int c = 0; c < COLUMNS; c++) {
             const float x = rotated(c, e, cos, sin, partner), small = x * factors[c];
-            product[c] += x * mean;
-            const uint16_t high = skv_float_to_half(small);
-            q_high[c * padded + e] = high;
-            q_low[c * padded + e] = skv_float_to_half(small - skv_half_to_float(high));
+            if (e < d16) {
+                const uint16_t high = skv_float_to_half(small);
+                q_high[c * padded + e] = high;
+                q_low[c * padded + e] = skv_float_to_half(small - skv_half_to_float(high));
+            }
+            if (!has_mean)
+                continue;
+            float product = x * mean;
+            for (int step = 16; step > 0; step /= 2)
+                product += __shfl_xor_sync(0xffffffffu, product, step);
+            if (lane == 0)
+                warp_mean[warp * COLUMNS + c] += product;
         }
-    }
-    UNROLL
-    for (int c = 0; c < COLUMNS; c++) {
-        for (int step = 16; step > 0; step /= 2)
-            product[c] += __shfl_xor_sync(0xffffffffu, product[c], step);
-        if (lane == 0)
-            warp_mean[warp * COLUMNS + c] = product[c];
     }
 }
 
@@ -1207,12 +1206,12 @@ template <int COLUMNS> __device__ __forceinline__ void attend(const SkvAttend &a
 
 } // namespace
 
-extern "C" __global__ void __launch_bounds__(SKV_THREADS) skv_attend_8(SkvAttend a) {
+extern "C" __global__ void __launch_bounds__(SKV_THREADS, 2) skv_attend_8(SkvAttend a) {
     SKV_SHARED(memory);
     attend<8>(a, memory);
 }
 
-extern "C" __global__ void __launch_bounds__(SKV_THREADS) skv_attend_16(SkvAttend a) {
+extern "C" __global__ void __launch_bounds__(SKV_THREADS, 2) skv_attend_16(SkvAttend a) {
     SKV_SHARED(memory);
     attend<16>(a, memory);
 }
