@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{input, rel_rms, rotate_f64, widen, Random, Reference};
+use common::{input, rel_rms, ropes, rotate_f64, widen, Random, Reference};
 use half::f16;
 use spectral_kv::cache::{Cache, Mask, Rows};
 use spectral_kv::config::{Config, LayerShape, Scoring};
@@ -22,20 +22,6 @@ fn case(n_head: u32, n_head_kv: u32, d_k: u32, d_v: u32, rope: RopeParams, bits:
         config: Config { n_cells: 1100, window: 16, bits, ..Config::default() },
         scoring: Scoring { scale: 1.0 / (d_k as f32).sqrt(), softcap: 0.0 },
     }
-}
-
-fn ropes(d: usize) -> Vec<RopeParams> {
-    let plain = |p| RopeParams::plain(p, d, 10000.0);
-    let half = d / 4 * 2;
-    vec![
-        plain(Pairing::Adjacent),
-        plain(Pairing::Halves),
-        RopeParams::none(),
-        RopeParams { n_dims: half, ..plain(Pairing::Halves) },
-        RopeParams { n_dims: half, offset: d - half, ..plain(Pairing::Adjacent) },
-        RopeParams { freq_scale: 0.25, ext_factor: 1.0, n_ctx_orig: 512, ..plain(Pairing::Halves) },
-        RopeParams { freq_factors: (0..d / 2).map(|i| 1.0 + i as f32 / 8.0).collect(), ..plain(Pairing::Adjacent) },
-    ]
 }
 
 /// Store `n` rows in pieces of `step`.

@@ -2,28 +2,16 @@
 
 #[path = "common/programs.rs"]
 mod programs;
+#[path = "common/shim.rs"]
+mod shim;
 
-use programs::{build, compiler, refuse, root, scratch, succeed};
-use std::path::PathBuf;
+use programs::{compiler, refuse, root, scratch, succeed};
+use shim::{build, build_watched, with_shim};
 use std::process::{Command, Output};
-
-const SHIM: &str = "tests/cuda/shim";
-
-/// How a kernel, or a program with kernels, is compiled for the shim.
-fn with_shim(command: &mut Command) -> &mut Command {
-    command.arg("-O1").arg("-include").arg(root().join(SHIM).join("cuda_shim.h"))
-}
-
-/// The shim's own sources.
-fn shim() -> Vec<PathBuf> {
-    let files = std::fs::read_dir(root().join(SHIM)).expect("the shim's folder").map(|f| f.expect("a file of it").path());
-    files.filter(|f| f.extension().is_some_and(|e| e == "cpp")).collect()
-}
 
 /// Build and run a program, and give what it printed.
 fn run(source: &str) -> Output {
-    let program = build(source, |c| with_shim(c).args(shim()));
-    succeed(Command::new(program).env("UBSAN_OPTIONS", "print_stacktrace=1"))
+    succeed(Command::new(build(source)).env("UBSAN_OPTIONS", "print_stacktrace=1"))
 }
 
 #[test]
@@ -32,18 +20,9 @@ fn shim_runs_kernels_as_a_device_does() {
     assert_eq!(String::from_utf8_lossy(&out.stdout), "shim: all well\n");
 }
 
-/// The same without sanitizers, but with an eye on races in shared memory (`shim/races.h`).
-fn run_watched(source: &str) -> Output {
-    let program = scratch(&source.replace(['.', '/'], "_")).with_extension("watched");
-    let object = program.with_extension("o");
-    succeed(with_shim(&mut compiler(source)).args(["-g", "-fsanitize=thread", "-c"]).arg(root().join(source)).arg("-o").arg(&object));
-    succeed(with_shim(&mut compiler(source)).args(shim()).arg(object).arg("-o").arg(&program));
-    succeed(&mut Command::new(program))
-}
-
 #[test]
 fn races_in_shared_memory_are_seen() {
-    let out = run_watched("tests/cuda/races_test.cpp");
+    let out = succeed(&mut Command::new(build_watched("tests/cuda/races_test.cpp")));
     assert_eq!(String::from_utf8_lossy(&out.stdout), "races: all well\n");
 }
 

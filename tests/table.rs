@@ -530,29 +530,12 @@ fn bases_that_no_longer_fit_what_comes_are_fitted_again() {
     }
 }
 
-/// Steps of so many tokens until the next fit is over, `look` after each step from that fit on; gives how many these were.
-fn refit(s: &mut Stream, step: usize, mut look: impl FnMut(&mut Stream)) -> usize {
-    let fits = |s: &Stream| s.layers[0].counters.read().fits;
-    let (before, mut taken) = (fits(s), 0);
-    for seed in 0..4000 {
-        s.append(100 + seed, 0, step, step).unwrap();
-        if fits(s) > before {
-            look(s);
-            taken += 1;
-            if s.former() == 0 && s.waiting() == 0 {
-                return taken;
-            }
-        }
-    }
-    panic!("{before} fits, {} rows, {} wait, {} tiles in the former bases", s.live().len(), s.waiting(), s.former());
-}
-
 #[test]
 fn few_rows_are_fitted_on_first_and_more_of_them_later() {
     for (step, least) in [(1, 18), (40, 2), (64, 2)] {
         let mut s = stream_of(&Config { n_seqs: 1, n_tokens: 64, window: 64, bits: 10.0, ..config(4000) });
-        refit(&mut s, step, |s| assert_eq!(s.former(), 0));
-        let taken = refit(&mut s, step, |s| s.check(NEAR));
+        s.refit(step, |s| assert_eq!(s.former(), 0));
+        let taken = s.refit(step, |s| s.check(NEAR));
         assert!(taken >= least && s.former() == 0, "{taken} steps of {step}");
         let n = s.free().len();
         (0..n).step_by(50).for_each(|at| s.append(4, 0, 50.min(n - at), 50).unwrap());
@@ -563,10 +546,7 @@ fn few_rows_are_fitted_on_first_and_more_of_them_later() {
 /// A stream of so many sequences whose tiles are being coded again in new bases.
 fn amid_another_fit(n_seqs: u32) -> Stream {
     let mut s = stream_of(&Config { n_seqs, n_tokens: 64, window: 64, bits: 10.0, ..config(3000 + 600 * n_seqs) });
-    refit(&mut s, 40, |_| {});
-    while s.former() == 0 {
-        s.append(5000 + s.live().len() as u64, 0, 1, 1).unwrap();
-    }
+    s.begin_another_fit();
     assert!(s.former() > 10);
     s
 }

@@ -18,7 +18,7 @@ pub const PAIRS: usize = 512;
 /// What a kernel knows of a layer; see `kernels/layer.h`.
 #[allow(missing_docs, reason = "kernels/layer.h says what each is")]
 #[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, bytemuck::NoUninit)]
 pub struct SkvLayer {
     pub n_head: i32,
     pub n_head_kv: i32,

@@ -8,7 +8,7 @@ use spectral_kv::cache::{plan, Call, Cells, Findings, Geometry, Layer, Location,
 use spectral_kv::codec::calibration::{CalibratedLayer, Calibration, LayerModel, Text};
 use spectral_kv::config::{Config, LayerShape, Scoring};
 use spectral_kv::error::Result;
-use spectral_kv::layout::BANDS;
+use spectral_kv::layout::{Heads, BANDS};
 use spectral_kv::rope::{Pairing, RopeParams};
 use spectral_kv::state::{self, Saving};
 use std::sync::Arc;
@@ -64,6 +64,21 @@ pub fn rotate_f64(p: &RopeParams, position: f64, head: &mut [f64]) {
         let (s, c) = theta.sin_cos();
         (head[a], head[b]) = (head[a] * c - head[b] * s, head[b] * c + head[a] * s);
     }
+}
+
+/// Rotations of every kind, of heads of `d` elements.
+pub fn ropes(d: usize) -> Vec<RopeParams> {
+    let plain = |p| RopeParams::plain(p, d, 10000.0);
+    let half = d / 4 * 2;
+    vec![
+        plain(Pairing::Adjacent),
+        plain(Pairing::Halves),
+        RopeParams::none(),
+        RopeParams { n_dims: half, ..plain(Pairing::Halves) },
+        RopeParams { n_dims: half, offset: d - half, ..plain(Pairing::Adjacent) },
+        RopeParams { freq_scale: 0.25, ext_factor: 1.0, n_ctx_orig: 512, ..plain(Pairing::Halves) },
+        RopeParams { freq_factors: (0..d / 2).map(|i| 1.0 + i as f32 / 8.0).collect(), ..plain(Pairing::Adjacent) },
+    ]
 }
 
 /// Rows of one layer as a model would give them.
@@ -196,12 +211,14 @@ pub struct Stream {
     pub rows: Vec<Option<ModelRow>>,
     /// 64-byte units, so that rows are aligned.
     arena: Vec<[u64; 8]>,
-    ropes: Vec<RopeParams>,
+    pub ropes: Vec<RopeParams>,
     scoring: Scoring,
     /// Store the heads last to first, as other threads might.
     pub backwards: bool,
     /// The tokens to come hardly differ from each other.
     pub monotonous: bool,
+    /// What becomes of rows, before any rotation, that shall not be like those of a usual model.
+    pub alter: fn(&Heads, &mut Input),
 }
 
 impl Stream {
@@ -224,6 +241,7 @@ impl Stream {
             scoring,
             backwards: false,
             monotonous: false,
+            alter: |_, _| {},
         }
     }
 
@@ -301,6 +319,7 @@ impl Stream {
         for (i, l) in self.layers.iter().enumerate() {
             let g = l.shape();
             let mut x = input(seed * 31 + i as u64, &positions, g.n_head, g.n_head_kv, g.d_k, g.d_v, &RopeParams::none());
+            (self.alter)(g, &mut x);
             let (nk, nv) = (g.n_head_kv * g.d_k, g.n_head_kv * g.d_v);
             if self.monotonous {
                 let one = input(4242, &[0], g.n_head, g.n_head_kv, g.d_k, g.d_v, &RopeParams::none());
@@ -391,6 +410,31 @@ impl Stream {
             self.step(seed * 1009 + at as u64, &cells, &places)?;
         }
         Ok(())
+    }
+
+    /// Steps of so many tokens until the next fit is over, `look` after each step from that fit on; gives how many these were.
+    pub fn refit(&mut self, step: usize, mut look: impl FnMut(&mut Stream)) -> usize {
+        let fits = |s: &Stream| s.layers[0].counters.read().fits;
+        let (before, mut taken) = (fits(self), 0);
+        for seed in 0..4000 {
+            self.append(100 + seed, 0, step, step).unwrap();
+            if fits(self) > before {
+                look(self);
+                taken += 1;
+                if self.former() == 0 && self.waiting() == 0 {
+                    return taken;
+                }
+            }
+        }
+        panic!("{before} fits, {} rows, {} wait, {} tiles in the former bases", self.live().len(), self.waiting(), self.former());
+    }
+
+    /// Steps until tiles are being coded again in new bases.
+    pub fn begin_another_fit(&mut self) {
+        self.refit(40, |_| {});
+        while self.former() == 0 {
+            self.append(5000 + self.live().len() as u64, 0, 1, 1).unwrap();
+        }
     }
 
     /// A step is over: rows that are neither sinks nor in the window of their sequence need not be exact any more.
@@ -589,7 +633,7 @@ fn plan_on(table: &mut Table, cells: Cells, new: &[u32]) -> Result<Vec<i32>> {
     Ok(out)
 }
 
-fn rotate_heads(rope: &RopeParams, pos: i32, x: &mut [f32], d: usize) {
+pub fn rotate_heads(rope: &RopeParams, pos: i32, x: &mut [f32], d: usize) {
     for head in x.chunks_exact_mut(d) {
         let mut wide: Vec<f64> = head.iter().map(|x| f64::from(*x)).collect();
         rotate_f64(rope, f64::from(pos), &mut wide);

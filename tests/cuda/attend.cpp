@@ -3,18 +3,13 @@
 //
 // Knows nothing of what is in an arena, nor of what is right.
 
-#include "../../kernels/layer.h"
+#include "../../kernels/attend.cu"
+
 #include "shim/launch.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string>
-
-extern "C" {
-void skv_attend_8(SkvAttend a);
-void skv_attend_16(SkvAttend a);
-void skv_combine(SkvAttend a);
-}
 
 namespace {
 
@@ -72,7 +67,7 @@ struct Call {
     std::vector<SkvLayer> layer;
     std::vector<uint8_t> arena;
     std::vector<int32_t> plan;
-    std::vector<float> q, k, v, sinks;
+    std::vector<float> q, k, v, sinks, want, bounds;
     std::vector<uint16_t> mask;
 
     explicit Call(File &f) {
@@ -97,6 +92,8 @@ struct Call {
         v = f.buffer<float>();
         mask = f.buffer<uint16_t>();
         sinks = f.buffer<float>();
+        want = f.buffer<float>();
+        bounds = f.buffer<float>();
         if (layer.size() != 1)
             fail("the library's SkvLayer has another size");
         if (size_t(shared_bytes) != skv_attend_shared(layer[0].d_k, layer[0].d_v, columns))

@@ -1,0 +1,388 @@
+//! Attention calls of streams, what is right about each, and the comparison. A call is captured before its step is carried out; many are then carried out by one
+//! process. Knows nothing of how kernels work, but for how exact they are.
+
+use crate::common::{rel_rms, rotate_heads, rows_of, widen, Input, Random, Reference, Stream, Tokens};
+use crate::runner;
+use half::f16;
+use spectral_kv::cache::{self, Layer, Mask, Plan, Rows};
+use spectral_kv::config::Scoring;
+use spectral_kv::cuda::launch::Launch;
+use spectral_kv::cuda::layer::SkvLayer;
+use std::path::{Path, PathBuf};
+
+/// Coefficients of queries and weights of values are rounded to f16: by 2^-11 at most, in no common direction, so that sums are off by less. It is relative to the
+/// mean norm of the values, and grows with the scores.
+const BOUND: f64 = 1.0 / 2048.0;
+/// A folder that calls are written to, with what is right, for a device elsewhere (`tests/gpu`); they are not carried out here then.
+const FOLDER: &str = "SPECTRAL_KV_GPU_CALLS";
+
+/// What a step's tokens see.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub enum Sight {
+    /// Rows of their sequence up to their position.
+    #[default]
+    Causal,
+    /// Some of those, and some scores get something added.
+    Some,
+    /// There is no mask.
+    All,
+}
+
+/// Where heads lie in memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub enum Strides {
+    #[default]
+    Packed,
+    /// Something else lies between heads, and between rows.
+    Gaps,
+    /// Rows of a head follow each other, as where ggml permutes.
+    HeadsOuter,
+}
+
+/// How a step looks at its rows.
+#[derive(Debug, Clone, Default)]
+pub struct Look {
+    /// Factor on scores; that of the head size unless it is named.
+    pub scale: Option<f32>,
+    pub softcap: f32,
+    pub sinks: Vec<f32>,
+    pub sight: Sight,
+    /// A token that sees nothing at all.
+    pub blind: Option<usize>,
+    /// Cells that the mask covers; all unless they are named.
+    pub n_kv: Option<usize>,
+    pub strides: Strides,
+    /// Multiprocessors of the device: how many splits there are follows from it.
+    pub multiprocessors: Option<u32>,
+}
+
+/// One call, and what is right.
+struct Call {
+    name: String,
+    file: Vec<u8>,
+    d_v: usize,
+    /// Over the rows that the cache rebuilds, and over those that the model gave, in f64; what the CPU makes of it.
+    rebuilt: Vec<f64>,
+    original: Vec<f64>,
+    cpu: Vec<f64>,
+    /// For each query head: how far a device may be off the CPU, relative to the output.
+    bounds: Vec<f64>,
+}
+
+/// Calls to be carried out together.
+pub struct Calls {
+    name: &'static str,
+    calls: Vec<Call>,
+}
+
+impl Calls {
+    pub fn new(name: &'static str) -> Self {
+        Calls { name, calls: Vec::new() }
+    }
+
+    /// One step of tokens at `places`: its attention is captured, then it is stored.
+    pub fn step(&mut self, s: &mut Stream, seed: u64, cells: &[u32], places: &[(i32, u32)], look: &Look) {
+        let t = s.tokens(seed, cells, places);
+        s.enter(&t);
+        let ints = s.plan(cells).unwrap();
+        for layer in 0..s.layers.len() {
+            self.capture(s, layer, &Asked::new(&t.inputs[layer], &ints, places, cells.len()), look);
+        }
+        carry_out(s, &ints, &t);
+    }
+
+    /// The next `n` tokens of sequence 0 in the first free cells.
+    pub fn next(&mut self, s: &mut Stream, seed: u64, n: usize, look: &Look) {
+        let (cells, first) = (s.free()[..n].to_vec(), s.next_pos(0));
+        let places: Vec<_> = (0..n as i32).map(|i| (first + i, 0)).collect();
+        self.step(s, seed, &cells, &places, look);
+    }
+
+    /// Queries of `n` tokens behind those of sequence 0 that bring no rows.
+    pub fn ask(&mut self, s: &mut Stream, seed: u64, n: usize, look: &Look) {
+        let places: Vec<_> = (0..n as i32).map(|i| (s.next_pos(0) + i, 0)).collect();
+        let (t, ints) = (s.tokens(seed, &vec![0; n], &places), s.plan(&[]).unwrap());
+        for layer in 0..s.layers.len() {
+            self.capture(s, layer, &Asked::new(&t.inputs[layer], &ints, &places, 0), look);
+        }
+    }
+
+    fn capture(&mut self, s: &Stream, layer: usize, asked: &Asked, look: &Look) {
+        let (l, n) = (&s.layers[layer], asked.places.len());
+        let (g, n_kv) = (*l.shape(), look.n_kv.unwrap_or(s.rows.len()));
+        let scoring = Scoring { scale: look.scale.unwrap_or(1.0 / (g.d_k as f32).sqrt()), softcap: look.softcap };
+        let mask = Masked::new(s, asked, look, n_kv);
+        let seen = |t: usize, cell: usize| mask.at(s, t, cell);
+        let [q, k, v] = asked.rows(l);
+        let values = mask.values.as_deref().unwrap_or_default();
+        let m = if mask.values.is_some() { Mask::F16 { values, stride: mask.stride, n_kv } } else { Mask::All };
+        let call = cache::Call { arena: s.arena(), plan: &asked.plan, q: &q, k: &k, v: &v, scoring, mask: m };
+        let (mut partials, mut cpu) = (vec![f32::NAN; l.partial_floats(n)], vec![f32::NAN; n * g.n_head * g.d_v]);
+        l.attend(0..l.units(), &call, &mut partials).unwrap();
+        l.combine(n, &partials, &look.sinks, 0..n * g.n_head, &mut cpu).unwrap();
+
+        let truth = |(k, v): &(Vec<f64>, Vec<f64>)| Truth::new(l, scoring, look, &asked.input.q, k, v, &seen);
+        let (rebuilt, original) = (truth(&rebuilt_rows(s, l, asked)), truth(&original_rows(s, layer)));
+        let mut file = CallFile::default();
+        file.launch(l, n, look.multiprocessors.unwrap_or(3));
+        file.rows([(&asked.input.q[..n * g.n_head * g.d_k], n, g.n_head, g.d_k), (&asked.input.k[..asked.n_own * g.n_head_kv * g.d_k], asked.n_own, g.n_head_kv, g.d_k), (&asked.input.v[..asked.n_own * g.n_head_kv * g.d_v], asked.n_own, g.n_head_kv, g.d_v)], look.strides);
+        file.numbers(&[mask.stride, n_kv, n]);
+        file.buffer(bytemuck::bytes_of(&SkvLayer::new(l.geometry(), l.index(), l.rope(), scoring)));
+        file.buffer(s.arena());
+        file.buffer(asked.ints);
+        file.take_rows();
+        file.buffer(bytemuck::cast_slice::<f16, u16>(values));
+        file.buffer(&look.sinks);
+        file.buffer(&rebuilt.out.iter().map(|x| *x as f32).collect::<Vec<_>>());
+        file.buffer(&rebuilt.bounds.iter().map(|x| *x as f32).collect::<Vec<_>>());
+        self.calls.push(Call {
+            name: format!("{} {}: {g:?}, {n} tokens, {} exact, {} tiles, {look:?}", self.name, self.calls.len(), asked.plan.exact().len(), asked.plan.tiles().len()),
+            file: file.bytes,
+            d_v: g.d_v,
+            rebuilt: rebuilt.out,
+            original: original.out,
+            cpu: wide(&cpu),
+            bounds: rebuilt.bounds,
+        });
+    }
+
+    /// Carry all of them out and compare, every head of every token by itself: one wrong head must not hide among right ones.
+    pub fn check(self) {
+        if let Some(folder) = std::env::var_os(FOLDER) {
+            return self.write(Path::new(&folder));
+        }
+        let outputs = self.run_on(runner::sanitized());
+        for (call, got) in self.calls.iter().zip(&outputs) {
+            call.compare(&wide(got));
+        }
+    }
+
+    /// The same with an eye on races in shared memory.
+    pub fn check_races(self) {
+        if std::env::var_os(FOLDER).is_none() {
+            self.run_on(runner::watched());
+        }
+    }
+
+    fn run_on(&self, program: &Path) -> Vec<Vec<f32>> {
+        runner::run(program, self.name, &self.calls.iter().map(|c| &c.file[..]).collect::<Vec<_>>())
+    }
+
+    fn write(&self, folder: &Path) {
+        std::fs::create_dir_all(folder).unwrap();
+        for (i, call) in self.calls.iter().enumerate() {
+            let path: PathBuf = folder.join(format!("{}.{i}.call", self.name));
+            std::fs::write(path, &call.file).unwrap();
+        }
+    }
+}
+
+impl Call {
+    fn compare(&self, got: &[f64]) {
+        assert_eq!(got.len(), self.cpu.len());
+        let mut worst = [0.0f64; 4];
+        for (i, bound) in self.bounds.iter().enumerate() {
+            let part = |x: &[f64]| x[i * self.d_v..(i + 1) * self.d_v].to_vec();
+            if part(&self.rebuilt).iter().all(|x| *x == 0.0) {
+                assert!(part(got).iter().all(|x| *x == 0.0), "{}, head {i}: what sees nothing gives zeros", self.name);
+                continue;
+            }
+            let off = |x: &[f64], of: &[f64]| rel_rms(part(x), part(of));
+            let (apart, error, cpu) = (off(got, &self.cpu), off(got, &self.rebuilt), off(&self.cpu, &self.rebuilt));
+            let (lost, cpu_lost) = (off(got, &self.original), off(&self.cpu, &self.original));
+            let words = || format!("{}, head {i}: {apart} off the CPU, {error} off the rebuilt rows (CPU {cpu}), {lost} off the original (CPU {cpu_lost}), bound {bound}", self.name);
+            assert!(apart < *bound && error < bound.max(1.5 * cpu) && lost < 2.0 * cpu_lost + bound, "{}", words());
+            for (worst, x) in worst.iter_mut().zip([apart / bound, error, cpu, lost / cpu_lost]) {
+                *worst = worst.max(x);
+            }
+        }
+        println!("{}: {:.2} of the bound, {:.1e} off the rebuilt rows (CPU {:.1e}), {:.2} of the CPU's loss", self.name, worst[0], worst[1], worst[2], worst[3]);
+    }
+}
+
+/// What a call is about.
+struct Asked<'a> {
+    input: &'a Input,
+    ints: &'a [i32],
+    plan: Plan<'a>,
+    places: &'a [(i32, u32)],
+    /// How many of the tokens bring rows.
+    n_own: usize,
+}
+
+impl<'a> Asked<'a> {
+    fn new(input: &'a Input, ints: &'a [i32], places: &'a [(i32, u32)], n_own: usize) -> Self {
+        Asked { input, ints, plan: Plan::parse(ints).unwrap(), places, n_own }
+    }
+
+    fn rows(&self, l: &Layer) -> [Rows<'a>; 3] {
+        let [q, k, v] = rows_of(l, self.input, self.places.len());
+        if self.n_own > 0 {
+            [q, k, v]
+        } else {
+            [q, Rows::empty(), Rows::empty()]
+        }
+    }
+}
+
+/// The mask of a call.
+struct Masked {
+    values: Option<Vec<f16>>,
+    stride: usize,
+    n_kv: usize,
+}
+
+impl Masked {
+    fn new(s: &Stream, asked: &Asked, look: &Look, n_kv: usize) -> Self {
+        if look.sight == Sight::All {
+            return Masked { values: None, stride: 0, n_kv: s.rows.len() };
+        }
+        // Between the rows of a mask that is longer than what it covers, nothing must be looked at.
+        let stride = n_kv + if look.n_kv.is_some() { 3 } else { 0 };
+        let (mut r, mut values) = (Random::new(n_kv as u64), vec![f16::NAN; asked.places.len() * stride]);
+        for (t, (pos, seq)) in asked.places.iter().enumerate() {
+            for (cell, value) in values[t * stride..t * stride + n_kv].iter_mut().enumerate() {
+                let shown = s.rows[cell].as_ref().is_some_and(|r| r.seqs >> seq & 1 == 1 && r.pos <= *pos);
+                let kept = look.sight == Sight::Causal || cell % 3 == 0 || r.below(4) > 0;
+                *value = match shown && kept && look.blind != Some(t) {
+                    false => f16::NEG_INFINITY,
+                    true if look.sight == Sight::Some && r.below(5) == 0 => f16::from_f32(-0.75),
+                    true => f16::ZERO,
+                };
+            }
+        }
+        Masked { values: Some(values), stride, n_kv }
+    }
+
+    /// What is added to a score.
+    fn at(&self, s: &Stream, t: usize, cell: usize) -> f64 {
+        match &self.values {
+            _ if s.rows[cell].is_none() || cell >= self.n_kv => f64::NEG_INFINITY,
+            Some(values) => values[t * self.stride + cell].to_f64(),
+            None => 0.0,
+        }
+    }
+}
+
+/// Attention in f64.
+struct Truth {
+    out: Vec<f64>,
+    /// What a device's error may be, for each query head.
+    bounds: Vec<f64>,
+}
+
+impl Truth {
+    fn new(l: &Layer, scoring: Scoring, look: &Look, q: &[f32], k: &[f64], v: &[f64], seen: &dyn Fn(usize, usize) -> f64) -> Self {
+        let g = l.shape();
+        let (n, rows) = (q.len() / (g.n_head * g.d_k), k.len() / (g.n_head_kv * g.d_k));
+        // The norm of each value is one element more, so that its mean comes along.
+        let normed: Vec<f64> = v.chunks_exact(g.d_v).flat_map(|v| v.iter().copied().chain([norm(v)])).collect();
+        let sinks = (!look.sinks.is_empty()).then_some(&look.sinks[..]);
+        let (scale, softcap) = (f64::from(scoring.scale), f64::from(scoring.softcap));
+        let reference = Reference { n_head: g.n_head, n_head_kv: g.n_head_kv, d_k: g.d_k, d_v: g.d_v + 1, k, v: &normed, scale, softcap, sinks };
+        let all = reference.attend(q, n, seen);
+        let score = |t: usize, head: usize, row: usize| {
+            let (q, k) = (&q[(t * g.n_head + head) * g.d_k..], &k[(row * g.n_head_kv + head / g.group()) * g.d_k..]);
+            q.iter().zip(k).take(g.d_k).map(|(q, k)| f64::from(*q) * k).sum::<f64>() * scale
+        };
+        let bound = |(i, out): (usize, &[f64])| {
+            let (t, head) = (i / g.n_head, i % g.n_head);
+            let scores = (0..rows).filter(|row| seen(t, *row) > f64::NEG_INFINITY).map(|row| score(t, head, row));
+            let (low, high) = scores.fold((0.0f64, 0.0f64), |(low, high), s| (low.min(s), high.max(s)));
+            BOUND * (1.0 + (high - low) / 8.0) * out[g.d_v] / norm(&out[..g.d_v]).max(1e-300)
+        };
+        let bounds = all.chunks_exact(g.d_v + 1).enumerate().map(bound).collect();
+        Truth { out: all.chunks_exact(g.d_v + 1).flat_map(|out| out[..g.d_v].to_vec()).collect(), bounds }
+    }
+}
+
+fn norm(x: &[f64]) -> f64 {
+    x.iter().map(|x| x * x).sum::<f64>().sqrt()
+}
+
+fn wide(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|x| f64::from(*x)).collect()
+}
+
+/// Keys and values of all cells as the cache gives them.
+fn rebuilt_rows(s: &Stream, l: &Layer, asked: &Asked) -> (Vec<f64>, Vec<f64>) {
+    let (g, n) = (l.shape(), s.rows.len());
+    let (mut dense_k, mut dense_v) = (vec![f16::ZERO; n * g.n_head_kv * g.d_k], vec![f16::ZERO; n * g.n_head_kv * g.d_v]);
+    let [_, k, v] = asked.rows(l);
+    l.reconstruct(s.arena(), &asked.plan, &k, &v, 0..n, &mut dense_k, &mut dense_v).unwrap();
+    (widen(&dense_k), widen(&dense_v))
+}
+
+/// The same as the model gave them.
+fn original_rows(s: &Stream, layer: usize) -> (Vec<f64>, Vec<f64>) {
+    let g = s.layers[layer].shape();
+    let (mut keys, mut values) = (Vec::new(), Vec::new());
+    for row in &s.rows {
+        let Some(row) = row else {
+            keys.extend(vec![0.0; g.n_head_kv * g.d_k]);
+            values.extend(vec![0.0; g.n_head_kv * g.d_v]);
+            continue;
+        };
+        let (mut key, value) = row.layers[layer].clone();
+        rotate_heads(&s.ropes[layer], row.pos, &mut key, g.d_k);
+        keys.extend(wide(&key));
+        values.extend(wide(&value));
+    }
+    (keys, values)
+}
+
+fn carry_out(s: &mut Stream, ints: &[i32], t: &Tokens) {
+    (0..s.layers.len()).for_each(|layer| s.run(layer, ints, t).unwrap());
+    s.table.commit().unwrap();
+    s.age();
+}
+
+/// A call as `tests/cuda/attend.cpp` reads it.
+#[derive(Default)]
+struct CallFile {
+    bytes: Vec<u8>,
+    rows: Vec<Vec<f32>>,
+}
+
+impl CallFile {
+    fn numbers(&mut self, all: &[usize]) {
+        all.iter().for_each(|x| self.bytes.extend_from_slice(&(*x as i64).to_le_bytes()));
+    }
+
+    fn buffer<T: bytemuck::NoUninit>(&mut self, x: &[T]) {
+        let bytes: &[u8] = bytemuck::cast_slice(x);
+        self.numbers(&[bytes.len()]);
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    fn launch(&mut self, l: &Layer, n: usize, multiprocessors: u32) {
+        let g = l.shape();
+        let launch = Launch::new(g, l.geometry().tiles, n, multiprocessors).unwrap();
+        self.numbers(&[launch.columns]);
+        self.numbers(&launch.grid.map(|x| x as usize));
+        self.numbers(&[launch.shared_bytes, launch.combine_blocks as usize, launch.workspace_floats, n * g.n_head * g.d_v]);
+    }
+
+    /// Strides of queries, keys and values: rows, heads, elements of a head. [`CallFile::take_rows`] writes the rows themselves.
+    fn rows(&mut self, all: [(&[f32], usize, usize, usize); 3], strides: Strides) {
+        for (x, n, heads, d) in all {
+            let (row, head) = match strides {
+                Strides::Packed => (heads * d, d),
+                Strides::Gaps => (heads * (d + 3) + 5, d + 3),
+                Strides::HeadsOuter => (d, n * d + 7),
+            };
+            self.numbers(&[row, head]);
+            let mut laid = vec![f32::NAN; if n == 0 { 0 } else { (n - 1) * row + (heads - 1) * head + d }];
+            for (i, x) in x.chunks_exact(d).enumerate() {
+                laid[i / heads * row + i % heads * head..][..d].copy_from_slice(x);
+            }
+            self.rows.push(laid);
+        }
+    }
+
+    fn take_rows(&mut self) {
+        for rows in std::mem::take(&mut self.rows) {
+            self.buffer(&rows);
+        }
+    }
+}
