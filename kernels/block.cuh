@@ -138,7 +138,7 @@ template <int COLUMNS> struct Block {
     __device__ void maximise();
     __device__ void find_largest_gain();
     __device__ float newest(int c) const;
-    __device__ float headroom() const;
+    __device__ float headroom(int c) const;
     __device__ void weigh();
     __device__ void keep_exact(int n, int j);
     __device__ void keep_weights(int n, int j);

@@ -6,6 +6,9 @@
 
 namespace {
 
+/// Octaves that a batch's largest probability may be below that of all and still give weights of full precision; what is further behind counts for nothing.
+constexpr float MOST_BEHIND = 60.0f;
+
 /// The largest score of each column in this warp's unit, and how far its weights can be multiplied within f16. All threads meet here.
 template <int COLUMNS> __device__ __forceinline__ void Block<COLUMNS>::maximise() {
     UNROLL
@@ -47,14 +50,20 @@ template <int COLUMNS> __device__ __forceinline__ float Block<COLUMNS>::newest(i
     return largest;
 }
 
-/// What weights of this batch are multiplied by: a power of two that keeps small ones from vanishing and large ones below the end of f16.
-template <int COLUMNS> __device__ __forceinline__ float Block<COLUMNS>::headroom() const {
+/// The logarithm, in base 2, of what a column's weights of this batch are multiplied by: the largest come near the end of f16, so that few vanish, however much
+/// larger the scores of other batches are.
+template <int COLUMNS> __device__ __forceinline__ float Block<COLUMNS>::headroom(int c) const {
     int code = 0, exponent = 0;
+    float largest = -INFINITY;
     UNROLL
-    for (int w = 0; w < WARPS; w++)
+    for (int w = 0; w < WARPS; w++) {
         code = max(code, gain_codes[w]);
+        largest = fmaxf(largest, warp_max[w * COLUMNS + c]);
+    }
     frexpf(gains[code], &exponent);
-    return exp2f(float(min(8, 15 - exponent)));
+    // A column that sees nothing of the batch is infinitely far behind; its weights are 0.
+    const float behind = floorf((newest(c) - largest) * LOG2_E);
+    return float(15 - exponent) + (behind < MOST_BEHIND ? behind : MOST_BEHIND);
 }
 
 /// Scores become probabilities, and these weights of the values. All threads meet here.
@@ -98,7 +107,7 @@ template <int COLUMNS> __device__ __forceinline__ void Block<COLUMNS>::keep_exac
 /// Probabilities of a column of this warp's tile, times the gains of both parts of the values.
 template <int COLUMNS> __device__ __forceinline__ void Block<COLUMNS>::keep_weights(int n, int j) {
     const Form &f = form();
-    const float room = headroom();
+    const float room = exp2f(headroom(column(n, j)));
     UNROLL
     for (int part = 0; part < 2; part++) {
         const bool there = piece != nullptr && f.n_gains(2 + part) > 0;
@@ -221,14 +230,13 @@ __device__ __forceinline__ void Block<COLUMNS>::sum_width(int part, int at, int 
         float sum[GROUPS][4] = {};
         for (int u = 0; u < units; u++)
             sum_sixteen<W>(part, piece_of(u) + at + from * (TILE * W / 8), n - 1 - from, u, sum);
-        const float step = step_of<W>(l) / headroom();
         UNROLL
         for (int k = 0; k < GROUPS; k++)
             UNROLL
             for (int i = 0; i < 4; i++) {
-                const int j = from + g + 8 * (i >> 1);
+                const int j = from + g + 8 * (i >> 1), c = column(k, i);
                 if (j < n)
-                    o[column(k, i) * o_pitch + first + j] += step * sum[k][i];
+                    o[c * o_pitch + first + j] += step_of<W>(l) * exp2f(-headroom(c)) * sum[k][i];
             }
     }
 }

@@ -272,6 +272,10 @@ impl Stream {
         bytemuck::cast_slice(&self.arena)
     }
 
+    pub fn arena_mut(&mut self) -> &mut [u8] {
+        bytemuck::cast_slice_mut(&mut self.arena)
+    }
+
     pub fn live(&self) -> Vec<u32> {
         (0..self.rows.len() as u32).filter(|c| self.rows[*c as usize].is_some()).collect()
     }

@@ -11,10 +11,9 @@ mod shim;
 
 use calls::{Calls, Look, Sight, Strides};
 use common::{ropes, Input, Random, Stream};
-use half::f16;
-use spectral_kv::config::{Config, LayerShape};
+use spectral_kv::config::{Config, LayerShape, Scoring};
 use spectral_kv::cuda::layer::SkvLayer;
-use spectral_kv::layout::{Heads, BANDS};
+use spectral_kv::layout::{basis, Heads, BANDS};
 use spectral_kv::rope::{Pairing, RopeParams};
 use std::collections::BTreeSet;
 
@@ -97,9 +96,8 @@ fn rows_that_wait() {
         calls.next(&mut s, 2, 2, &Look::default());
         // Some of the waiting rows are coded, others still wait.
         while !s.table.is_fitted() {
-            s.append(3 + s.live().len() as u64, 0, 10, 10).unwrap();
+            s.append(3 + s.live().len() as u64, 0, 1, 1).unwrap();
         }
-        println!("DBG {} {}", s.live().len(), s.waiting());
         s.append(3, 0, 1, 1).unwrap();
         assert!(s.waiting() > 0);
         calls.next(&mut s, 4, 5, &all_asked(4));
@@ -219,43 +217,54 @@ fn masks_sinks_and_soft_caps() {
     calls.check();
 }
 
-/// Coefficients that heads of a fitted stream have of each width, in all bands: keys and values.
-fn widths(s: &Stream) -> Vec<[u16; 7]> {
-    let mut all = Vec::new();
-    for l in &s.layers {
-        let constants = SkvLayer::new(l.geometry(), l.index(), l.rope(), spectral_kv::config::Scoring { scale: 1.0, softcap: 0.0 });
-        for head in 0..l.shape().n_head_kv {
-            let key = (constants.head_first + head as i64 * constants.head_stride + constants.bases) as usize;
-            let value = key + spectral_kv::layout::basis::bytes_of(l.shape().d_k);
-            let counts = |at: usize| u16::from_le_bytes([s.arena()[at], s.arena()[at + 1]]);
-            for side in [key, value] {
-                all.extend((0..BANDS).map(|band| std::array::from_fn(|w| counts(side + 2 * (7 * band + w)))));
-            }
-        }
-    }
-    all
+/// Where a stream's bases say how many coefficients there are of each width: of keys and values of each head of its layer.
+fn widths_at(s: &Stream) -> Vec<[usize; 2]> {
+    let l = &s.layers[0];
+    let constants = SkvLayer::new(l.geometry(), l.index(), l.rope(), Scoring { scale: 1.0, softcap: 0.0 });
+    let bases = |head: usize| (constants.head_first + head as i64 * constants.head_stride + constants.bases) as usize;
+    (0..l.shape().n_head_kv).map(|head| [bases(head), bases(head) + basis::bytes_of(l.shape().d_k)]).collect()
 }
+
+/// Bytes of the widths of a stored basis.
+const WIDTHS: usize = 2 * 7 * BANDS;
 
 #[test]
 fn widths_of_every_kind() {
     let mut calls = Calls::new("widths");
-    let (mut used, mut empty) = (BTreeSet::new(), [false; 2]);
-    let same_keys: fn(&Heads, &mut Input) = |g, x| (0..x.k.len()).for_each(|i| x.k[i] = (i % (g.n_head_kv * g.d_k)) as f32 * 0.01);
-    let same_values: fn(&Heads, &mut Input) = |g, x| (0..x.v.len()).for_each(|i| x.v[i] = 1.0 + (i % (g.n_head_kv * g.d_v)) as f32 * 0.01);
-    let alike: fn(&Heads, &mut Input) = |_, _| {};
-    for (bits, alter) in [(0.5, alike), (1.0, alike), (2.0, alike), (3.0, alike), (4.5, alike), (6.0, alike), (10.0, alike), (0.5, same_keys), (0.5, same_values)] {
-        let mut s = Stream::new(&Config { bits, ..config() }, &[shape(2, 64, 64)], |_| RopeParams::none());
-        s.alter = alter;
+    let mut used = BTreeSet::new();
+    for bits in [0.5, 1.0, 2.0, 3.0, 4.5, 6.0, 10.0] {
+        let mut s = Stream::new(&Config { bits, ..config() }, &[shape(2, 64, 64)], plain);
         s.append(1, 0, 900, 100).unwrap();
-        for (i, counts) in widths(&s).iter().enumerate() {
-            let side = i / BANDS % 2;
-            used.extend((0..7).filter(|w| counts[*w] > 0).map(|w| (side, w)));
-            empty[side] |= counts.iter().all(|n| *n == 0);
+        for (side, at) in widths_at(&s).into_iter().flat_map(|sides| sides.into_iter().enumerate()) {
+            let counts = s.arena()[at..at + WIDTHS].chunks_exact(2).map(|n| n != [0, 0]);
+            used.extend(counts.enumerate().filter(|(_, there)| *there).map(|(i, _)| (side, i % 7)));
         }
         calls.next(&mut s, 2, 1, &Look::default());
         calls.next(&mut s, 3, 5, &Look::default());
     }
-    assert!(used.len() == 14 && empty == [true; 2], "{used:?}, without any: {empty:?}");
+    assert_eq!(used.len(), 14, "{used:?}");
+    calls.check();
+}
+
+#[test]
+fn keys_or_values_without_any_coefficient() {
+    let mut calls = Calls::new("none");
+    for (keys, values) in [(true, false), (false, true), (true, true)] {
+        let mut s = Stream::new(&Config { calibrated: true, ..config() }, &[shape(2, 64, 32)], plain);
+        let calibration = s.calibration();
+        s.calibrate(&calibration);
+        // Bases are there, but no tile yet. A fit leaves some coefficients to both.
+        s.append(1, 0, 1, 1).unwrap();
+        for [key, value] in widths_at(&s) {
+            for at in [key].into_iter().filter(|_| keys).chain([value].into_iter().filter(|_| values)) {
+                let counts = &mut s.arena_mut()[at..at + WIDTHS];
+                assert!(counts.iter().any(|n| *n > 0));
+                counts.fill(0);
+            }
+        }
+        s.append(2, 0, 600, 100).unwrap();
+        calls.next(&mut s, 3, 2, &Look::default());
+    }
     calls.check();
 }
 
@@ -263,37 +272,63 @@ fn widths_of_every_kind() {
 fn scale_rows(x: &mut [f32], d: usize, octaves: i32) {
     for row in x.chunks_exact_mut(d) {
         let by = (row[0].to_bits() % (2 * octaves as u32 + 1)) as i32 - octaves;
-        row.iter_mut().for_each(|x| *x = f16::from_f32(*x * 2f32.powi(by)).to_f32());
+        row.iter_mut().for_each(|x| *x *= 2f32.powi(by) / 64.0);
     }
 }
 
 #[test]
 fn adversarial_magnitudes() {
     let mut calls = Calls::new("magnitudes");
-    let cases: [(fn(&Heads, &mut Input), Option<f32>); 6] = [
-        // Gains over many octaves.
-        (|g, x| scale_rows(&mut x.v, g.d_v, 13), None),
-        (|g, x| (scale_rows(&mut x.k, g.d_k, 10), scale_rows(&mut x.q, g.d_k, 3)).1, Some(1e-4)),
+    type Alter = fn(&Heads, &mut Input);
+    let usual: Alter = |_, _| {};
+    let faint: Alter = |_, x| [&mut x.k, &mut x.v].into_iter().flatten().for_each(|x| *x /= 64.0);
+    // What rows are like that bases are fitted to, and those that come later; the factor on scores.
+    let cases: [(Alter, Alter, Option<f32>); 6] = [
+        // Gains from one end of their range to the other.
+        (faint, |g, x| scale_rows(&mut x.v, g.d_v, 16), None),
+        (faint, |g, x| (scale_rows(&mut x.k, g.d_k, 16), scale_rows(&mut x.q, g.d_k, 3)).1, Some(1e-4)),
         // A mean a thousand times what keys differ by, as Qwen2.5 has.
-        (|g, x| x.k.iter_mut().enumerate().for_each(|(i, x)| *x += if i % g.d_k % 16 == 3 { 300.0 } else { 0.0 }), Some(0.02)),
+        (usual, |g, x| x.k.iter_mut().enumerate().for_each(|(i, x)| *x += if i % g.d_k % 16 == 3 { 300.0 } else { 0.0 }), Some(0.02)),
         // Huge, and tiny.
-        (|_, x| (x.k.iter_mut().for_each(|x| *x *= 4000.0), x.v.iter_mut().for_each(|x| *x *= 6000.0)).1, Some(1.0 / 64000.0)),
-        (|_, x| (x.q.iter_mut().for_each(|x| *x *= 1e-6), x.v.iter_mut().for_each(|x| *x *= 1e-4)).1, Some(1e5)),
+        (usual, |_, x| (x.k.iter_mut().for_each(|x| *x *= 4000.0), x.v.iter_mut().for_each(|x| *x *= 6000.0)).1, Some(1.0 / 64000.0)),
+        (usual, |_, x| (x.q.iter_mut().for_each(|x| *x *= 1e-6), x.v.iter_mut().for_each(|x| *x *= 1e-4)).1, Some(1e5)),
         // Scores that let one row draw nearly all.
-        (|_, x| x.q.iter_mut().for_each(|x| *x *= 12.0), None),
+        (usual, |_, x| x.q.iter_mut().for_each(|x| *x *= 12.0), None),
     ];
-    for (alter, scale) in cases {
+    for (before, alter, scale) in cases {
+        let look = Look { scale, ..Look::default() };
         let mut s = Stream::new(&config(), &[shape(2, 64, 64)], plain);
+        s.alter = before;
         s.append(1, 0, 700, 100).unwrap();
         s.alter = alter;
         s.append(2, 0, 200, 50).unwrap();
-        calls.next(&mut s, 3, 2, &Look { scale, ..Look::default() });
+        calls.next(&mut s, 3, 2, &look);
         let mut s = Stream::new(&config(), &[shape(2, 64, 64)], plain);
         s.alter = alter;
         s.append(4, 0, 100, 50).unwrap();
-        calls.next(&mut s, 5, 1, &Look { scale, ..Look::default() });
+        calls.next(&mut s, 5, 1, &look);
         s.append(6, 0, 800, 100).unwrap();
-        calls.next(&mut s, 7, 2, &Look { scale, ..Look::default() });
+        calls.next(&mut s, 7, 2, &look);
+    }
+    calls.check();
+}
+
+fn make_sinks(x: &mut Input, stronger: f32) {
+    x.k.iter_mut().for_each(|x| *x *= stronger);
+    x.v.fill(0.0);
+}
+
+#[test]
+fn sinks_that_draw_nearly_all_and_give_nothing() {
+    let mut calls = Calls::new("sinks");
+    let cases: [fn(&Heads, &mut Input); 4] = [|_, x| make_sinks(x, 4.0), |_, x| make_sinks(x, 6.0), |_, x| make_sinks(x, 8.0), |_, x| make_sinks(x, 10.0)];
+    for alter in cases {
+        let mut s = Stream::new(&config(), &[shape(2, 64, 64)], |_| RopeParams::none());
+        s.alter = alter;
+        s.append(1, 0, 4, 4).unwrap();
+        s.alter = |_, _| {};
+        s.append(2, 0, 700, 100).unwrap();
+        calls.next(&mut s, 3, 2, &Look::default());
     }
     calls.check();
 }
