@@ -3,14 +3,17 @@
 mod calls;
 #[path = "../common/mod.rs"]
 mod common;
+mod file;
 #[path = "../common/programs.rs"]
 mod programs;
 mod runner;
 #[path = "../common/shim.rs"]
 mod shim;
+mod timing;
 
-use calls::{Calls, Look, Sight, Strides};
+use calls::{Calls, Look, Sight};
 use common::{ropes, Input, Random, Stream};
+use file::Strides;
 use spectral_kv::config::{Config, LayerShape, Scoring};
 use spectral_kv::cuda::layer::SkvLayer;
 use spectral_kv::layout::{basis, Heads, BANDS};
@@ -47,7 +50,8 @@ fn shift(s: &mut Stream, seq: u32, from: i32, by: i32) {
 #[test]
 fn head_sizes_gqa_ratios_and_rotations() {
     let mut calls = Calls::new("heads");
-    let shapes = [(1, 64, 64), (2, 80, 80), (4, 96, 64), (7, 128, 128), (8, 64, 80), (1, 256, 256), (2, 20, 36), (3, 34, 18), (1, 2, 6), (16, 128, 96)];
+    let shapes =
+        [(1, 64, 64), (2, 80, 80), (4, 96, 64), (7, 128, 128), (8, 64, 80), (1, 256, 256), (2, 20, 36), (3, 34, 18), (1, 2, 6), (16, 128, 96)];
     for (i, (group, d_k, d_v)) in shapes.into_iter().enumerate() {
         let mut s = Stream::new(&config(), &[shape(group, d_k, d_v)], |d| ropes(d).swap_remove(i % 7));
         calls.next(&mut s, 1, 3, &Look::default());
@@ -321,7 +325,8 @@ fn make_sinks(x: &mut Input, stronger: f32) {
 #[test]
 fn sinks_that_draw_nearly_all_and_give_nothing() {
     let mut calls = Calls::new("sinks");
-    let cases: [fn(&Heads, &mut Input); 4] = [|_, x| make_sinks(x, 4.0), |_, x| make_sinks(x, 6.0), |_, x| make_sinks(x, 8.0), |_, x| make_sinks(x, 10.0)];
+    let cases: [fn(&Heads, &mut Input); 4] =
+        [|_, x| make_sinks(x, 4.0), |_, x| make_sinks(x, 6.0), |_, x| make_sinks(x, 8.0), |_, x| make_sinks(x, 10.0)];
     for alter in cases {
         let mut s = Stream::new(&config(), &[shape(2, 64, 64)], |_| RopeParams::none());
         s.alter = alter;
