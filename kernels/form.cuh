@@ -5,7 +5,8 @@
 #include "device.cuh"
 #include "layer.h"
 
-// Before a loop over a thread's own numbers that nvcc would leave a loop: they stay in registers where it is written out only.
+// Before loops over a thread's own numbers, which stay in registers where such loops are written out. nvcc does that by itself for most; of those that have this,
+// nvcc 13.0 crashes if it is taken from many.
 #ifdef __CUDACC__
 #define UNROLL _Pragma("unroll")
 #else
@@ -135,19 +136,16 @@ __device__ int decoder_bytes(int d) {
 /// Lay out what follows from the widths.
 __device__ void lay_out(Form &f, const SkvLayer &l, bool residuals) {
     int parts[4] = {0, 0, 0, 0}, bytes[4] = {0, 0, 0, 0}, at = 0;
-    UNROLL
     for (int side = 0; side < 2; side++)
         for (int w = 0; w < WIDTHS; w++) {
             const int part = 2 * side + (bits(w) >= (side == 0 ? KEY_CUT : VALUE_CUT) ? 0 : 1);
             parts[part] += f.n[side][w];
             bytes[part] += f.n[side][w] * bits(w) * TILE / 8;
         }
-    UNROLL
     for (int part = 0; part < 4; part++) {
         f.gains[part] = at;
         at += parts[part] > 0 ? TILE : 0;
     }
-    UNROLL
     for (int part = 0; part < 4; part++) {
         f.codes[part] = at;
         at += bytes[part];
@@ -180,7 +178,6 @@ __device__ void read_form(Form &f, const SkvLayer &l, const uint8_t *arena, int 
     f.first = l.band_first[band] + reinterpret_cast<const uint32_t *>(arena + (now ? own : former))[RECORD_PIECES + band];
     f.stride = l.block_bytes[band];
     f.tile = (band > 0 ? l.band_ends[band - 1] : 0) + (now ? 0 : l.tiles + l.waiting);
-    UNROLL
     for (int side = 0; side < 2; side++)
         for (int w = 0; w < WIDTHS; w++)
             f.n[side][w] = half_at(arena + f.bases[side], band * WIDTHS + w);

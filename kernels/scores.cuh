@@ -10,11 +10,8 @@ constexpr double PI = 3.14159265358979323846;
 
 /// Scores of all units of the batch: once for each turn among the rows, of which there is nearly always one.
 template <int COLUMNS> __device__ __forceinline__ void Block<COLUMNS>::score_batch() {
-    UNROLL
     for (int i = 0; i < 4; i++)
-        UNROLL
         for (int n = 0; n < GROUPS; n++)
-            UNROLL
             for (int j = 0; j < 4; j++)
                 score[i][n][j] = -INFINITY;
     uint32_t left[2] = {__ballot_sync(0xffffffffu, cell[0] >= 0), __ballot_sync(0xffffffffu, cell[1] >= 0)};
@@ -23,7 +20,6 @@ template <int COLUMNS> __device__ __forceinline__ void Block<COLUMNS>::score_bat
         if (next != turn_now || kind != kind_now)
             project(next);
         uint32_t match[2];
-        UNROLL
         for (int i = 0; i < 2; i++) {
             match[i] = left[i] & __ballot_sync(0xffffffffu, turn[i] == next);
             left[i] &= ~match[i];
@@ -46,7 +42,6 @@ template <int COLUMNS> __device__ __forceinline__ bool Block<COLUMNS>::next_turn
     }
     __syncthreads();
     int best = 0;
-    UNROLL
     for (int w = 0; w < WARPS; w++)
         if (wishes[w] > best) {
             best = wishes[w];
@@ -158,23 +153,18 @@ template <int COLUMNS> __device__ __forceinline__ void Block<COLUMNS>::project_e
         float sum[GROUPS][4] = {};
         for (int k = 2 * t; k < d16; k += 16) {
             uint32_t m[4];
-            UNROLL
             for (int i = 0; i < 4; i++) {
                 const int j = first + g + 8 * (i & 1), e = k + 8 * (i >> 1);
                 // Head sizes are even: a pair is there or not.
                 m[i] = basis != nullptr ? two_halves(basis + j * padded + e) : j < l.d_k && e < l.d_k ? two_halves(b.row(j) + e) : 0;
             }
-            UNROLL
             for (int n = 0; n < GROUPS; n++)
-                UNROLL
                 for (int part = 0; part < 2; part++) {
                     const uint16_t *at = (part == 0 ? q_high : q_low) + (8 * n + g) * padded + k;
                     skv_mma(sum[n], m, {two_halves(at), two_halves(at + 8)});
                 }
         }
-        UNROLL
         for (int n = 0; n < GROUPS; n++)
-            UNROLL
             for (int i = 0; i < 4; i++) {
                 const int j = first + g + 8 * (i >> 1), c = column(n, i);
                 if (j < l.d_k)
@@ -209,7 +199,6 @@ template <int COLUMNS> __device__ __forceinline__ void Block<COLUMNS>::project_c
         for (int j = lane; j < l.d_k; j += 32)
             all[j] *= b.finer(j);
     }
-    UNROLL
     for (int w = 0; w < WARPS; w++)
         mean += warp_mean[w * COLUMNS + c];
     if (lane == 0) {
@@ -228,11 +217,8 @@ template <int COLUMNS> __device__ __forceinline__ void Block<COLUMNS>::score_uni
         if (form().residual > 0)
             score_fine(now);
     }
-    UNROLL
     for (int i = 0; i < 4; i++)
-        UNROLL
         for (int n = 0; n < GROUPS; n++)
-            UNROLL
             for (int j = 0; j < 4; j++)
                 if ((j < 2 ? low : high) >> (4 * g + i) & 1)
                     score[i][n][j] = l.scale * (now[i][n][j] + means[column(n, j)]);
@@ -251,23 +237,17 @@ template <int COLUMNS> __device__ __forceinline__ uint32_t Block<COLUMNS>::key_p
 
 template <int COLUMNS> __device__ __forceinline__ void Block<COLUMNS>::score_exact(Scores &to) {
     for (int k = 2 * t; k < d16; k += 16)
-        UNROLL
         for (int i = 0; i < 4; i++) {
             const int row = 4 * g + i;
             const uint32_t keys[4] = {key_pair(row, k), key_pair(row + 32, k), key_pair(row, k + 8), key_pair(row + 32, k + 8)};
-            UNROLL
             for (int n = 0; n < GROUPS; n++)
-                UNROLL
                 for (int part = 0; part < 2; part++) {
                     const uint16_t *at = (part == 0 ? q_high : q_low) + (8 * n + g) * padded + k;
                     skv_mma(to[i][n], keys, {two_halves(at), two_halves(at + 8)});
                 }
         }
-    UNROLL
     for (int i = 0; i < 4; i++)
-        UNROLL
         for (int n = 0; n < GROUPS; n++)
-            UNROLL
             for (int j = 0; j < 4; j++)
                 to[i][n][j] /= factors[column(n, j)];
 }
@@ -282,13 +262,10 @@ __device__ __forceinline__ void Block<COLUMNS>::score_width(const uint8_t *&pack
         // Behind the last coefficient queries are zero.
         unpack<W>(packed + min(first + 2 * t, n - 1) * BYTES, g, codes[0]);
         unpack<W>(packed + min(first + 2 * t + 1, n - 1) * BYTES, g, codes[1]);
-        UNROLL
         for (int i = 0; i < 4; i++) {
             uint32_t pairs[2];
-            UNROLL
             for (int high = 0; high < 2; high++)
                 pairs[high] = level<W>(l, levels, codes[0][high] >> (8 * i)) | level<W>(l, levels, codes[1][high] >> (8 * i)) << 16;
-            UNROLL
             for (int m = 0; m < GROUPS; m++)
                 skv_mma_k8(sum[i][m], pairs, two_halves(z + (8 * m + g) * z_pitch + slot + 2 * t));
         }
@@ -323,7 +300,6 @@ template <int COLUMNS> __device__ __forceinline__ void Block<COLUMNS>::score_cod
 /// Add a part's products, times the rows' gains.
 template <int COLUMNS> __device__ __forceinline__ void Block<COLUMNS>::add_gained(int part, const Scores &sum, Scores &to) {
     const uint8_t *gain = piece + form().gains[part] + 4 * g;
-    UNROLL
     for (int i = 0; i < 4; i++)
         UNROLL
         for (int n = 0; n < GROUPS; n++)

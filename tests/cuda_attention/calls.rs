@@ -110,19 +110,12 @@ impl Calls {
         let (g, n_kv) = (*l.shape(), look.n_kv.unwrap_or(s.rows.len()));
         let scoring = Scoring { scale: look.scale.unwrap_or(1.0 / (g.d_k as f32).sqrt()), softcap: look.softcap };
         let mask = Masked::new(s, asked, look, n_kv);
+        let cpu = on_cpu(s, l, asked, (scoring, look), &mask);
         let seen = |t: usize, cell: usize| mask.at(s, t, cell);
-        let [q, k, v] = asked.rows(l);
-        let values = mask.values.as_deref().unwrap_or_default();
-        let m = if mask.values.is_some() { Mask::F16 { values, stride: mask.stride, n_kv } } else { Mask::All };
-        let call = cache::Call { arena: s.arena(), plan: &asked.plan, q: &q, k: &k, v: &v, scoring, mask: m };
-        let (mut partials, mut cpu) = (vec![f32::NAN; l.partial_floats(n)], vec![f32::NAN; n * g.n_head * g.d_v]);
-        l.attend(0..l.units(), &call, &mut partials).unwrap();
-        l.combine(n, &partials, &look.sinks, 0..n * g.n_head, &mut cpu).unwrap();
-
         let bound = if asked.plan.tiles().len() > 0 { BOUND } else { EXACT_BOUND };
         let truth = |(k, v): &(Vec<f64>, Vec<f64>)| Truth::new(l, (scoring, look, bound), &asked.input.q, [k, v], &seen);
         let (rebuilt, original) = (truth(&rebuilt_rows(s, l, asked)), truth(&original_rows(s, layer)));
-        let allowed = allowed(&rebuilt, &wide(&cpu), g.d_v);
+        let allowed = allowed(&rebuilt, &cpu, g.d_v);
         let parts = Parts {
             layer: l,
             scoring,
@@ -133,25 +126,19 @@ impl Calls {
             input: asked.input,
             n_own: asked.n_own,
             strides: look.strides,
-            mask: (values, mask.stride, n_kv),
+            mask: (mask.values(), mask.stride, n_kv),
             sinks: &look.sinks,
             want: &rebuilt.out,
             bounds: &allowed,
             bytes_to_read: 0,
         };
         self.calls.push(Call {
-            name: format!(
-                "{} {}: {g:?}, {n} tokens, {} exact, {} tiles, {look:?}",
-                self.name,
-                self.calls.len(),
-                asked.plan.exact().len(),
-                asked.plan.tiles().len()
-            ),
+            name: format!("{} {}: {g:?}, {n} tokens, {} tiles, {look:?}", self.name, self.calls.len(), asked.plan.tiles().len()),
             file: parts.to_bytes(),
             d_v: g.d_v,
             rebuilt: rebuilt.out,
             original: original.out,
-            cpu: wide(&cpu),
+            cpu,
             bounds: rebuilt.bounds,
             allowed,
         });
@@ -199,10 +186,11 @@ impl Call {
             let off = |x: &[f64], of: &[f64]| rel_rms(part(x), part(of));
             let (apart, error, cpu) = (off(got, &self.cpu), off(got, &self.rebuilt), off(&self.cpu, &self.rebuilt));
             let (lost, cpu_lost) = (off(got, &self.original), off(&self.cpu, &self.original));
-            let words = || {
-                format!("{}, head {i}: {apart} off the CPU, {error} off the rebuilt rows (CPU {cpu}), {lost} off the original (CPU {cpu_lost}), bound {bound}", self.name)
-            };
-            assert!(apart < *bound && error < self.allowed[i] && lost < 2.0 * cpu_lost + bound, "{}", words());
+            assert!(
+                apart < *bound && error < self.allowed[i] && lost < 2.0 * cpu_lost + bound,
+                "{}, head {i}: {apart} off the CPU, {error} off the rebuilt rows (CPU {cpu}), {lost} off the original (CPU {cpu_lost}), bound {bound}",
+                self.name
+            );
             for (worst, x) in worst.iter_mut().zip([apart / bound, error, cpu, lost / cpu_lost]) {
                 *worst = worst.max(x);
             }
@@ -268,6 +256,10 @@ impl Masked {
         Masked { values: Some(values), stride, n_kv }
     }
 
+    fn values(&self) -> &[f16] {
+        self.values.as_deref().unwrap_or_default()
+    }
+
     /// What is added to a score.
     fn at(&self, s: &Stream, t: usize, cell: usize) -> f64 {
         match &self.values {
@@ -276,6 +268,17 @@ impl Masked {
             None => 0.0,
         }
     }
+}
+
+/// What the CPU makes of a call.
+fn on_cpu(s: &Stream, l: &Layer, asked: &Asked, (scoring, look): (Scoring, &Look), mask: &Masked) -> Vec<f64> {
+    let (n, [q, k, v]) = (asked.places.len(), asked.rows(l));
+    let (mut partials, mut out) = (vec![f32::NAN; l.partial_floats(n)], vec![f32::NAN; n * l.shape().n_head * l.shape().d_v]);
+    let values = Mask::F16 { values: mask.values(), stride: mask.stride, n_kv: mask.n_kv };
+    let mask = if mask.values.is_some() { values } else { Mask::All };
+    l.attend(0..l.units(), &cache::Call { arena: s.arena(), plan: &asked.plan, q: &q, k: &k, v: &v, scoring, mask }, &mut partials).unwrap();
+    l.combine(n, &partials, &look.sinks, 0..n * l.shape().n_head, &mut out).unwrap();
+    wide(&out)
 }
 
 /// Attention in f64.

@@ -243,6 +243,8 @@ fn widths_of_every_kind() {
             let counts = s.arena()[at..at + WIDTHS].chunks_exact(2).map(|n| n != [0, 0]);
             used.extend(counts.enumerate().filter(|(_, there)| *there).map(|(i, _)| (side, i % 7)));
         }
+        let bands: BTreeSet<_> = s.live().iter().filter_map(|c| s.table.locate(*c as usize).and_then(|(at, _)| s.band(at))).collect();
+        assert!((0..BANDS).all(|band| bands.contains(&band)), "{bands:?}");
         calls.next(&mut s, 2, 1, &Look::default());
         calls.next(&mut s, 3, 5, &Look::default());
     }
