@@ -121,19 +121,109 @@ fn no_kernel_spills_registers() {
     assert!(spilling.is_empty(), "{spilling:#?}");
 }
 
+/// A C compiler with what a program of the tests includes.
+fn compiler() -> Command {
+    let mut compiler = Command::new(std::env::var_os("CC").unwrap_or_else(|| "cc".into()));
+    compiler.args(["-std=c99", "-Wall", "-Wextra", "-Werror"]).args(["include", "kernels"].map(|folder| format!("-I{ROOT}/{folder}")));
+    compiler
+}
+
+/// A program of the tests, linked with the library.
+fn program(name: &str, library: &Path) -> PathBuf {
+    let program = scratch(name);
+    let mut compiler = compiler();
+    compiler.arg(format!("{ROOT}/tests/c/{name}.c")).arg("-o").arg(&program).arg(library);
+    succeed(compiler.args(["-lpthread", "-ldl", "-lm", "-lgcc_s"]));
+    program
+}
+
 #[test]
 fn a_program_starts_without_a_driver_and_is_told() {
     let Some(built) = built() else { return };
-    let program = scratch("device");
-    let mut compiler = Command::new(std::env::var_os("CC").unwrap_or_else(|| "cc".into()));
-    compiler.args(["-std=c99", "-Wall", "-Wextra", "-Werror", "-I"]).arg(format!("{ROOT}/include")).arg(format!("{ROOT}/tests/c/device.c"));
-    succeed(compiler.arg("-o").arg(&program).arg(&built.library).args(["-lpthread", "-ldl", "-lm", "-lgcc_s"]));
-    let text = succeed(&mut Command::new(&program));
-    println!("{text}");
+    let text = succeed(&mut Command::new(program("device", &built.library)));
     match text.split_once(' ') {
         Some(("1", _)) => println!("there is a device on this machine"),
         Some(("0", why)) => assert!(why.starts_with("CUDA: ") && why.contains("driver") | why.contains("device"), "{why}"),
         _ => panic!("{text}"),
+    }
+}
+
+/// What a driver that computes nothing was asked for heads of `d` elements, cut at the lines with a #.
+#[cfg(target_os = "linux")]
+fn asked(d: u32, settings: &[(&str, &str)]) -> Option<Vec<(String, Vec<String>)>> {
+    static PROGRAM: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let folder = scratch("driver");
+    let program = PROGRAM.get_or_init(|| {
+        let program = program("launch", &built()?.library);
+        std::fs::create_dir_all(&folder).unwrap();
+        let driver = format!("{ROOT}/tests/c/driver.c");
+        succeed(compiler().args(["-shared", "-fPIC", &driver, "-o"]).arg(folder.join("libcuda.so")));
+        Some(program)
+    });
+    let mut command = Command::new(program.as_ref()?);
+    let text = succeed(command.arg(d.to_string()).env("LD_LIBRARY_PATH", &folder).envs(settings.iter().copied()));
+    let mut parts: Vec<(String, Vec<String>)> = Vec::new();
+    for line in text.lines() {
+        match (line.strip_prefix("# "), parts.last_mut()) {
+            (Some(name), _) => parts.push((name.into(), Vec::new())),
+            (None, Some((_, lines))) => lines.push(line.into()),
+            (None, None) => panic!("{text}"),
+        }
+    }
+    // Whatever happened, all that was taken is given back.
+    for (take, give) in [("retain", "release"), ("enter", "leave"), ("load", "unload"), ("allocate", "free")] {
+        let count = |what: &str| parts.iter().flat_map(|(_, lines)| lines).filter(|line| *line == what).count();
+        let failed = settings.iter().filter(|(_, value)| *value == take).count();
+        assert_eq!(count(take) - failed, count(give), "{take} and {give} in {text}");
+    }
+    Some(parts)
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_call_is_two_launches_and_nothing_else() {
+    let Some(parts) = asked(128, &[]) else { return };
+    let names: Vec<_> = parts.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(
+        names,
+        ["device", "layer", "use", "attend", "refused", "attend", "refused", "free", "last error: buffer too small: 65536 needed, 65535 given"]
+    );
+    let lines = |i: usize| parts[i].1.iter().map(String::as_str).collect::<Vec<_>>();
+    let kernels = ["skv_attend_8", "skv_attend_16", "skv_combine"];
+    let limits = ["skv_attend_8 may have 231424 bytes", "skv_attend_16 may have 231424 bytes"];
+    assert_eq!(lines(0), [&["cuInit", "cuDeviceGet", "retain", "enter", "load"][..], &kernels, &limits, &["leave"]].concat());
+    assert_eq!(lines(1), ["enter", "allocate", "upload", "synchronize", "leave"]);
+    // A layer keeps its device.
+    assert_eq!(lines(2), [""; 0]);
+    let one = "of 8 heads, scale 0.5: 1 tokens, 65 splits, 512 cells, partials 7000, out 8000";
+    let [attend, combine] = ["skv_attend_8: grid 65 1 2, block 128 1 1, ", "skv_combine: grid 8 1 1, block 128 1 1, 0 bytes, stream 9000"];
+    let got = lines(3);
+    assert!(got.len() == 8 && got[1].starts_with(attend) && got[1].ends_with(" bytes, stream 9000"), "{got:?}");
+    assert_eq!([&got[..1], &got[2..]].concat(), ["enter", one, "launch", combine, one, "launch", "leave"]);
+    assert!(lines(5)[1].starts_with("skv_attend_16: grid 8 16 2, ") && lines(5)[4].starts_with("skv_combine: grid 512 1 1, "), "{:?}", lines(5));
+    assert!(lines(5)[1].ends_with(" bytes, stream 0") && lines(4).is_empty() && lines(6).is_empty());
+    assert_eq!(lines(7), ["enter", "free", "leave", "enter", "unload", "leave", "release"]);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn what_a_device_lacks_is_said_before_anything_is_launched() {
+    let cases = [
+        (128, ("CAPABILITY", "75"), "device 0 has compute capability 7.5; 8.0 is the least"),
+        // As much as a block has on small cards.
+        (1024, ("SHARED", "101376"), "bytes of shared memory in a block, and the device allows 100352"),
+        (128, ("FAIL", "cuInit"), "cannot start the NVIDIA driver: no memory (OUT_OF_MEMORY)"),
+        (128, ("FAIL", "retain"), "cannot use device 0: no memory"),
+        (128, ("FAIL", "load"), "cannot load the kernels on device 0 (compute capability 9.0): no memory"),
+        (128, ("FAIL", "skv_combine"), "cannot find the kernel skv_combine: no memory"),
+        (128, ("FAIL", "allocate"), "cannot allocate the constants of a layer: no memory"),
+        (128, ("FAIL", "upload"), "cannot upload the constants of a layer: no memory"),
+    ];
+    for (d, setting, want) in cases {
+        let Some(parts) = asked(d, &[setting]) else { return };
+        let (last, _) = parts.last().unwrap();
+        assert!(last.starts_with("last error: CUDA: ") && last.contains(want), "{setting:?}: {last}");
+        assert!(parts.iter().all(|(name, _)| name != "attend"));
     }
 }
 
