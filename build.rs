@@ -31,7 +31,7 @@ fn main() {
 fn compile() -> Result<(), String> {
     let (nvcc, out) = (find()?, PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?));
     let mut command = Command::new(&nvcc);
-    command.args(["--fatbin", "-std=c++17", "-O3", "-Xptxas", "-v"]).args(targets(&known(&nvcc)?)?);
+    command.args(["--fatbin", "-std=c++17", "-Xptxas", "-v"]).args(targets(&known(&nvcc)?)?);
     let (said, _) = run(command.arg("kernels/attend.cu").arg("-o").arg(out.join("attend.fatbin")))?;
     std::fs::write(out.join("attend.ptxas.txt"), said).map_err(|e| format!("cannot write to {}: {e}", out.display()))
 }

@@ -1,5 +1,6 @@
-//! The library with the feature `cuda`, from end to end without a device: the compiler is fetched, the kernels are compiled for every architecture, and a program
-//! that is linked with the result starts where there is no driver. What the kernels compute is tested elsewhere.
+//! The library with the feature `cuda`, from end to end without a device: the compiler is fetched, the kernels are compiled for every architecture, a
+//! program that is linked with the result starts where there is no driver, and a driver that computes nothing is told what a real one would be. What the
+//! kernels compute is tested elsewhere.
 //!
 //! Fetches nvcc with pip on the first run. Tests that need it are skipped, with a line that says so, where pip cannot fetch it.
 

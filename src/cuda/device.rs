@@ -1,8 +1,9 @@
 //! A CUDA device, and layers on it: the driver is loaded, the kernels are, constants are uploaded, and attention is launched.
 //!
-//! Other libraries use the same device in the same process, ggml-cuda among them. So the context is the device's primary one, streams are borrowed, and a thread's current
-//! context is afterwards what it was. cudarc's safe layer is left alone: it binds contexts for good, counts streams and may record events. A launch is nothing but two
-//! calls of the driver, on the stream it is given: neither allocation nor synchronisation, so that it can be captured. Must not know what the kernels compute.
+//! Other libraries use the same device in the same process, ggml-cuda among them. So the context is the device's primary one, streams are borrowed, and a
+//! thread's current context is afterwards what it was. cudarc's safe layer is left alone: it binds contexts for good, counts streams and may record
+//! events. Attention is two launches on the stream that it is given, with neither allocation nor synchronisation, so that it can be captured. Must not know
+//! what the kernels compute.
 
 use super::launch::{self, Launch, THREADS};
 use super::layer::{SkvAttend, SkvLayer};

@@ -1,7 +1,7 @@
 //! How an attention call is launched: which kernel, in how many blocks, with how much shared memory, and how large the workspace is.
 //!
-//! All of it follows from shapes, the number of query tokens and the device, never from what is stored: a launch that was captured replays at any fill. Must not know
-//! the driver, nor where anything lies.
+//! All of it follows from shapes, the number of query tokens and the device, never from what is stored: a launch that was captured replays at any
+//! fill. Must not know the driver, nor where anything lies.
 
 use super::layer::PAIRS;
 use crate::error::{argument, Error, Result};

@@ -1,7 +1,7 @@
 //! The structs of `kernels/layer.h`: what a kernel is told of a layer, and of a call.
 //!
-//! [`SkvLayer`] is computed from sizes, rotation and scoring, and then never changes: what fits change kernels read from the arena. Must not know how it comes to a
-//! device, nor what kernels do with it.
+//! [`SkvLayer`] is computed from sizes, rotation and scoring, and then never changes: what fits change kernels read from the arena. Must not know how it
+//! comes to a device, nor what kernels do with it.
 
 use crate::config::Scoring;
 use crate::layout::gain::gains;

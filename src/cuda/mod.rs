@@ -1,8 +1,8 @@
 //! Decode attention on CUDA devices: what the kernels in `kernels` are told, how they are launched, and the device they run on.
 //!
-//! [`layer`] and [`launch`] are arithmetic, the same in every build. [`Device`] and [`DeviceLayer`] speak to the driver; in a build without the feature `cuda` they
-//! have the same names and refuse, so that nobody above has to know. What these need of a layer is handed in, as sizes, rotation and scoring
-//! ([`crate::layout`], [`crate::rope`], [`crate::config`]): must not know cache, plans or C.
+//! [`layer`] and [`launch`] are arithmetic, the same in every build. [`Device`] and [`DeviceLayer`] speak to the driver; in a build without the feature
+//! `cuda` they have the same names and refuse, so that nobody above has to know. What all of these need of a layer is handed in, as sizes, rotation and
+//! scoring ([`crate::layout`], [`crate::rope`], [`crate::config`]): must not know cache, plans or C.
 
 #[cfg(not(feature = "cuda"))]
 #[deny(unsafe_code)]

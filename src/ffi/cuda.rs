@@ -1,7 +1,8 @@
-//! `skv_cuda_device` and `skv_cuda_layer`: attention on a CUDA device, for `include/spectral_kv_cuda.h`; and what a program needs that launches the kernels itself.
+//! `skv_cuda_device` and `skv_cuda_layer`: attention on a CUDA device, for `include/spectral_kv_cuda.h`; and what a program needs that launches the
+//! kernels itself.
 //!
-//! What lies in device memory is a number here: nothing follows such a pointer. In a build without the feature `cuda` no device can be created, and no more is
-//! different: must not know the feature.
+//! What lies in device memory is a number here: nothing follows such a pointer. Must not know the feature `cuda`: without it no device can be created, and
+//! nothing else is different.
 
 use super::error::{skv_status, Failure, Outcome};
 use super::layer::skv_layer;
@@ -35,8 +36,9 @@ pub(super) struct OnDevice {
 
 handle!(skv_cuda_layer, OnDevice, "layer");
 
-/// Load the NVIDIA driver, if no earlier call has, and the kernels onto the device with this number. `SKV_STATUS_DEVICE` without a driver, without such a device,
-/// and in a library that was built without CUDA. `*out` is owned by the caller; free it with `skv_cuda_device_free`. Not while any stream of the device is captured.
+/// Load the NVIDIA driver, if no earlier call has, and the kernels onto the device with this number. `SKV_STATUS_DEVICE` without a driver, without such a
+/// device, and in a library that was built without CUDA. `*out` is owned by the caller; free it with `skv_cuda_device_free`. Not while any stream of the
+/// device is captured.
 ///
 /// # Safety
 /// `out` is NULL or writable.
@@ -46,7 +48,7 @@ pub unsafe extern "C" fn skv_cuda_device_create(ordinal: u32, out: *mut *mut skv
     unsafe { create(out, || Ok(Arc::new(Device::new(ordinal)?))) }
 }
 
-/// Free a device; NULL is allowed. Layers on it stay valid.
+/// Free a device; NULL is allowed. Layers on it stay valid, and keep what they need of it. Not while any stream of the device is captured.
 ///
 /// # Safety
 /// `device` is NULL or came from `skv_cuda_device_create` and was not freed.
@@ -56,9 +58,9 @@ pub unsafe extern "C" fn skv_cuda_device_free(device: *mut skv_cuda_device) {
     unsafe { free(device) }
 }
 
-/// Upload what kernels have to know of a layer, rope and scoring as they are now; waits for the device. `SKV_STATUS_DEVICE` where its heads need more shared memory
-/// than a block may have there. `*out` is owned by the caller; free it with `skv_cuda_layer_free`. Device and layer may be freed before. Not while any stream
-/// of the device is captured.
+/// Upload what kernels have to know of a layer, rope and scoring as they are now; waits for the device. `SKV_STATUS_DEVICE` where its heads need more
+/// shared memory than a block may have there. `*out` is owned by the caller; free it with `skv_cuda_layer_free`. Device and layer may be freed before. Not
+/// while any stream of the device is captured.
 ///
 /// # Safety
 /// Pointers are valid or NULL.
@@ -267,10 +269,11 @@ impl skv_cuda_attention {
     }
 }
 
-/// Attention of 1 to 64 query tokens over the stored rows and the step's own rows, as `skv_layer_attend` and `skv_layer_combine` compute it, with the layer's scale and soft cap.
-/// Launches kernels on `stream`, a `cudaStream_t` or `CUstream` of the device (NULL: its default one), and returns before they are done; it neither allocates nor waits, so
-/// that the stream may be captured. A captured call replays with other contents of the same memory, plans among them. The plan is believed: one of another geometry, or of
-/// more tokens than `k` has rows, reads and writes anywhere.
+/// Attention of 1 to 64 query tokens over the stored rows and the step's own rows, as `skv_layer_attend` and `skv_layer_combine` compute it, with the
+/// layer's scale and soft cap. Launches kernels on `stream`, a `cudaStream_t` or `CUstream` of the device (NULL: its default one), and returns before they
+/// are done; it neither allocates nor waits, so that the stream may be captured. A captured call replays with other contents of the same memory, plans
+/// among them. What is in device memory is not looked at: a plan of another geometry or of more tokens than `k` has rows makes kernels read anywhere, and
+/// queries that are not finite give such outputs. Nothing is counted in `skv_layer_stats`.
 ///
 /// # Safety
 /// Pointers are valid for what they describe or NULL, in device memory until the stream has come past the call; nothing changes the arena meanwhile.
@@ -295,8 +298,8 @@ fn constants(l: &Layer) -> SkvLayer {
     SkvLayer::new(l.geometry(), l.index(), l.rope(), l.scoring())
 }
 
-/// For programs that launch the kernels themselves, where there is no device: write `struct SkvLayer` of kernels/layer.h into `buffer`, rope and scoring as they are now,
-/// and its bytes to `*size`. With `buffer` NULL and `capacity` 0 only `*size` is set. No device is needed, nor a library that was built with CUDA.
+/// For programs that launch the kernels themselves, where there is no device: write `struct SkvLayer` of kernels/layer.h into `buffer`, rope and scoring as
+/// they are now, and its bytes to `*size`. With `buffer` NULL and `capacity` 0 only `*size` is set. Works in every build, without a device.
 ///
 /// # Safety
 /// Pointers are valid for what they describe or NULL.
@@ -358,7 +361,8 @@ pub unsafe extern "C" fn skv_cuda_launch_init(launch: *mut skv_cuda_launch, stru
     unsafe { init(launch, struct_size) }
 }
 
-/// For the same programs: how a call of `n_tokens` (1 to 64) query tokens is launched on a device of so many multiprocessors. It depends on nothing that is stored.
+/// For the same programs: how a call of `n_tokens` (1 to 64) query tokens is launched on a device of so many multiprocessors. It depends on nothing that is
+/// stored.
 ///
 /// # Safety
 /// Pointers are valid or NULL.

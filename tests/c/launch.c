@@ -1,5 +1,5 @@
-/* Attention on a device that computes nothing (driver.c): which calls reach the driver. Lines that begin with a # say what comes next. The argument is the elements of
- * a head.
+/* Attention on a device that computes nothing (driver.c): which calls reach the driver. Lines that begin with a # say what comes next. The argument is the
+ * elements of a head.
  */
 
 #include "common.h"
