@@ -196,8 +196,8 @@ fn a_call_is_two_launches_and_nothing_else() {
     assert_eq!(lines(1), ["enter", "allocate", "upload", "synchronize", "leave"]);
     // A layer keeps its device.
     assert_eq!(lines(2), [""; 0]);
-    let one = "of 8 heads, scale 0.5: 1 tokens, 65 splits, 512 cells, partials 7000, out 8000";
-    let [attend, combine] = ["skv_attend_8: grid 65 1 2, block 128 1 1, ", "skv_combine: grid 8 1 1, block 128 1 1, 0 bytes, stream 9000"];
+    let one = "of 8 heads, scale 0.5: 1 tokens, 64 splits, 512 cells, partials 7000, out 8000";
+    let [attend, combine] = ["skv_attend_8: grid 64 1 2, block 128 1 1, ", "skv_combine: grid 8 1 1, block 128 1 1, 0 bytes, stream 9000"];
     let got = lines(3);
     assert!(got.len() == 8 && got[1].starts_with(attend) && got[1].ends_with(" bytes, stream 9000"), "{got:?}");
     assert_eq!([&got[..1], &got[2..]].concat(), ["enter", one, "launch", combine, one, "launch", "leave"]);

@@ -162,7 +162,8 @@ impl Drop for Device {
 pub struct DeviceLayer {
     device: Arc<Device>,
     heads: Heads,
-    tiles: usize,
+    /// See [`launch::units`].
+    units: usize,
     constants: sys::CUdeviceptr,
 }
 
@@ -178,7 +179,8 @@ impl DeviceLayer {
         let _entered = device.context.enter()?;
         // SAFETY: a context is current.
         let at = unsafe { result::malloc_sync(size_of::<SkvLayer>()) }.map_err(failure("allocate the constants of a layer"))?;
-        let layer = DeviceLayer { device: device.clone(), heads, tiles: constants.tiles as usize, constants: at };
+        let units = launch::units(constants.exact as usize, constants.tiles as usize);
+        let layer = DeviceLayer { device: device.clone(), heads, units, constants: at };
         // SAFETY: as many bytes were allocated. The copy is over when the context has come to rest, whichever stream reads it.
         unsafe { result::memcpy_htod_sync(at, std::slice::from_ref(constants)) }.map_err(failure("upload the constants of a layer"))?;
         result::ctx::synchronize().map_err(failure("upload the constants of a layer"))?;
@@ -187,12 +189,12 @@ impl DeviceLayer {
 
     /// How a call of so many query tokens is launched.
     pub fn launch(&self, n_tokens: usize) -> Result<Launch> {
-        Launch::new(&self.heads, self.tiles, n_tokens, self.device.multiprocessors)
+        Launch::new(&self.heads, self.units, n_tokens, self.device.multiprocessors)
     }
 
     /// Bytes of the workspace of calls of up to so many query tokens.
     pub fn workspace_bytes(&self, n_tokens: usize) -> Result<usize> {
-        launch::workspace_bytes(&self.heads, self.tiles, n_tokens, self.device.multiprocessors)
+        launch::workspace_bytes(&self.heads, self.units, n_tokens, self.device.multiprocessors)
     }
 
     /// Launch the attention of a call; its layer and splits are filled in here. Returns before it is done.

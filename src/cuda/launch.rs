@@ -5,20 +5,25 @@
 
 use super::layer::PAIRS;
 use crate::error::{argument, Error, Result};
-use crate::layout::{Heads, MAX_QUERIES};
+use crate::layout::{Heads, MAX_QUERIES, TILE};
 
 /// Threads of a block, of all kernels.
 pub const THREADS: usize = 128;
 /// Blocks that a call aims at, for each multiprocessor: one waits for memory while the other computes.
 const BLOCKS: usize = 2;
-/// Tiles that a split has at least when all tiles are in use: fewer would not be worth its start and its place in the workspace.
-const LEAST_TILES: usize = 4;
-/// Most splits that tiles are shared out to: what combines them reads all, for every output.
-const MOST_TILE_SPLITS: usize = 64;
+/// Units of rows that a split has at least when a stream is full: fewer would not be worth its start and its place in the workspace.
+const LEAST_UNITS: usize = 4;
+/// Most splits: what combines them reads all, for every output.
+const MOST_SPLITS: usize = 64;
 /// Shared memory that a block may have on every device from compute capability 8.0 on.
 const SHARED_EVERYWHERE: usize = 99 << 10;
 /// Most blocks of a grid in any direction but the first.
 const MOST_BLOCKS: usize = u16::MAX as usize;
+
+/// Units that rows are shared out in when a stream is full: up to 64 exact rows, those of the step, or a tile.
+pub fn units(exact: usize, tiles: usize) -> usize {
+    exact.div_ceil(TILE).saturating_add(tiles).saturating_add(1)
+}
 
 /// One attention call as two launches: attention, and what combines its splits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,8 +41,8 @@ pub struct Launch {
 }
 
 impl Launch {
-    /// A call of `n_tokens` query tokens on a layer of these heads, in a geometry of so many tiles.
-    pub fn new(h: &Heads, tiles: usize, n_tokens: usize, multiprocessors: u32) -> Result<Self> {
+    /// A call of `n_tokens` query tokens on a layer of these heads, in a geometry of so many [`units`].
+    pub fn new(h: &Heads, units: usize, n_tokens: usize, multiprocessors: u32) -> Result<Self> {
         check(h)?;
         if n_tokens == 0 || n_tokens > MAX_QUERIES || multiprocessors == 0 {
             return argument(format!("{n_tokens} query tokens on {multiprocessors} multiprocessors; 1 to {MAX_QUERIES} tokens are possible"));
@@ -47,7 +52,7 @@ impl Launch {
         let fits = |queries: usize| {
             let blocks = queries.div_ceil(columns);
             let side_by_side = blocks.checked_mul(h.n_head_kv)?;
-            let splits = splits(tiles, BLOCKS * multiprocessors as usize / side_by_side);
+            let splits = splits(units, BLOCKS * multiprocessors as usize / side_by_side);
             let partials = queries.checked_mul(h.n_head_kv)?.checked_mul(splits)?;
             (blocks <= MOST_BLOCKS && h.n_head_kv <= MOST_BLOCKS).then_some(Launch {
                 columns,
@@ -74,9 +79,9 @@ impl Launch {
 }
 
 /// Most bytes of the workspace of a call of up to `n_tokens` tokens. Fewer tokens may take more of them, in more splits.
-pub fn workspace_bytes(h: &Heads, tiles: usize, n_tokens: usize, multiprocessors: u32) -> Result<usize> {
-    let most = Launch::new(h, tiles, n_tokens, multiprocessors)?.workspace_bytes();
-    (1..n_tokens).try_fold(most, |most, n| Ok(most.max(Launch::new(h, tiles, n, multiprocessors)?.workspace_bytes())))
+pub fn workspace_bytes(h: &Heads, units: usize, n_tokens: usize, multiprocessors: u32) -> Result<usize> {
+    let most = Launch::new(h, units, n_tokens, multiprocessors)?.workspace_bytes();
+    (1..n_tokens).try_fold(most, |most, n| Ok(most.max(Launch::new(h, units, n, multiprocessors)?.workspace_bytes())))
 }
 
 /// Most dynamic shared memory of a block of any call.
@@ -102,12 +107,9 @@ fn columns(h: &Heads, queries: usize) -> usize {
     }
 }
 
-/// The exact rows are one split. Tiles have as many as fill the device, where there are `wanted` in all.
-fn splits(tiles: usize, wanted: usize) -> usize {
-    match tiles {
-        0 => 1,
-        _ => 1 + wanted.saturating_sub(1).clamp(1, (tiles / LEAST_TILES).clamp(1, MOST_TILE_SPLITS)),
-    }
+/// As many splits as fill the device, where there are `wanted`.
+fn splits(units: usize, wanted: usize) -> usize {
+    wanted.clamp(1, (units / LEAST_UNITS).clamp(1, MOST_SPLITS))
 }
 
 /// Dynamic shared memory of a block of the attention kernel with so many columns: what `skv_attend_shared` of `kernels/layer.h` says.
@@ -148,8 +150,8 @@ mod tests {
             let l = Launch::new(&h, 2048, 1, LARGE).unwrap();
             assert_eq!((l.columns, l.grid[1], l.grid[2]), (8, 1, h.n_head_kv as u32), "{h:?}");
             let blocks: u32 = l.grid.iter().product();
-            // Splits of four tiles at least, and 64 at most, leave the device less than full where there are few KV heads.
-            assert!(blocks <= 2 * LARGE && (blocks > LARGE || l.splits() == 65), "{h:?}: {l:?}");
+            // 64 splits at most leave the device less than full where there are few KV heads.
+            assert!(blocks <= 2 * LARGE && (blocks > LARGE || l.splits() == 64), "{h:?}: {l:?}");
             assert_eq!(l.combine_blocks as usize, h.n_head);
             assert_eq!(l.workspace_floats, h.n_head * l.splits() as usize * (2 + h.d_v));
         }
@@ -161,21 +163,18 @@ mod tests {
     fn more_queries_take_the_wider_kernel_and_fewer_splits() {
         let h = heads(32, 8, 128);
         let grids = [1, 2, 3, 4, 8, 64].map(|n| Launch::new(&h, 2048, n, LARGE).unwrap()).map(|l| (l.columns, l.grid));
-        assert_eq!(
-            grids,
-            [(8, [33, 1, 8]), (8, [33, 1, 8]), (16, [33, 1, 8]), (16, [33, 1, 8]), (16, [16, 2, 8]), (16, [2, 16, 8])],
-            "exact rows and tiles are never in one split"
-        );
+        assert_eq!(grids, [(8, [33, 1, 8]), (8, [33, 1, 8]), (16, [33, 1, 8]), (16, [33, 1, 8]), (16, [16, 2, 8]), (16, [2, 16, 8])]);
     }
 
     #[test]
     fn splits_are_worth_their_start() {
         let h = heads(9, 3, 64);
-        for (tiles, want) in [(0, 1), (1, 2), (7, 2), (8, 3), (63, 16), (128, 33), (256, 65), (1 << 20, 65)] {
-            assert_eq!(Launch::new(&h, tiles, 1, 1000).unwrap().splits(), want, "{tiles}");
+        for (units, want) in [(1, 1), (7, 1), (8, 2), (63, 15), (128, 32), (256, 64), (1 << 20, 64)] {
+            assert_eq!(Launch::new(&h, units, 1, 1000).unwrap().splits(), want, "{units}");
         }
         // One multiprocessor has all of it in turn.
-        assert_eq!(Launch::new(&h, 1 << 20, 64, 1).unwrap().grid, [2, 12, 3]);
+        assert_eq!(Launch::new(&h, 1 << 20, 64, 1).unwrap().grid, [1, 12, 3]);
+        assert_eq!([(0, 0), (1, 0), (64, 5), (132, 126), (usize::MAX, usize::MAX)].map(|(e, t)| units(e, t)), [1, 2, 7, 130, usize::MAX]);
     }
 
     #[test]
@@ -213,8 +212,8 @@ mod tests {
         }
         // The largest layer that there can be is not.
         let most = Launch::new(&heads(4096, 4096, 1024), usize::MAX, 64, u32::MAX).unwrap();
-        assert_eq!((most.grid, most.combine_blocks), ([65, 8, 4096], 64 * 4096));
-        assert_eq!(most.workspace_floats, 64 * 4096 * 65 * 1026);
-        assert_eq!(Launch::new(&heads(4096, 1, 64), 1, 64, 1).unwrap().grid, [2, 16384, 1]);
+        assert_eq!((most.grid, most.combine_blocks), ([64, 8, 4096], 64 * 4096));
+        assert_eq!(most.workspace_floats, 64 * 4096 * 64 * 1026);
+        assert_eq!(Launch::new(&heads(4096, 1, 64), 1, 64, 1).unwrap().grid, [1, 16384, 1]);
     }
 }

@@ -121,7 +121,7 @@ impl SkvLayer {
             waiting_block: g.waiting_block() as i64,
             gains: gains().values,
             levels: levels(),
-            steps: std::array::from_fn(|width| if (1..STEP.len()).contains(&width) { STEP[width] } else { 1.0 }),
+            steps: steps(),
             cubic: [A_8, B_8],
             omega: omega(rope),
         }
@@ -140,6 +140,12 @@ fn omega(rope: &Rope) -> [f64; PAIRS] {
     let mut all = [0.0; PAIRS];
     all[..rope.omega().len()].copy_from_slice(rope.omega());
     all
+}
+
+/// By width, modulo 8: levels of 6 and 8 bits are no whole numbers, and 7 bits are no width.
+fn steps() -> [f32; 8] {
+    let [_, one, two, three, four, five] = STEP;
+    [1.0, one, two, three, four, five, 1.0, 0.0]
 }
 
 /// Levels of a code of `w` bits as f16, from `1 << w` on: whole numbers, but for those of 6 bits.

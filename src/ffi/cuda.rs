@@ -10,7 +10,7 @@ use super::object::{create, free, handle, peek, read, Handle, Object};
 use super::pointer::{borrow_mut, check_arena, check_slice, give, init, slice_mut, take, Struct};
 use super::step::{check_queries, skv_rows};
 use crate::cache::{plan, Geometry, Layer};
-use crate::cuda::launch::{Launch, THREADS};
+use crate::cuda::launch::{self, Launch, THREADS};
 use crate::cuda::layer::{SkvAttend, SkvLayer};
 use crate::cuda::{Device, DeviceLayer};
 use crate::error::{Error, Result};
@@ -377,7 +377,8 @@ pub unsafe extern "C" fn skv_layer_cuda_launch(
     unsafe {
         read(layer, |l| {
             check_queries(n_tokens, 1)?;
-            let launch = Launch::new(l.shape(), l.geometry().tiles, n_tokens, n_multiprocessors)?;
+            let units = launch::units(l.geometry().exact, l.geometry().tiles);
+            let launch = Launch::new(l.shape(), units, n_tokens, n_multiprocessors)?;
             let out_launch = skv_cuda_launch {
                 struct_size: 0,
                 columns: launch.columns as u32,

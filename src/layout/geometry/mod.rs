@@ -54,6 +54,9 @@ const FEW_BITS: f64 = 2.0;
 /// Code bits per element that a tile has at least.
 const LEAST_CODES: f64 = 0.25;
 
+/// Bytes of blocks are a multiple of this: kernels on devices copy so many at once.
+const BLOCK_ALIGN: usize = 16;
+
 /// How a tile is coded: bands from 0 on, then [`WAITING`], then the same bands in the former bases from [`FORMER`] on.
 pub type Kind = usize;
 /// Rows wait.
@@ -242,8 +245,9 @@ impl Geometry {
             let few = nominal.min(FEW_BITS) * (LEAST_RATE + (1.0 - LEAST_RATE) * overheads);
             (left / self.tiles as f64 * 8.0 / block_elements).max(few.max(LEAST_RATE * nominal))
         };
-        // Kernels of devices read words of codes: blocks begin at such.
-        rates(mean.clamp(least, MAX_BITS), &self.band_tiles).map(|bits| ((bits.max(least) * block_elements / 8.0) as usize).next_multiple_of(16))
+        let bytes = |bits: f64| bits * block_elements / 8.0;
+        let whole = |bits: f64| (bytes(bits) as usize / BLOCK_ALIGN * BLOCK_ALIGN).max(align(bytes(least) as usize, BLOCK_ALIGN));
+        rates(mean.clamp(least, MAX_BITS), &self.band_tiles).map(whole)
     }
 
     /// Rows that a fit is best made on.
@@ -374,6 +378,18 @@ mod tests {
             let (first, last) = (g.head(0, 0), g.head(29, 2));
             assert!(first.queries.start.is_multiple_of(64) && last.queries.end <= g.arena_bytes);
             assert!(g.waiting_offset(0) + g.waiting_block() <= first.queries.start);
+        }
+    }
+
+    #[test]
+    fn blocks_are_whole_words_and_have_room_for_the_least() {
+        for bits in [0.01, 0.6, 1.0, 1.7, 2.4, 5.0, 12.0] {
+            for shape in [SMALL, QWEN, THREE, LayerShape { n_head: 1, n_head_kv: 1, d_k: 2, d_v: 6 }] {
+                let g = Geometry::new(&Config { n_cells: 8192, bits, ..Config::default() }, &[shape; 3]).unwrap();
+                let overheads: usize = g.layers.iter().map(|h| h.n_head_kv * overhead_bytes(h)).sum();
+                assert!((0..BANDS).all(|b| g.block_bytes[b].is_multiple_of(BLOCK_ALIGN) && g.band_offset(b).is_multiple_of(BLOCK_ALIGN)));
+                assert!((0..BANDS).all(|b| g.block_bytes[b] > overheads && g.bits(b) <= g.bits(0)), "{bits} {shape:?}: {:?}", g.block_bytes);
+            }
         }
     }
 
