@@ -51,6 +51,8 @@ pub struct Look {
     pub strides: Strides,
     /// Multiprocessors of the device: how many splits there are follows from it.
     pub multiprocessors: Option<u32>,
+    /// Splits in place of those.
+    pub splits: Option<u32>,
 }
 
 /// One call, and what is right.
@@ -121,6 +123,7 @@ impl Calls {
             scoring,
             n,
             multiprocessors: look.multiprocessors.unwrap_or(3),
+            splits: look.splits,
             arena: s.arena(),
             plan: asked.ints,
             input: asked.input,

@@ -25,6 +25,8 @@ pub struct Parts<'a> {
     /// Query tokens.
     pub n: usize,
     pub multiprocessors: u32,
+    /// Splits, if there shall be others than for so many multiprocessors.
+    pub splits: Option<u32>,
     pub arena: &'a [u8],
     pub plan: &'a [i32],
     pub input: &'a Input,
@@ -45,7 +47,11 @@ impl Parts<'_> {
     pub fn to_bytes(&self) -> Vec<u8> {
         let (l, n, x) = (self.layer, self.n, self.input);
         let g = l.shape();
-        let launch = Launch::new(g, l.geometry().tiles, n, self.multiprocessors).unwrap();
+        let mut launch = Launch::new(g, l.geometry().tiles, n, self.multiprocessors).unwrap();
+        if let Some(splits) = self.splits {
+            launch.workspace_floats = launch.workspace_floats / launch.splits() as usize * splits as usize;
+            launch.grid[0] = splits;
+        }
         let rows = [(&x.q, n, g.n_head, g.d_k), (&x.k, self.n_own, g.n_head_kv, g.d_k), (&x.v, self.n_own, g.n_head_kv, g.d_v)];
         let mut file = CallFile::default();
         file.numbers(&[launch.columns]);

@@ -115,9 +115,14 @@ fn tiles_in_former_bases_amid_another_fit() {
     let config = Config { n_cells: 3600, n_seqs: 1, n_tokens: 64, window: 64, bits: 4.0, ..Config::default() };
     let mut s = Stream::new(&config, &[shape(4, 32, 16)], plain);
     s.begin_another_fit();
-    for seed in 0..3 {
-        assert!(s.former() > 0 && s.former() < s.table.geometry().tiles);
-        calls.next(&mut s, seed, 1 + seed as usize, &Look::default());
+    let all = s.former();
+    for (seed, part) in [(1, 1), (2, 2), (3, 4)] {
+        while s.former() > all / part {
+            s.append(20 + s.live().len() as u64, 0, 1, 1).unwrap();
+        }
+        assert!(s.former() > 0);
+        // A block goes from bases to others.
+        calls.next(&mut s, seed, seed as usize, &Look { splits: Some(1), ..Look::default() });
     }
     calls.check();
 }
@@ -184,7 +189,11 @@ fn lengths_around_the_borders_of_tiles_and_splits() {
         calls.ask(&mut s, 4, 1, &look);
         calls.next(&mut s, 5, 1, &Look { multiprocessors: Some([132, 1, 3][i % 3]), ..look });
     }
-    // Nothing at all, with and without sinks.
+    // More splits than there are rows to share.
+    let mut s = Stream::new(&config(), &[shape(2, 32, 32)], plain);
+    s.append(7, 0, 600, 50).unwrap();
+    calls.next(&mut s, 8, 2, &Look { splits: Some(40), ..Look::default() });
+    // Nothing at all, but sinks.
     let mut s = Stream::new(&config(), &[shape(2, 32, 32)], plain);
     calls.ask(&mut s, 6, 2, &Look { sinks: vec![0.5; 4], sight: Sight::All, ..Look::default() });
     calls.check();

@@ -41,6 +41,7 @@ fn calls_to_be_timed() {
             scoring: SCORING,
             n: 1,
             multiprocessors: 132,
+            splits: None,
             arena: s.arena(),
             plan: &plan,
             input: &t.inputs[0],
