@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 
 /// Coefficients of queries and weights of values are rounded to f16, by 2^-11 at most: for many of them, in no common direction, sums are off by a fraction of that.
 /// It is relative to the mean norm of the values, and grows with what scores differ by: a few large ones decide, and they are off the more the larger they are.
-const BOUND: f64 = 1.0 / 8192.0;
+const BOUND: f64 = 1.0 / 4096.0;
 /// The same where no rows are coded: there, all is f32, or split in two so that it is nearly so.
-const EXACT_BOUND: f64 = BOUND / 32.0;
+const EXACT_BOUND: f64 = BOUND / 64.0;
 /// A folder that calls are written to, with what is right, for a device elsewhere (`tests/gpu`); they are not carried out here then.
 const FOLDER: &str = "SPECTRAL_KV_GPU_CALLS";
 
@@ -309,7 +309,7 @@ impl Truth {
             let (t, head) = (i / g.n_head, i % g.n_head);
             let scores = (0..rows).filter(|row| seen(t, *row) > f64::NEG_INFINITY).map(|row| score(t, head, row));
             let (low, high) = scores.fold((0.0f64, 0.0f64), |(low, high), s| (low.min(s), high.max(s)));
-            bound * (1.0 + (high - low) / 4.0) * out[g.d_v] / norm(&out[..g.d_v]).max(1e-300)
+            bound * (1.0 + (high - low) / 6.0) * out[g.d_v] / norm(&out[..g.d_v]).max(1e-300)
         };
         let bounds = all.chunks_exact(g.d_v + 1).enumerate().map(bound_of).collect();
         Truth { out: all.chunks_exact(g.d_v + 1).flat_map(|out| out[..g.d_v].to_vec()).collect(), bounds }
