@@ -52,6 +52,14 @@ struct SkvLayer {
     float cubic[2];
     /** Radians per position of each pair. */
     double omega[SKV_PAIRS];
+    /** From a head's record: recent queries. */
+    int64_t recent;
+    /** Queries for a fit of KV head 0, from one head's to the next, and from a head's queries to the norms behind them. */
+    int64_t queries_first, queries_stride, norms;
+    /** The least gain that a byte from 1 on stands for. */
+    float least_gains[256];
+    /** Positive levels of a code of w bits, 1 to 6, from 1 << (w - 1) on, and the least magnitude that each is the nearest level of. */
+    float positive[64], bounds[64];
 };
 
 /** One attention call of up to 64 query tokens. All pointers are of the device; strides of rows are in floats. */
@@ -81,12 +89,32 @@ struct SkvAttend {
     float *out;
 };
 
-/* The library's own idea of these structs is checked against the same numbers (src/cuda/layer.rs). No static assertions, which C99 lacks. */
-typedef char skv_layer_is_as_the_library_knows_it[sizeof(struct SkvLayer) == 5608 && offsetof(struct SkvLayer, omega) == 1512 ? 1 : -1];
-typedef char skv_attend_is_as_the_library_knows_it[sizeof(struct SkvAttend) == 152 && offsetof(struct SkvAttend, n_kv) == 112 ? 1 : -1];
+/** Storing a step, the plan of which neither fits nor studies. All pointers are of the device; strides of rows are in floats. */
+struct SkvStore {
+    const struct SkvLayer *layer;
+    /** The stream's. */
+    uint8_t *arena;
+    /** As the stream's table wrote it. */
+    const int32_t *plan;
+    /** Queries, keys and values of the plan's tokens; roped. */
+    const float *q, *k, *v;
+    int64_t q_row, q_head, k_row, k_head, v_row, v_head;
+    /** The residual stream at these tokens, a row of n_residual floats each, or NULL. */
+    const float *residual;
+    int64_t residual_row;
+    int32_t n_residual;
+    /** Rows of q, k and v: a plan of another number of tokens is not carried out. */
+    int32_t n_tokens;
+};
 
-/** Threads of a block, of all kernels. */
+/* The library's own idea of these structs is checked against the same numbers (src/cuda/layer.rs). No static assertions, which C99 lacks. */
+typedef char skv_layer_is_as_the_library_knows_it[sizeof(struct SkvLayer) == 7176 && offsetof(struct SkvLayer, omega) == 1512 ? 1 : -1];
+typedef char skv_attend_is_as_the_library_knows_it[sizeof(struct SkvAttend) == 152 && offsetof(struct SkvAttend, n_kv) == 112 ? 1 : -1];
+typedef char skv_store_is_as_the_library_knows_it[sizeof(struct SkvStore) == 120 && offsetof(struct SkvStore, n_tokens) == 116 ? 1 : -1];
+
+/** Threads of a block, of the kernels that attend and of the one that stores. */
 #define SKV_THREADS 128
+#define SKV_STORE_THREADS 256
 /** Rows of a tile. */
 #define SKV_TILE 64
 /** Largest head whose key basis is kept in shared memory. */
@@ -114,6 +142,21 @@ static inline size_t skv_attend_shared(size_t d_k, size_t d_v, size_t columns) {
     /* The key basis. */
     bytes += d_k <= SKV_SHARED_BASIS ? 2 * skv_sixteens(d_k) * padded : 0;
     return (bytes + 15) / 16 * 16;
+}
+
+/** Largest head whose rows skv_store codes. */
+#define SKV_STORE_MOST 512
+
+/** Dynamic shared memory of skv_store, in bytes. */
+static inline size_t skv_store_shared(size_t d_k, size_t d_v) {
+    const size_t warps = SKV_STORE_THREADS / 32, d = d_k > d_v ? d_k : d_v;
+    /* Gains, and the least of each; levels and bounds; forms; weights. */
+    size_t bytes = 2 * 4 * 256 + 2 * 4 * 64 + SKV_KINDS * SKV_FORM_BYTES + 4 * skv_sixteens(d);
+    /* Two sums of two parts of each row by warp; four numbers of each part of a row, and a factor of the row; fine rows and a flag. */
+    bytes += 4 * 4 * SKV_TILE * warps + 4 * 4 * 2 * SKV_TILE + 4 * SKV_TILE + 4 * 4;
+    /* The rows of a tile, or their coefficients. */
+    bytes += 4 * SKV_TILE * (skv_sixteens(d) + 9);
+    return skv_sixteens(bytes);
 }
 
 #endif

@@ -1,4 +1,4 @@
-//! How an attention call is launched: which kernel, in how many blocks, with how much shared memory, and how large the workspace is.
+//! How an attention call and a step to store are launched: which kernel, in how many blocks, with how much shared memory, and how large the workspace is.
 //!
 //! All of it follows from shapes, the number of query tokens and the device, never from what is stored: a launch that was captured replays at any
 //! fill. Must not know the driver, nor where anything lies.
@@ -7,8 +7,12 @@ use super::layer::PAIRS;
 use crate::error::{argument, Error, Result};
 use crate::layout::{Heads, MAX_QUERIES, TILE};
 
-/// Threads of a block, of all kernels.
+/// Threads of a block, of the kernels that attend.
 pub const THREADS: usize = 128;
+/// Threads of a block of the kernel that stores.
+pub const STORE_THREADS: usize = 256;
+/// Largest head whose rows it codes.
+const STORE_MOST: usize = 512;
 /// Blocks that a call aims at, for each multiprocessor: one waits for memory while the other computes.
 const BLOCKS: usize = 2;
 /// Units of rows that a split has at least when a stream is full: fewer would not be worth its start and its place in the workspace.
@@ -17,6 +21,9 @@ const LEAST_UNITS: usize = 4;
 const MOST_SPLITS: usize = 64;
 /// Shared memory that a block may have on every device from compute capability 8.0 on.
 const SHARED_EVERYWHERE: usize = 99 << 10;
+/// Forms that tiles may have, and bytes of one in shared memory.
+const KINDS: usize = 7;
+const FORM_BYTES: usize = 192;
 /// Most blocks of a grid in any direction but the first.
 const MOST_BLOCKS: usize = u16::MAX as usize;
 
@@ -90,6 +97,37 @@ pub fn most_shared_bytes(h: &Heads) -> Result<usize> {
     Ok(shared_bytes(h.d_k, h.d_v, columns(h, MAX_QUERIES.saturating_mul(h.group()))).max(shared_bytes(h.d_k, h.d_v, 8)))
 }
 
+/// How a step is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoreLaunch {
+    /// Blocks: one for each KV head.
+    pub blocks: u32,
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: usize,
+}
+
+impl StoreLaunch {
+    /// A step on a layer of these heads.
+    pub fn new(h: &Heads) -> Result<Self> {
+        check(h)?;
+        if h.d_k.max(h.d_v) > STORE_MOST {
+            let Heads { d_k, d_v, .. } = h;
+            return Err(Error::Device(format!("heads of {d_k} and {d_v} elements; devices code rows of up to {STORE_MOST}")));
+        }
+        let blocks = u32::try_from(h.n_head_kv).map_err(|_| Error::Argument(format!("{} KV heads", h.n_head_kv)))?;
+        Ok(StoreLaunch { blocks, shared_bytes: store_shared_bytes(h.d_k, h.d_v) })
+    }
+}
+
+/// Dynamic shared memory of a block that stores: what `skv_store_shared` of `kernels/layer.h` says.
+fn store_shared_bytes(d_k: usize, d_v: usize) -> usize {
+    let (warps, d_16) = (STORE_THREADS / 32, d_k.max(d_v).next_multiple_of(16));
+    let tables = 2 * 4 * 256 + 2 * 4 * 64 + KINDS * FORM_BYTES + 4 * d_16;
+    let sums = 4 * 4 * TILE * warps + 4 * 4 * 2 * TILE + 4 * TILE + 4 * 4;
+    let rows = 4 * TILE * (d_16 + 9);
+    (tables + sums + rows).next_multiple_of(16)
+}
+
 fn check(h: &Heads) -> Result<()> {
     let whole = h.n_head > 0 && h.n_head_kv > 0 && h.n_head.is_multiple_of(h.n_head_kv);
     if !whole || [h.d_k, h.d_v].iter().any(|d| *d == 0 || *d > 2 * PAIRS) {
@@ -114,8 +152,6 @@ fn splits(units: usize, wanted: usize) -> usize {
 
 /// Dynamic shared memory of a block of the attention kernel with so many columns: what `skv_attend_shared` of `kernels/layer.h` says.
 fn shared_bytes(d_k: usize, d_v: usize, columns: usize) -> usize {
-    const KINDS: usize = 7;
-    const FORM_BYTES: usize = 192;
     const SHARED_BASIS: usize = 128;
     let (warps, d_16) = (THREADS / 32, d_k.next_multiple_of(16));
     let padded = d_16 + 8;
@@ -196,6 +232,15 @@ mod tests {
             let each: Vec<usize> = (1..=64).map(|n| Launch::new(&h, 2048, n, LARGE).unwrap().workspace_bytes()).collect();
             assert_eq!(Some(&all), each.iter().max());
         }
+    }
+
+    #[test]
+    fn every_head_that_models_have_is_stored_on_every_device() {
+        for h in models() {
+            let l = StoreLaunch::new(&h).unwrap();
+            assert!(l.blocks as usize == h.n_head_kv && l.shared_bytes <= SHARED_EVERYWHERE, "{h:?}: {l:?}");
+        }
+        assert!(StoreLaunch::new(&heads(8, 2, 512)).is_ok() && StoreLaunch::new(&heads(8, 2, 514)).is_err() && StoreLaunch::new(&heads(8, 3, 64)).is_err());
     }
 
     #[test]

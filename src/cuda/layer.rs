@@ -1,13 +1,13 @@
-//! The structs of `kernels/layer.h`: what a kernel is told of a layer, and of a call.
+//! The structs of `kernels/layer.h`: what a kernel is told of a layer, of an attention call and of a step to store.
 //!
 //! [`SkvLayer`] is computed from sizes, rotation and scoring, and then never changes: what fits change kernels read from the arena. Must not know how it
 //! comes to a device, nor what kernels do with it.
 
 use crate::config::Scoring;
-use crate::layout::gain::gains;
+use crate::layout::gain::{self, gains};
 use crate::layout::geometry::Geometry;
-use crate::layout::quant::{A_8, B_8, LEVELS_6, STEP, UNITS_1, UNITS_2, UNITS_3, UNITS_4, UNITS_5};
-use crate::layout::BANDS;
+use crate::layout::quant::{A_8, B_8, LEVELS_1, LEVELS_2, LEVELS_3, LEVELS_4, LEVELS_5, LEVELS_6, STEP, UNITS_1, UNITS_2, UNITS_3, UNITS_4, UNITS_5};
+use crate::layout::{BANDS, QUERY_SLOTS};
 use crate::rope::{Pairing, Rope};
 use half::f16;
 use std::mem::offset_of;
@@ -51,6 +51,13 @@ pub struct SkvLayer {
     pub steps: [f32; 8],
     pub cubic: [f32; 2],
     pub omega: [f64; PAIRS],
+    pub recent: i64,
+    pub queries_first: i64,
+    pub queries_stride: i64,
+    pub norms: i64,
+    pub least_gains: [f32; 256],
+    pub positive: [f32; 64],
+    pub bounds: [f32; 64],
 }
 
 /// One attention call; see `kernels/layer.h`. Pointers are addresses in the device's memory, 0 for none.
@@ -81,9 +88,33 @@ pub struct SkvAttend {
     pub out: u64,
 }
 
+/// One step to store; see `kernels/layer.h`. Pointers are addresses in the device's memory, 0 for none.
+#[allow(missing_docs, reason = "kernels/layer.h says what each is")]
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SkvStore {
+    pub layer: u64,
+    pub arena: u64,
+    pub plan: u64,
+    pub q: u64,
+    pub k: u64,
+    pub v: u64,
+    pub q_row: i64,
+    pub q_head: i64,
+    pub k_row: i64,
+    pub k_head: i64,
+    pub v_row: i64,
+    pub v_head: i64,
+    pub residual: u64,
+    pub residual_row: i64,
+    pub n_residual: i32,
+    pub n_tokens: i32,
+}
+
 // The same numbers are in kernels/layer.h.
-const _: () = assert!(size_of::<SkvLayer>() == 5608 && offset_of!(SkvLayer, omega) == 1512);
+const _: () = assert!(size_of::<SkvLayer>() == 7176 && offset_of!(SkvLayer, omega) == 1512);
 const _: () = assert!(size_of::<SkvAttend>() == 152 && offset_of!(SkvAttend, n_kv) == 112);
+const _: () = assert!(size_of::<SkvStore>() == 120 && offset_of!(SkvStore, n_tokens) == 116);
 
 impl SkvLayer {
     /// What kernels know of layer `layer` of a geometry.
@@ -124,8 +155,33 @@ impl SkvLayer {
             steps: steps(),
             cubic: [A_8, B_8],
             omega: omega(rope),
+            recent: from_record(first.recent.start),
+            queries_first: first.queries.start as i64,
+            queries_stride: first.queries.len() as i64,
+            norms: first.queries.len().saturating_sub(QUERY_SLOTS * size_of::<f32>()) as i64,
+            least_gains: least_gains(),
+            positive: by_width(|levels, i| levels[i]),
+            bounds: by_width(|levels, i| if i == 0 { 0.0 } else { 0.5 * (levels[i - 1] + levels[i]) }),
         }
     }
+}
+
+/// By code; below what any code stands for, nothing.
+fn least_gains() -> [f32; 256] {
+    let mut all = [0.0; 256];
+    all[1..].copy_from_slice(gain::least_gains());
+    all
+}
+
+/// Something of each positive level of a code of `w` bits, from `1 << (w - 1)` on: `find` gets all positive levels of a width and the number of one.
+fn by_width(find: impl Fn(&[f32], usize) -> f32) -> [f32; 64] {
+    let levels: [&[f32]; 6] = [&LEVELS_1, &LEVELS_2, &LEVELS_3, &LEVELS_4, &LEVELS_5, &LEVELS_6];
+    let mut all = [0.0; 64];
+    for levels in levels {
+        let positive = &levels[levels.len() / 2..];
+        (0..positive.len()).for_each(|i| all[positive.len() + i] = find(positive, i));
+    }
+    all
 }
 
 fn pairing(rope: &Rope) -> i32 {
@@ -164,7 +220,8 @@ mod tests {
     use crate::cache::arena::{keep_former, set_pieces, Pieces};
     use crate::config::{Config, LayerShape};
     use crate::layout::geometry::KINDS;
-    use crate::layout::quant::level;
+    use crate::layout::gain::gain_code;
+    use crate::layout::quant::{self, level};
     use crate::rope::RopeParams;
 
     const fn shape(n_head: u32, n_head_kv: u32, d_k: u32, d_v: u32) -> LayerShape {
@@ -208,9 +265,13 @@ mod tests {
                 for head in some(h.n_head_kv) {
                     let (want, record) = (g.head(layer, head), l.head_first + head as i64 * l.head_stride);
                     let former = l.former_first + head as i64 * l.former_stride;
-                    let at = [record, record + l.bases, record + l.plain, record + l.exact_rows, former];
-                    let want = [want.record, want.bases, want.plain, want.exact, want.former].map(|range| range.start as i64);
-                    assert_eq!(at, want, "layer {layer}, head {head}");
+                    let queries = l.queries_first + head as i64 * l.queries_stride;
+                    let at = [record, record + l.bases, record + l.plain, record + l.recent, record + l.exact_rows, former, queries];
+                    if g.keeps_queries() {
+                        assert_eq!((queries + l.norms) as usize, want.queries.end - 4 * QUERY_SLOTS);
+                    }
+                    let want = [want.record, want.bases, want.plain, want.recent, want.exact, want.former, want.queries];
+                    assert_eq!(at, want.map(|range| range.start as i64), "layer {layer}, head {head}");
                 }
             }
         }
@@ -282,6 +343,18 @@ mod tests {
         for code in [-127i8, -3, 0, 1, 90] {
             let c = f32::from(code);
             assert_eq!(c * (l.cubic[0] + l.cubic[1] * c * c), level(8, code as u8));
+        }
+        for width in 1..=6 {
+            let half = 1 << (width - 1);
+            let nearest = |x: f32| (0..half).rev().find(|i| x >= l.bounds[half + i]).unwrap();
+            for x in (0..7000).map(|i| i as f32 * 1e-3) {
+                let i = nearest(x);
+                assert_eq!((half + i) as u8, quant::code(width as u32, x), "{width} {x}");
+                assert_eq!(l.positive[half + i], level(width as u32, (half + i) as u8));
+            }
+        }
+        for gain in (0..4000).map(|i| (i as f32 * 0.009 - 18.0).exp2()) {
+            assert_eq!(gain_code(gain) as usize, (1..256).rev().find(|code| gain >= l.least_gains[*code]).unwrap_or(0), "{gain}");
         }
         assert_eq!((l.steps[8 % 8], l.gains[0], l.gains[128]), (1.0, 0.0, 1.0));
     }

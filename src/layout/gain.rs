@@ -11,10 +11,13 @@ const GAIN_BEND: f32 = 5.0;
 /// 1, where almost all gains are, wider ones out to 2^16 and 2^-16, for rows unlike all that the bases were fitted to. An error in a gain moves all
 /// scores of a row together, so that even steps over as many octaves would be too coarse (`docs/measurements.md`).
 pub fn gain_code(gain: f32) -> u8 {
+    least_gains().partition_point(|least| *least <= gain) as u8
+}
+
+/// The least gain of every code from 1 on: half-way to the one before, on the bent scale.
+pub fn least_gains() -> &'static [f32; 255] {
     static LEAST: std::sync::OnceLock<[f32; 255]> = std::sync::OnceLock::new();
-    // The least gain of every code from 1 on: half-way to the one before, on the bent scale.
-    let least = LEAST.get_or_init(|| std::array::from_fn(|i| if i == 0 { (-GAIN_OCTAVES - 1.0).exp2() } else { unbent(i as f32 + 0.5) }));
-    least.partition_point(|least| *least <= gain) as u8
+    LEAST.get_or_init(|| std::array::from_fn(|i| if i == 0 { (-GAIN_OCTAVES - 1.0).exp2() } else { unbent(i as f32 + 0.5) }))
 }
 
 fn unbent(code: f32) -> f32 {
