@@ -447,6 +447,10 @@ impl<'a> Plan<'a> {
             Err(Error::Data("plan: a slot, tile, row or token is out of range".into()))
         }
     }
+    /// Whether a device can carry it out: fits and studies are the host's, as is what it tells of a study that is over.
+    pub fn is_for_devices(&self) -> bool {
+        !self.fit && self.study.id == 0 && self.study.from == self.study.to
+    }
     /// Whether heads are studied in the step that fits, though all were before: its own rows are coded in it.
     pub fn studies_again(&self) -> bool {
         self.fit && self.shared && !self.fit_rows.is_empty()

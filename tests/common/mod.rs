@@ -276,6 +276,11 @@ impl Stream {
         bytemuck::cast_slice_mut(&mut self.arena)
     }
 
+    /// A layer, and the arena that it changes.
+    pub fn layer_and_arena(&mut self, layer: usize) -> (&Layer, &mut [u8]) {
+        (&self.layers[layer], bytemuck::cast_slice_mut(&mut self.arena))
+    }
+
     pub fn live(&self) -> Vec<u32> {
         (0..self.rows.len() as u32).filter(|c| self.rows[*c as usize].is_some()).collect()
     }
@@ -534,6 +539,11 @@ impl Stream {
     /// Attention of `n` random queries at `pos` of `seq` over its rows, and the f64 reference over the rebuilt rows.
     pub fn attend(&self, layer: usize, seed: u64, seq: u32, pos: i32, n: usize) -> (Vec<f32>, Vec<f64>) {
         let (k, v) = self.rebuild(layer);
+        self.attend_beside(layer, seed, seq, (pos, n), (&widen(&k), &widen(&v)))
+    }
+
+    /// The same, with the reference over other keys and values of all cells.
+    pub fn attend_beside(&self, layer: usize, seed: u64, seq: u32, (pos, n): (i32, usize), (k, v): (&[f64], &[f64])) -> (Vec<f32>, Vec<f64>) {
         let (_, ints) = self.look();
         let plan = Plan::parse(&ints).unwrap();
         let l = &self.layers[layer];
@@ -550,10 +560,8 @@ impl Stream {
         let call = Call { arena: self.arena(), plan: &plan, q: &rows, k: &none, v: &none, scoring: self.scoring, mask: m };
         l.attend(0..l.units(), &call, &mut partials).unwrap();
         l.combine(n, &partials, &[], 0..n * g.n_head, &mut out).unwrap();
-        let (k, v) = (widen(&k), widen(&v));
         let scale = f64::from(self.scoring.scale);
-        let reference =
-            Reference { n_head: g.n_head, n_head_kv: g.n_head_kv, d_k: g.d_k, d_v: g.d_v, k: &k, v: &v, scale, softcap: 0.0, sinks: None };
+        let reference = Reference { n_head: g.n_head, n_head_kv: g.n_head_kv, d_k: g.d_k, d_v: g.d_v, k, v, scale, softcap: 0.0, sinks: None };
         let want = reference.attend(&q, n, |_, r| f64::from(mask[r]));
         (out, want)
     }

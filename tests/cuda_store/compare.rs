@@ -1,0 +1,138 @@
+//! Two arenas after the same step, the CPU's and the device's: what may differ in them, and by how much. Knows bytes, and nothing of streams.
+
+use spectral_kv::cache::arena::Pieces;
+use spectral_kv::cache::plan::Change;
+use spectral_kv::cache::{Geometry, Plan};
+use spectral_kv::layout::{quant, Fine, TileForm, QUERY_SLOTS, TILE};
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+/// What was compared, and what was other.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Tally {
+    pub codes: usize,
+    pub other_codes: usize,
+    pub gains: usize,
+    pub other_gains: usize,
+    pub nibbles: usize,
+    pub other_nibbles: usize,
+}
+
+impl Tally {
+    pub fn add(&mut self, t: &Tally) {
+        self.codes += t.codes;
+        self.other_codes += t.other_codes;
+        self.gains += t.gains;
+        self.other_gains += t.other_gains;
+        self.nibbles += t.nibbles;
+        self.other_nibbles += t.other_nibbles;
+    }
+}
+
+/// Numbers of the tiles that a plan writes.
+pub fn written(plan: &Plan) -> BTreeSet<usize> {
+    let target = |change| match change {
+        Change::Move { to, .. } => to / TILE,
+        Change::Recode { to, .. } => to,
+        Change::Seal { tile, .. } => tile,
+    };
+    plan.changes().map(target).collect()
+}
+
+/// Compare all bytes. Where nothing is computed they are the same.
+pub fn compare(g: &Geometry, plan: &Plan, cpu: &[u8], device: &[u8]) -> Tally {
+    assert_eq!(cpu.len(), device.len());
+    let mut same = vec![true; cpu.len()];
+    let mut tally = Tally::default();
+    for (layer, heads) in g.layers.iter().enumerate() {
+        for head in 0..heads.n_head_kv {
+            let r = g.head(layer, head);
+            let mut floats = |range: Range<usize>, near: f32| {
+                same[range.clone()].fill(false);
+                let of = |arena: &[u8]| arena[range.clone()].chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect::<Vec<_>>();
+                for (i, (a, b)) in of(cpu).into_iter().zip(of(device)).enumerate() {
+                    assert!(a.to_bits() == b.to_bits() || (a - b).abs() <= near * a.abs(), "float {i} of layer {layer}, head {head}: {a} {b}");
+                }
+            };
+            let sealed = written(plan).into_iter().any(|t| (g.tiles..g.tiles + g.waiting).contains(&t));
+            if sealed {
+                floats(r.plain.start..r.plain.start + 4 * (2 * heads.d_k + heads.d_v), 1e-5);
+            }
+            if plan.records().len() > 0 {
+                floats(r.queries.end - 4 * QUERY_SLOTS..r.queries.end, 1e-6);
+            }
+            if plan.changes().next().is_none() {
+                continue;
+            }
+            let pieces = Pieces::new(g, layer, head, &cpu, &r, plan.bases_to_store()).unwrap();
+            for tile in written(plan) {
+                let (kind, place) = pieces.place(tile);
+                let words = format!("layer {layer}, head {head}, tile {tile}");
+                compare_tile(pieces.form(kind), [&cpu[place.clone()], &device[place.clone()]], &mut same[place], &mut tally, &words);
+            }
+        }
+    }
+    let other = (0..cpu.len()).find(|i| same[*i] && cpu[*i] != device[*i]);
+    assert_eq!(other.map(|i| (i, cpu[i], device[i])), None, "a byte is other: {}", other.map_or(String::new(), |i| whose(g, i)));
+    tally
+}
+
+/// Whose byte it is.
+fn whose(g: &Geometry, at: usize) -> String {
+    for (layer, heads) in g.layers.iter().enumerate() {
+        for head in 0..heads.n_head_kv {
+            let r = g.head(layer, head);
+            let all = [("record", r.record), ("bases", r.bases), ("plain", r.plain), ("recent", r.recent), ("exact", r.exact), ("queries", r.queries)];
+            if let Some((name, range)) = all.iter().find(|(_, range)| range.contains(&at)) {
+                return format!("layer {layer}, head {head}, {name} from {} on", range.start);
+            }
+        }
+    }
+    format!("of the pool, whose bands begin at {:?}", [0, 1, 2].map(|band| g.band_offset(band)))
+}
+
+/// Rounding may choose the other of two levels, or gains, that are nearly as near.
+fn compare_tile(form: &TileForm, [cpu, device]: [&[u8]; 2], same: &mut [bool], tally: &mut Tally, words: &str) {
+    let mut other_rows = BTreeSet::new();
+    for part in form.parts() {
+        let (gains, codes) = ([part.gains(cpu), part.gains(device)], [part.codes(cpu), part.codes(device)]);
+        for row in 0..TILE {
+            let [a, b] = gains.map(|gains| gains[row]);
+            assert!(a.abs_diff(b) <= 1, "{words}, row {row}: gains {a} and {b}");
+            tally.gains += 1;
+            tally.other_gains += usize::from(a != b);
+            for j in 0..part.rank() {
+                let (width, at) = part.widths.place(j);
+                let [a, b] = codes.map(|codes| quant::get(width, &codes[at..], row));
+                let apart = if width == 8 { (a as i8).abs_diff(b as i8) } else { a.abs_diff(b) };
+                assert!(apart <= 1, "{words}, row {row}, coefficient {j} of {width} bits: {a} and {b}");
+                tally.codes += 1;
+                tally.other_codes += usize::from(a != b);
+                if a != b {
+                    other_rows.insert(row);
+                }
+            }
+        }
+    }
+    let marks = form.residual(0).start - spectral_kv::layout::FINE_ROWS;
+    same[..marks].fill(false);
+    if form.fine == Fine::Marks {
+        return;
+    }
+    same[form.residual(0).start..form.residual(1).end].fill(false);
+    for (slot, row) in form.slots(cpu) {
+        // What the other level leaves is another residual.
+        if other_rows.contains(&row) {
+            continue;
+        }
+        for side in [&form.k, &form.v] {
+            let [(a, x), (b, y)] = [cpu, device].map(|tile| form.of_residual(side, &tile[form.residual(slot)]));
+            assert!((a - b).abs() <= 0.25 * a.abs().max(b.abs()), "{words}, row {row}: steps {a} and {b}");
+            tally.nibbles += side.d;
+            tally.other_nibbles += x.iter().zip(y).map(|(a, b)| usize::from(a & 15 != b & 15) + usize::from(a >> 4 != b >> 4)).sum::<usize>();
+        }
+    }
+    for slot in (0..spectral_kv::layout::FINE_ROWS).filter(|slot| form.slots(cpu).all(|(used, _)| used != *slot)) {
+        assert_eq!(cpu[form.residual(slot)], device[form.residual(slot)], "{words}: a residual of nobody");
+    }
+}
