@@ -57,25 +57,31 @@ impl Life {
         let ints = self.s.plan(cells).unwrap();
         let plan = Plan::parse(&ints).unwrap();
         let residual = residual(seed, cells.len());
-        let file = plan.is_for_devices().then(|| {
-            let mut file = StepFile::new(self.s.arena(), &ints, self.s.layers.len());
-            self.s.layers.iter().zip(&t.inputs).for_each(|(l, input)| file.layer(l, input, cells.len(), &residual, seed));
-            file
-        });
+        let device = plan.is_for_devices().then(|| self.on_device_with(&ints, &t, (cells.len(), &residual, seed)));
         self.carry_out(&plan, &t, &residual);
-        let Some(file) = file else {
+        let Some(device) = device else {
             self.steps[1] += 1;
             return;
         };
         self.steps[0] += 1;
         self.note(&plan);
-        let device = file.run(self.program);
         let g = self.s.table.geometry().clone();
         self.tally.add(&compare(&g, &plan, self.s.arena(), &device));
         self.compare_rows(&plan, &device);
         if seed % 8 == 0 {
             self.compare_attention(seed, &device);
         }
+    }
+
+    /// The arena after a plan, which is told of rows of so many tokens.
+    pub fn on_device(&self, ints: &[i32], t: &Tokens, n: usize) -> Vec<u8> {
+        self.on_device_with(ints, t, (n, &[], 0))
+    }
+
+    fn on_device_with(&self, ints: &[i32], t: &Tokens, (n, residual, turn): (usize, &[f32], u64)) -> Vec<u8> {
+        let mut file = StepFile::new(self.s.arena(), ints, self.s.layers.len());
+        self.s.layers.iter().zip(&t.inputs).for_each(|(l, input)| file.layer(l, input, n, residual, turn));
+        file.run(self.program)
     }
 
     /// Append `n` tokens of one sequence in the first free cells, `step` at a time.
