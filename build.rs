@@ -1,4 +1,4 @@
-//! With the feature `cuda`: compiles the kernels, for all architectures in one image that the library embeds. Without it: nothing.
+//! With the feature `cuda`: compiles the kernels, each source for all architectures in one image that the library embeds. Without it: nothing.
 //!
 //! Must not know what the kernels are for, nor look at anything of CUDA unless asked.
 
@@ -11,6 +11,8 @@ const NVCC: &str = "SPECTRAL_KV_NVCC";
 const TOOLKITS: [&str; 2] = ["CUDA_PATH", "CUDA_HOME"];
 /// Compiled for these, as far as nvcc knows them. The first is needed; any other is only faster to load than what the driver makes of PTX.
 const ARCHITECTURES: [&str; 6] = ["80", "86", "89", "90", "100", "120"];
+/// What is compiled, in `kernels`.
+const SOURCES: [&str; 2] = ["attend", "store"];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
@@ -27,13 +29,17 @@ fn main() {
     }
 }
 
-/// Makes `attend.fatbin`, and `attend.ptxas.txt` with what the assembler says of registers and spills.
+/// Makes `NAME.fatbin` of each source, and `NAME.ptxas.txt` with what the assembler says of registers and spills.
 fn compile() -> Result<(), String> {
     let (nvcc, out) = (find()?, PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?));
-    let mut command = Command::new(&nvcc);
-    command.args(["--fatbin", "-std=c++17", "-Xptxas", "-v"]).args(targets(&known(&nvcc)?)?);
-    let (said, _) = run(command.arg("kernels/attend.cu").arg("-o").arg(out.join("attend.fatbin")))?;
-    std::fs::write(out.join("attend.ptxas.txt"), said).map_err(|e| format!("cannot write to {}: {e}", out.display()))
+    let targets = targets(&known(&nvcc)?)?;
+    for name in SOURCES {
+        let mut command = Command::new(&nvcc);
+        command.args(["--fatbin", "-std=c++17", "-O3", "-Xptxas", "-v"]).args(&targets).arg(format!("kernels/{name}.cu"));
+        let (said, _) = run(command.arg("-o").arg(out.join(format!("{name}.fatbin"))))?;
+        std::fs::write(out.join(format!("{name}.ptxas.txt")), said).map_err(|e| format!("cannot write to {}: {e}", out.display()))?;
+    }
+    Ok(())
 }
 
 /// The compiler that the user named, that of a toolkit, or that on PATH.

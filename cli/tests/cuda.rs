@@ -12,7 +12,8 @@ use std::sync::OnceLock;
 
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
-const KERNELS: [&str; 3] = ["skv_attend_16", "skv_attend_8", "skv_combine"];
+/// What is compiled, and the kernels in it.
+const SOURCES: [(&str, &[&str]); 2] = [("attend", &["skv_attend_16", "skv_attend_8", "skv_combine"]), ("store", &["skv_store"])];
 
 fn scratch(name: &str) -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).join(name)
@@ -94,20 +95,22 @@ fn the_compiler_is_fetched_once() {
 #[test]
 fn the_library_has_kernels_for_every_architecture() {
     let Some(built) = built() else { return };
-    let image = std::fs::read(built.out.join("attend.fatbin")).unwrap();
-    let (code, ptx) = (2, 1);
-    let want = ARCHITECTURES.map(|a| (code, a)).into_iter().chain([(ptx, 80), (ptx, 120)]).collect();
-    assert_eq!(contents(&image), want);
-    // The image itself, not only its name.
     let library = std::fs::read(&built.library).unwrap();
-    let middle = &image[image.len() / 2..][..4096];
-    assert!(library.windows(middle.len()).any(|bytes| bytes == middle), "the library does not have the image");
+    for (source, _) in SOURCES {
+        let image = std::fs::read(built.out.join(format!("{source}.fatbin"))).unwrap();
+        let (code, ptx) = (2, 1);
+        let want = ARCHITECTURES.map(|a| (code, a)).into_iter().chain([(ptx, 80), (ptx, 120)]).collect();
+        assert_eq!(contents(&image), want);
+        // The image itself, not only its name.
+        let middle = &image[image.len() / 2..][..4096];
+        assert!(library.windows(middle.len()).any(|bytes| bytes == middle), "the library does not have the image of {source}");
+    }
 }
 
 #[test]
 fn no_kernel_spills_registers() {
     let Some(built) = built() else { return };
-    let text = std::fs::read_to_string(built.out.join("attend.ptxas.txt")).unwrap();
+    let text: String = SOURCES.iter().map(|(source, _)| std::fs::read_to_string(built.out.join(format!("{source}.ptxas.txt"))).unwrap()).collect();
     let (mut compiled, mut spilling) = (BTreeSet::new(), Vec::new());
     for part in text.split("Compiling entry function '").skip(1) {
         let (name, rest) = part.split_once("' for 'sm_").unwrap();
@@ -118,7 +121,7 @@ fn no_kernel_spills_registers() {
         }
         compiled.insert((architecture.parse().unwrap(), name));
     }
-    assert_eq!(compiled, ARCHITECTURES.into_iter().flat_map(|a| KERNELS.map(|name| (a, name))).collect());
+    assert_eq!(compiled, ARCHITECTURES.into_iter().flat_map(|a| SOURCES.iter().flat_map(|(_, kernels)| *kernels).map(move |name| (a, *name))).collect());
     assert!(spilling.is_empty(), "{spilling:#?}");
 }
 

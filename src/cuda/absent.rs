@@ -3,7 +3,7 @@
 //! Must have the names and parameters of `device.rs`.
 
 use super::launch::Launch;
-use super::layer::{SkvAttend, SkvLayer};
+use super::layer::{SkvAttend, SkvLayer, SkvStore};
 use crate::error::{Error, Result};
 use crate::layout::Heads;
 use std::ffi::c_void;
@@ -41,6 +41,12 @@ impl DeviceLayer {
     /// Never called.
     #[expect(unsafe_code, reason = "as the one that launches")]
     pub unsafe fn attend(&self, _call: SkvAttend, _stream: *mut c_void) -> Result<()> {
+        match *self {}
+    }
+
+    /// Never called.
+    #[expect(unsafe_code, reason = "as the one that launches")]
+    pub unsafe fn store(&self, _call: SkvStore, _stream: *mut c_void) -> Result<()> {
         match *self {}
     }
 }

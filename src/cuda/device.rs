@@ -1,12 +1,11 @@
-//! A CUDA device, and layers on it: the driver is loaded, the kernels are, constants are uploaded, and attention is launched.
+//! A CUDA device, and layers on it: the driver is loaded, the kernels are, constants are uploaded, and attention and storing are launched.
 //!
-//! Other libraries use the same device in the same process, ggml-cuda among them. So the context is the device's primary one, streams are borrowed, and a
-//! thread's current context is afterwards what it was. cudarc's safe layer is left alone: it binds contexts for good, counts streams and may record
-//! events. Attention is two launches on the stream that it is given, with neither allocation nor synchronisation, so that it can be captured. Must not know
-//! what the kernels compute.
+//! Other libraries use the same device in the same process, ggml-cuda among them. So the context is the device's primary one, streams are borrowed, and a thread's current
+//! context is afterwards what it was. cudarc's safe layer is left alone: it binds contexts for good, counts streams and may record events. A launch is nothing but
+//! calls of the driver that launch, on the stream it is given: neither allocation nor synchronisation, so that it can be captured. Must not know what the kernels compute.
 
-use super::launch::{self, Launch, THREADS};
-use super::layer::{SkvAttend, SkvLayer};
+use super::launch::{self, Launch, StoreLaunch, STORE_THREADS, THREADS};
+use super::layer::{SkvAttend, SkvLayer, SkvStore};
 use crate::error::{Error, Result};
 use crate::layout::Heads;
 use cudarc::driver::result::{self, DriverError};
@@ -19,7 +18,8 @@ use std::sync::Arc;
 #[repr(align(64))]
 struct Image<T: ?Sized>(T);
 
-static KERNELS: &Image<[u8]> = &Image(*include_bytes!(concat!(env!("OUT_DIR"), "/attend.fatbin")));
+static ATTEND: &Image<[u8]> = &Image(*include_bytes!(concat!(env!("OUT_DIR"), "/attend.fatbin")));
+static STORE: &Image<[u8]> = &Image(*include_bytes!(concat!(env!("OUT_DIR"), "/store.fatbin")));
 
 /// The oldest architecture that there are kernels for.
 const LEAST_CAPABILITY: (i32, i32) = (8, 0);
@@ -86,13 +86,16 @@ impl Drop for Entered {
 /// A device with the kernels on it.
 pub struct Device {
     context: Context,
-    module: sys::CUmodule,
+    /// Those that were loaded.
+    modules: Vec<sys::CUmodule>,
     attend_8: sys::CUfunction,
     attend_16: sys::CUfunction,
     combine: sys::CUfunction,
+    store: sys::CUfunction,
     multiprocessors: u32,
-    /// Dynamic shared memory that a block of the attention kernels may have.
+    /// Dynamic shared memory that a block of the attention kernels may have, and one of the kernel that stores.
     shared_bytes: usize,
+    store_shared_bytes: usize,
 }
 
 // SAFETY: the driver's handles may be used by all threads; nothing here changes after creation.
@@ -113,47 +116,56 @@ impl Device {
         }
         let multiprocessors = context.attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as u32;
         let most_shared = context.attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-        let (module, none) = (std::ptr::null_mut(), std::ptr::null_mut());
-        let mut device = Device { context, module, attend_8: none, attend_16: none, combine: none, multiprocessors, shared_bytes: usize::MAX };
+        let none = std::ptr::null_mut();
+        let [attend_8, attend_16, combine, store] = [none; 4];
+        let mut device = Device { context, modules: vec![], attend_8, attend_16, combine, store, multiprocessors, shared_bytes: 0, store_shared_bytes: 0 };
         let _entered = device.context.enter()?;
-        // SAFETY: the image is a fatbin, aligned, and lives for ever.
-        let module = unsafe { result::module::load_data(KERNELS.0.as_ptr().cast()) };
-        device.module = module.map_err(failure(format!("load the kernels on device {ordinal} (compute capability {major}.{minor})")))?;
+        let what = format!("load the kernels on device {ordinal} (compute capability {major}.{minor})");
+        let attend = device.load(ATTEND, &what)?;
         (device.attend_8, device.attend_16, device.combine) =
-            (device.kernel(c"skv_attend_8")?, device.kernel(c"skv_attend_16")?, device.kernel(c"skv_combine")?);
-        device.allow_shared(most_shared)?;
+            (kernel(attend, c"skv_attend_8")?, kernel(attend, c"skv_attend_16")?, kernel(attend, c"skv_combine")?);
+        device.store = kernel(device.load(STORE, &what)?, c"skv_store")?;
+        device.shared_bytes = allow_shared(device.attend_8, most_shared)?.min(allow_shared(device.attend_16, most_shared)?);
+        device.store_shared_bytes = allow_shared(device.store, most_shared)?;
         Ok(device)
     }
 
-    fn kernel(&self, name: &CStr) -> Result<sys::CUfunction> {
-        // SAFETY: the module is loaded.
-        unsafe { result::module::get_function(self.module, name.to_owned()) }.map_err(failure(format!("find the kernel {}", name.to_string_lossy())))
+    /// Load a module, which goes when the device does.
+    fn load(&mut self, image: &'static Image<[u8]>, what: &str) -> Result<sys::CUmodule> {
+        // SAFETY: the image is a fatbin, aligned, and lives for ever.
+        let module = unsafe { result::module::load_data(image.0.as_ptr().cast()) }.map_err(failure(what))?;
+        self.modules.push(module);
+        Ok(module)
     }
+}
 
-    /// Let the attention kernels have all the shared memory that a block may: once for all layers, as launches must not change it.
-    fn allow_shared(&mut self, most: i32) -> Result<()> {
-        use sys::CUfunction_attribute_enum::*;
-        for kernel in [self.attend_8, self.attend_16] {
-            // SAFETY: the kernel is the module's.
-            let fixed = unsafe { result::function::get_function_attribute(kernel, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES) };
-            let dynamic = most - fixed.map_err(failure("ask for the shared memory of a kernel"))?;
-            // SAFETY: the same.
-            let set = unsafe { result::function::set_function_attribute(kernel, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, dynamic) };
-            set.map_err(failure("give a kernel its shared memory"))?;
-            self.shared_bytes = self.shared_bytes.min(usize::try_from(dynamic).unwrap_or(0));
-        }
-        Ok(())
-    }
+fn kernel(module: sys::CUmodule, name: &CStr) -> Result<sys::CUfunction> {
+    // SAFETY: the module is loaded.
+    unsafe { result::module::get_function(module, name.to_owned()) }.map_err(failure(format!("find the kernel {}", name.to_string_lossy())))
+}
+
+/// Let a kernel have all the shared memory that a block may: once for all layers, as launches must not change it. Gives how much of it is dynamic.
+fn allow_shared(kernel: sys::CUfunction, most: i32) -> Result<usize> {
+    use sys::CUfunction_attribute_enum::*;
+    // SAFETY: the kernel is that of a loaded module.
+    let fixed = unsafe { result::function::get_function_attribute(kernel, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES) };
+    let dynamic = most - fixed.map_err(failure("ask for the shared memory of a kernel"))?;
+    // SAFETY: the same.
+    let set = unsafe { result::function::set_function_attribute(kernel, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, dynamic) };
+    set.map_err(failure("give a kernel its shared memory"))?;
+    Ok(usize::try_from(dynamic).unwrap_or(0))
 }
 
 impl Drop for Device {
     fn drop(&mut self) {
-        if self.module.is_null() {
+        if self.modules.is_empty() {
             return;
         }
         if let Ok(_entered) = self.context.enter() {
-            // SAFETY: loaded once, unloaded once; the layers that launch its kernels keep the device.
-            let _ = unsafe { result::module::unload(self.module) };
+            for module in self.modules.drain(..) {
+                // SAFETY: loaded once, unloaded once; the layers that launch its kernels keep the device.
+                let _ = unsafe { result::module::unload(module) };
+            }
         }
     }
 }
@@ -210,9 +222,25 @@ impl DeviceLayer {
         let _entered = device.context.enter()?;
         // SAFETY: the caller's contract; the kernels take what `call` is, and shared memory was found to suffice when the layer was made.
         unsafe {
-            start(attend, (x, y, z), launch.shared_bytes, stream, &mut call)?;
-            start(device.combine, (launch.combine_blocks, 1, 1), 0, stream, &mut call)
+            start(attend, (x, y, z), (THREADS, launch.shared_bytes), stream, &mut call)?;
+            start(device.combine, (launch.combine_blocks, 1, 1), (THREADS, 0), stream, &mut call)
         }
+    }
+
+    /// Launch the storing of a step; its layer is filled in here. Returns before it is done.
+    ///
+    /// # Safety
+    /// As [`DeviceLayer::attend`]; nothing else uses the arena until the stream has come past it.
+    pub unsafe fn store(&self, mut call: SkvStore, stream: *mut c_void) -> Result<()> {
+        let launch = StoreLaunch::new(&self.heads)?;
+        let (need, allowed) = (launch.shared_bytes, self.device.store_shared_bytes);
+        if need > allowed {
+            return Err(Error::Device(format!("storing these heads needs {need} bytes of shared memory in a block, and the device allows {allowed}")));
+        }
+        call.layer = self.constants;
+        let _entered = self.device.context.enter()?;
+        // SAFETY: the caller's contract; the kernel takes what `call` is.
+        unsafe { start(self.device.store, (launch.blocks, 1, 1), (STORE_THREADS, launch.shared_bytes), stream, &mut call) }
     }
 }
 
@@ -229,9 +257,9 @@ impl Drop for DeviceLayer {
 ///
 /// # Safety
 /// The kernel does, all of it is true, and the context of kernel and stream is current.
-unsafe fn start(kernel: sys::CUfunction, grid: (u32, u32, u32), shared_bytes: usize, stream: *mut c_void, call: &mut SkvAttend) -> Result<()> {
+unsafe fn start<T>(kernel: sys::CUfunction, grid: (u32, u32, u32), (threads, shared): (usize, usize), stream: *mut c_void, call: &mut T) -> Result<()> {
     let mut arguments = [(&raw mut *call).cast::<c_void>()];
     // SAFETY: the caller's contract; the driver copies the argument before it returns.
-    let started = unsafe { result::launch_kernel(kernel, grid, (THREADS as u32, 1, 1), shared_bytes as u32, stream.cast(), &mut arguments) };
-    started.map_err(failure("launch attention"))
+    let started = unsafe { result::launch_kernel(kernel, grid, (threads as u32, 1, 1), shared as u32, stream.cast(), &mut arguments) };
+    started.map_err(failure("launch a kernel"))
 }

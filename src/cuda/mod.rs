@@ -1,4 +1,4 @@
-//! Decode attention on CUDA devices: what the kernels in `kernels` are told, how they are launched, and the device they run on.
+//! Decode attention, and storing, on CUDA devices: what the kernels in `kernels` are told, how they are launched, and the device they run on.
 //!
 //! [`layer`] and [`launch`] are arithmetic, the same in every build. [`Device`] and [`DeviceLayer`] speak to the driver; in a build without the feature
 //! `cuda` they have the same names and refuse, so that nobody above has to know. What all of these need of a layer is handed in, as sizes, rotation and

@@ -1,5 +1,4 @@
-//! `skv_cuda_device` and `skv_cuda_layer`: attention on a CUDA device, for `include/spectral_kv_cuda.h`; and what a program needs that launches the
-//! kernels itself.
+//! `skv_cuda_device` and `skv_cuda_layer`: attention and storing on a CUDA device, for `include/spectral_kv_cuda.h`; and what a program needs that launches the kernels itself.
 //!
 //! What lies in device memory is a number here: nothing follows such a pointer. Must not know the feature `cuda`: without it no device can be created, and
 //! nothing else is different.
@@ -7,11 +6,11 @@
 use super::error::{skv_status, Failure, Outcome};
 use super::layer::skv_layer;
 use super::object::{create, free, handle, peek, read, Handle, Object};
-use super::pointer::{borrow_mut, check_arena, check_slice, give, init, slice_mut, take, Struct};
+use super::pointer::{borrow_mut, check_arena, check_slice, give, init, slice, slice_mut, take, Struct};
 use super::step::{check_queries, skv_rows};
-use crate::cache::{plan, Geometry, Layer};
-use crate::cuda::launch::{self, Launch, THREADS};
-use crate::cuda::layer::{SkvAttend, SkvLayer};
+use crate::cache::{plan, Geometry, Layer, Plan};
+use crate::cuda::launch::{self, Launch, StoreLaunch, THREADS};
+use crate::cuda::layer::{SkvAttend, SkvLayer, SkvStore};
 use crate::cuda::{Device, DeviceLayer};
 use crate::error::{Error, Result};
 use std::ffi::c_void;
@@ -293,6 +292,154 @@ pub unsafe extern "C" fn skv_cuda_layer_attend(
     }
 }
 
+/// A step that a device stores. Pointers to `skv_rows` are of the host, and the `data` of these rows, like all else, is device memory. Fill it with
+/// `skv_cuda_step_init`, then set what the call takes.
+#[allow(non_camel_case_types, reason = "the name is C's")]
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct skv_cuda_step {
+    /// `sizeof(struct skv_cuda_step)`; `skv_cuda_step_init` sets it.
+    pub struct_size: usize,
+    /// The stream's arena.
+    pub arena: *mut u8,
+    /// Bytes of `arena`.
+    pub arena_bytes: usize,
+    /// A copy of what `skv_table_plan` wrote.
+    pub plan: *const i32,
+    /// Ints that there is room for at `plan`: as many as `skv_geometry_plan_ints` says for the tokens of `k`.
+    pub plan_ints: usize,
+    /// Queries of the plan's tokens, roped, `n_head` heads of `d_k`.
+    pub q: *const skv_rows,
+    /// Keys of the plan's tokens, roped, `n_head_kv` heads of `d_k`.
+    pub k: *const skv_rows,
+    /// Values of the plan's tokens, `n_head_kv` heads of `d_v`.
+    pub v: *const skv_rows,
+    /// As in `skv_step`; may be NULL.
+    pub residual: *const skv_rows,
+    /// Floats of a row of `residual`.
+    pub n_residual: usize,
+}
+
+// SAFETY: `repr(C)`, the size first, numbers and pointers only.
+unsafe impl Struct for skv_cuda_step {
+    fn defaults() -> Self {
+        let none = std::ptr::null();
+        skv_cuda_step {
+            struct_size: 0,
+            arena: std::ptr::null_mut(),
+            arena_bytes: 0,
+            plan: std::ptr::null(),
+            plan_ints: 0,
+            q: none,
+            k: none,
+            v: none,
+            residual: none,
+            n_residual: 0,
+        }
+    }
+}
+
+/// Fill it with zeros. `struct_size` is `sizeof(struct skv_cuda_step)`.
+///
+/// # Safety
+/// `step` is NULL or writable for `struct_size` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn skv_cuda_step_init(step: *mut skv_cuda_step, struct_size: usize) -> skv_status {
+    // SAFETY: the caller's contract.
+    unsafe { init(step, struct_size) }
+}
+
+impl skv_cuda_step {
+    /// The step as the kernel takes it, after all checks that the host can make.
+    ///
+    /// # Safety
+    /// The rows are NULL or valid.
+    unsafe fn call(&self, g: &Geometry) -> Outcome<SkvStore> {
+        // SAFETY: the caller's contract.
+        let [q, k, v] = unsafe { [DeviceRows::take(self.q, "step.q")?, DeviceRows::take(self.k, "step.k")?, DeviceRows::take(self.v, "step.v")?] };
+        if q.n != k.n || k.n != v.n || k.n > g.config.n_cells as usize {
+            return Err(Failure::argument(format!("{} queries, {} keys and {} values for {} cells", q.n, k.n, v.n, g.config.n_cells)));
+        }
+        check_arena(self.arena, self.arena_bytes, g.arena_bytes)?;
+        check_room(self.plan, (plan::capacity(g, k.n), self.plan_ints), "step.plan")?;
+        // SAFETY: the caller's contract.
+        let (residual, n_residual) = unsafe { self.residual(k.n)? };
+        Ok(SkvStore {
+            arena: address(self.arena),
+            plan: address(self.plan),
+            q: q.at,
+            k: k.at,
+            v: v.at,
+            q_row: q.row,
+            q_head: q.head,
+            k_row: k.row,
+            k_head: k.head,
+            v_row: v.row,
+            v_head: v.head,
+            residual: residual.at,
+            residual_row: residual.row,
+            n_residual,
+            n_tokens: k.n as i32,
+            ..SkvStore::default()
+        })
+    }
+
+    /// Rows of the residual stream at `n` tokens, at no address where there are none, and their length.
+    ///
+    /// # Safety
+    /// The rows are NULL or valid.
+    unsafe fn residual(&self, n: usize) -> Outcome<(DeviceRows, i32)> {
+        if self.residual.is_null() {
+            return Ok((DeviceRows { at: 0, n: 0, row: 0, head: 0 }, 0));
+        }
+        // SAFETY: the caller's contract.
+        let rows = unsafe { DeviceRows::take(self.residual, "step.residual")? };
+        let floats = i32::try_from(self.n_residual).ok().filter(|_| rows.n == n);
+        let floats = floats.ok_or_else(|| Failure::argument(format!("{} rows of {} floats of the residual stream for {n} tokens", rows.n, self.n_residual)))?;
+        Ok((rows, floats))
+    }
+}
+
+/// Whether `skv_cuda_layer_append` can carry out a plan on this layer: `*appends` becomes 0 or 1. It can unless the plan fits bases, studies heads for a fit, or
+/// tells of a study that is over, which it does in one step after each fit: then the arena has to be on the host for `skv_layer_append`. Looks at `plan_ints` ints of the
+/// plan, on the host, as `skv_table_plan` wrote it. No device is needed.
+///
+/// # Safety
+/// Pointers are valid for what they describe or NULL.
+#[no_mangle]
+pub unsafe extern "C" fn skv_layer_cuda_appends(layer: *const skv_layer, plan: *const i32, plan_ints: usize, appends: *mut i32) -> skv_status {
+    // SAFETY: the caller's contract.
+    unsafe {
+        read(layer, |l| {
+            let plan = Plan::parse(slice(plan, plan_ints, "plan")?)?;
+            plan.check(l.geometry())?;
+            *borrow_mut(appends, "appends")? = i32::from(plan.is_for_devices() && StoreLaunch::new(l.shape()).is_ok());
+            Ok(())
+        })
+    }
+}
+
+/// Store the step, as `skv_layer_append` does, where `skv_layer_cuda_appends` says so. Runs after the attention of the same step, on the same stream. Launches a kernel on
+/// `stream` and returns before it is done, as `skv_cuda_layer_attend` does: captured, it stores other steps of as many tokens. Any other plan leaves the arena as it is, and so
+/// does one of another number of tokens than `k` has rows; all else of the plan is believed.
+///
+/// Keys and values must be finite in f16: nobody looks. How well the bases still fit what comes is not watched: where it matters that another fit follows when a text
+/// changes its kind, let the host store a step now and then. Neither counts what a device stores in `skv_layer_stats`. `SKV_STATUS_DEVICE` for heads of more than 512 elements,
+/// and where they need more shared memory than a block may have there.
+///
+/// # Safety
+/// Pointers are valid for what they describe or NULL, in device memory until the stream has come past the call; nothing else uses the arena meanwhile.
+#[no_mangle]
+pub unsafe extern "C" fn skv_cuda_layer_append(layer: *const skv_cuda_layer, step: *const skv_cuda_step, stream: *mut c_void) -> skv_status {
+    // SAFETY: the caller's contract.
+    unsafe {
+        read(layer, |l| {
+            let call = take(step, "step")?.call(&l.geometry)?;
+            Ok(l.layer.store(call, stream)?)
+        })
+    }
+}
+
 /// What kernels have to know of a layer.
 fn constants(l: &Layer) -> SkvLayer {
     SkvLayer::new(l.geometry(), l.index(), l.rope(), l.scoring())
@@ -485,6 +632,68 @@ mod tests {
         ];
         for (i, change) in wrong.into_iter().enumerate() {
             assert!(matches!(call(change), Err(Failure::Library(Error::Argument(_)))), "{i}");
+        }
+    }
+
+    /// A step of three tokens on the same layer, with this changed.
+    fn step(change: impl FnOnce(&mut skv_cuda_step, &mut [skv_rows; 4])) -> Outcome<SkvStore> {
+        let shape = LayerShape { n_head: 8, n_head_kv: 2, d_k: 64, d_v: 32 };
+        let g = Geometry::new(&Config { n_cells: 4096, ..Config::default() }, &[shape]).unwrap();
+        let mut all = [rows(0x1000, 3, 8, 64), rows(0x2000, 3, 2, 64), rows(0x3000, 3, 2, 32), rows(0x6000, 3, 1, 300)];
+        let mut step = skv_cuda_step {
+            arena: somewhere(0x4000),
+            arena_bytes: g.arena_bytes,
+            plan: somewhere(0x5000),
+            plan_ints: plan::capacity(&g, 3),
+            n_residual: 300,
+            ..Struct::defaults()
+        };
+        change(&mut step, &mut all);
+        let given = |rows: &skv_rows| if rows.struct_size == 0 { std::ptr::null() } else { &raw const *rows };
+        (step.q, step.k, step.v, step.residual) = (given(&all[0]), given(&all[1]), given(&all[2]), given(&all[3]));
+        // SAFETY: the rows are there.
+        unsafe { step.call(&g) }
+    }
+
+    #[test]
+    fn a_step_reaches_the_kernel_in_floats() {
+        let c = step(|_, _| ()).ok().unwrap();
+        assert_eq!([c.q, c.k, c.v, c.arena, c.plan, c.residual], [1, 2, 3, 4, 5, 6].map(|at| at << 12));
+        assert_eq!([c.q_row, c.q_head, c.k_row, c.k_head, c.v_row, c.v_head, c.residual_row], [512, 64, 128, 64, 64, 32, 300]);
+        assert_eq!((c.n_tokens, c.n_residual, c.layer), (3, 300, 0));
+        let c = step(|_, all| all[3].struct_size = 0).ok().unwrap();
+        assert_eq!((c.residual, c.n_residual), (0, 0));
+        // A plan without tokens has no rows.
+        assert!(step(|_, all| all.iter_mut().for_each(|rows| (rows.data, rows.n_rows) = (somewhere(0), 0))).is_ok());
+    }
+
+    #[test]
+    fn a_step_that_does_not_fit_is_refused() {
+        let missing = |change: fn(&mut skv_cuda_step, &mut [skv_rows; 4])| match step(change) {
+            Err(Failure::Null(name)) => name,
+            _ => panic!("nothing is missing"),
+        };
+        assert_eq!(missing(|s, _| s.arena = somewhere(0)), "arena");
+        assert_eq!(missing(|s, _| s.plan = somewhere(0)), "step.plan");
+        assert_eq!(missing(|_, all| all[0].struct_size = 0), "step.q");
+        assert_eq!(missing(|_, all| all[2].data = somewhere(0)), "step.v");
+        type Change = fn(&mut skv_cuda_step, &mut [skv_rows; 4]);
+        let short: [Change; 2] = [|s, _| s.arena_bytes -= 1, |s, _| s.plan_ints -= 1];
+        for change in short {
+            assert!(matches!(step(change), Err(Failure::Library(Error::Buffer { need, have })) if need == have + 1));
+        }
+        let wrong: [Change; 8] = [
+            |_, all| all[0].n_rows = 2,
+            |_, all| all[2].n_rows = 4,
+            |_, all| all.iter_mut().for_each(|rows| rows.n_rows = 4097),
+            |_, all| all[3].n_rows = 2,
+            |_, all| all[3].row_stride = 1201,
+            |s, _| s.n_residual = 1 << 31,
+            |_, all| all[1].data = somewhere(0x2002),
+            |s, _| s.arena = somewhere(0x4010),
+        ];
+        for (i, change) in wrong.into_iter().enumerate() {
+            assert!(matches!(step(change), Err(Failure::Library(Error::Argument(_)))), "{i}");
         }
     }
 }

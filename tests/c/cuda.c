@@ -88,7 +88,36 @@ static void errors(void) {
     skv_layer_free(l);
 }
 
+/* Which steps of a life a device stores: not those that fit or prepare it. */
+static void plans(void) {
+    static struct stream s;
+    size_t on_device = 0, on_host = 0;
+    open_stream(&s);
+    for (uint32_t at = 0; at + 32 <= 960; at += 32) {
+        uint32_t cells[32];
+        int32_t appends = 5;
+        for (uint32_t i = 0; i < 32; i++) {
+            cells[i] = at + i;
+            s.pos[at + i] = (int32_t)(at + i);
+            s.seq[at + i] = 0;
+        }
+        plan_step(&s, cells, 32);
+        OK(skv_layer_cuda_appends(s.layers[1], s.plan, s.plan_ints, &appends));
+        CHECK(appends == ((s.plan[3] & 1) == 0 && s.plan[13] == 0));
+        *(appends ? &on_device : &on_host) += 1;
+        for (int layer = 0; layer < N_LAYERS; layer++) {
+            struct input in = make_input((uint32_t)layer, &s, cells, 32);
+            append_layer(&s, layer, &in, 1);
+            free(in.data);
+        }
+        OK(skv_table_commit(s.table));
+    }
+    CHECK(on_device > 20 && on_host >= 2);
+    close_stream(&s);
+}
+
 int main(void) {
+    plans();
     constants();
     launches();
     errors();

@@ -289,9 +289,13 @@ static void cuda(struct stream *s) {
     skv_layer *l = s->layers[0];
     skv_cuda_attention attention;
     skv_cuda_launch launch;
+    skv_cuda_step step;
+    int32_t none[17] = {0}, appends = 5;
     size_t n = UNTOUCHED;
     NULL_IS(skv_cuda_attention_init(NULL, sizeof attention));
     NULL_IS(skv_cuda_launch_init(NULL, sizeof launch));
+    NULL_IS(skv_cuda_step_init(NULL, sizeof step));
+    OK(skv_cuda_step_init(&step, sizeof step));
     OK(skv_cuda_attention_init(&attention, sizeof attention));
     OK(skv_cuda_launch_init(&launch, sizeof launch));
     NULL_IS(skv_cuda_device_create(0, NULL));
@@ -305,7 +309,17 @@ static void cuda(struct stream *s) {
     NULL_IS(skv_cuda_layer_workspace_bytes(NULL, 1, &n));
     NULL_IS(skv_cuda_layer_attend(NULL, &attention, NULL));
     says("layer is NULL");
+    NULL_IS(skv_cuda_layer_append(NULL, &step, NULL));
+    says("layer is NULL");
 
+    NULL_IS(skv_layer_cuda_appends(NULL, none, 17, &appends));
+    NULL_IS(skv_layer_cuda_appends(l, NULL, 17, &appends));
+    says("plan is NULL");
+    STATUS(SKV_STATUS_DATA, skv_layer_cuda_appends(l, none, 17, &appends));
+    plan_step(s, NULL, 0);
+    NULL_IS(skv_layer_cuda_appends(l, s->plan, s->plan_ints, NULL));
+    says("appends is NULL");
+    CHECK(appends == 5);
     NULL_IS(skv_layer_cuda_constants(NULL, NULL, 0, &n));
     NULL_IS(skv_layer_cuda_constants(l, NULL, 0, NULL));
     NULL_IS(skv_layer_cuda_constants(l, NULL, 1000000, &n));
