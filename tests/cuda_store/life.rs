@@ -78,6 +78,20 @@ impl Life {
         self.on_device_with(ints, t, (n, &[], 0))
     }
 
+    /// Carry out a plan without tokens that no table has made, and compare all bytes.
+    pub fn change(&mut self, ints: &[i32]) {
+        let t = self.s.tokens(0, &[], &[]);
+        let plan = Plan::parse(ints).unwrap();
+        plan.check(self.s.table.geometry()).unwrap();
+        let device = self.on_device(ints, &t, 0);
+        for layer in 0..self.s.layers.len() {
+            self.store(layer, &plan, &Step::new(Rows::empty(), Rows::empty(), Rows::empty()));
+        }
+        self.note(&plan);
+        let g = self.s.table.geometry().clone();
+        self.tally.add(&compare(&g, &plan, self.s.arena(), &device));
+    }
+
     fn on_device_with(&self, ints: &[i32], t: &Tokens, (n, residual, turn): (usize, &[f32], u64)) -> Vec<u8> {
         let mut file = StepFile::new(self.s.arena(), ints, self.s.layers.len());
         self.s.layers.iter().zip(&t.inputs).for_each(|(l, input)| file.layer(l, input, n, residual, turn));

@@ -12,11 +12,14 @@ mod shim;
 
 use common::{ropes, Input};
 use life::{Did, Life};
-use spectral_kv::cache::Plan;
+use spectral_kv::cache::arena::Pieces;
+use spectral_kv::cache::plan::{self, Change, Filling, PlanData};
+use spectral_kv::cache::{Location, Plan};
 use spectral_kv::config::{Config, LayerShape};
 use spectral_kv::layout::geometry::{FORMER, WAITING};
-use spectral_kv::layout::Heads;
+use spectral_kv::layout::{Heads, TILE};
 use spectral_kv::rope::{Pairing, RopeParams};
+use std::collections::BTreeSet;
 
 const CELLS: u32 = 1100;
 
@@ -178,13 +181,15 @@ fn scale_rows(x: &mut [f32], d: usize, octaves: i32) {
 
 #[test]
 fn adversarial_magnitudes() {
-    let cases: [(&str, fn(&Heads, &mut Input)); 6] = [
+    let cases: [(&str, fn(&Heads, &mut Input)); 7] = [
         ("gains over many octaves", |g, x| (scale_rows(&mut x.v, g.d_v, 12), scale_rows(&mut x.k, g.d_k, 10)).1),
         ("a large mean", |g, x| x.k.iter_mut().enumerate().for_each(|(i, x)| *x += if i % g.d_k % 16 == 3 { 300.0 } else { 0.0 })),
         ("huge", |_, x| x.k.iter_mut().chain(&mut x.v).for_each(|x| *x *= 4000.0)),
         // Queries make up for it, as what draws attention would be a matter of rounding.
         ("tiny", |_, x| (x.k.iter_mut().chain(&mut x.v).for_each(|x| *x *= 1e-4), x.q.iter_mut().for_each(|x| *x *= 1e4)).1),
         ("nothing", |_, x| x.q.iter_mut().chain(&mut x.k).chain(&mut x.v).for_each(|x| *x = 0.0)),
+        // What coding leaves of them is no longer Gaussian.
+        ("outliers", |_, x| x.k.iter_mut().chain(&mut x.v).step_by(37).for_each(|x| *x *= 60.0)),
         ("one row draws all", |_, x| x.q.iter_mut().for_each(|x| *x *= 40.0)),
     ];
     for (name, alter) in cases {
@@ -197,6 +202,67 @@ fn adversarial_magnitudes() {
             life.end(&[]);
         }
     }
+}
+
+#[test]
+fn residuals_of_one_coefficient() {
+    let mut life = Life::new("one coefficient", &Config { bits: 0.5, ..config() }, &[shape(2, 64, 64)], |_| RopeParams::none());
+    life.s.append(1, 0, 600, 100).unwrap();
+    // Of least variance: it is not coded.
+    life.s.alter = |g, x| (0..x.v.len()).filter(|i| i % g.d_v == g.d_v - 1).for_each(|i| x.v[i] += 40.0);
+    life.append(2, 0, 200, 50);
+    life.end(&[Did::Seal(0), Did::Recode(0, 1)]);
+}
+
+#[test]
+fn queries_half_way_between_whole_numbers() {
+    let mut life = Life::new("halves", &config(), &[shape(2, 32, 16)], |_| RopeParams::none());
+    life.s.alter = |g, x| {
+        // The largest is 127, so that numbers are kept as they are, but for halves.
+        (0..x.q.len()).for_each(|i| x.q[i] = if i % g.d_k == 3 { -127.0 } else { (i * 7 % 253) as f32 * 0.5 - 63.0 });
+    };
+    life.append(1, 0, 60, 4);
+    life.end(&[Did::Record, Did::Recent]);
+}
+
+/// Changes that no table has planned, to a stream whose tiles are all coded.
+fn change(life: &mut Life, changes: Vec<Change<Filling>>) {
+    let data = PlanData { epoch: 77, stream: 1, fitted: true, changes, ..PlanData::default() };
+    let mut ints = vec![0; plan::capacity(life.s.table.geometry(), 0)];
+    let used = data.write(std::iter::empty::<(u32, fn(&mut [i32]))>(), &mut ints).unwrap();
+    life.change(&ints[..used]);
+}
+
+fn tile_of(at: Location) -> Option<usize> {
+    match at {
+        Location::Coded(tile, _) => Some(tile),
+        Location::Slot(_) => None,
+    }
+}
+
+#[test]
+fn rows_move_with_all_that_they_have() {
+    let mut life = Life::new("moves", &config(), &[shape(2, 64, 32), shape(1, 34, 20)], plain);
+    life.s.append(1, 0, 900, 50).unwrap();
+    // Tiles of the last band, first those in use with two fine rows in the first layer.
+    let (g, arena) = (life.s.table.geometry().clone(), life.s.arena());
+    let pieces = Pieces::new(&g, 0, 0, &arena, &g.head(0, 0), (true, false)).unwrap();
+    let fine = |tile: usize| pieces.form(2).fine_rows(&arena[pieces.place(tile).1]).map(usize::from);
+    let used: BTreeSet<usize> = life.s.live().iter().filter_map(|c| life.s.table.locate(*c as usize)).filter_map(|(at, _)| tile_of(at)).collect();
+    let is_full = |tile: &usize| used.contains(tile) && fine(*tile).iter().all(|row| *row < TILE);
+    let (full, others): (Vec<usize>, Vec<usize>) = g.band(2).partition(is_full);
+    let tiles = [full[0], full[1], others[0], others[1]];
+    let [from, to] = [fine(tiles[0]), fine(tiles[1])];
+    let at = |tile: usize, row: usize| tiles[tile] * TILE + row;
+    let moves = |rows: &[(usize, usize)]| rows.iter().map(|(from, to)| Change::Move { from: *from, to: *to }).collect::<Vec<_>>();
+    // A fine row where no slot is free, to one that was fine, and within its tile; a row that is not fine, to one that was.
+    let other = (0..TILE).find(|row| !from.contains(row) && !to.contains(row)).unwrap();
+    change(&mut life, moves(&[(at(0, from[0]), at(1, other)), (at(0, from[1]), at(1, to[1])), (at(0, from[0]), at(0, other))]));
+    change(&mut life, moves(&[(at(0, other + 1), at(1, to[0])), (at(0, from[0]), at(1, to[0] ^ 1)), (at(0, from[1]), at(1, to[1] ^ 1))]));
+    // One after another, and then all of the tile in the next band's form of nothing but itself.
+    let all: Vec<_> = (0..TILE).map(|row| (at(1, row), at(2, TILE - 1 - row))).collect();
+    change(&mut life, [moves(&all), vec![Change::Recode { from: tiles[2], to: tiles[3] }], moves(&[(at(3, 5), at(1, 6)), (at(1, 6), at(0, 63))])].concat());
+    life.end(&[Did::Move(2), Did::Recode(2, 2)]);
 }
 
 #[test]
