@@ -121,7 +121,10 @@ fn no_kernel_spills_registers() {
         }
         compiled.insert((architecture.parse().unwrap(), name));
     }
-    assert_eq!(compiled, ARCHITECTURES.into_iter().flat_map(|a| SOURCES.iter().flat_map(|(_, kernels)| *kernels).map(move |name| (a, *name))).collect());
+    assert_eq!(
+        compiled,
+        ARCHITECTURES.into_iter().flat_map(|a| SOURCES.iter().flat_map(|(_, kernels)| *kernels).map(move |name| (a, *name))).collect()
+    );
     assert!(spilling.is_empty(), "{spilling:#?}");
 }
 

@@ -39,12 +39,18 @@ impl DeviceLayer {
     }
 
     /// Never called.
+    ///
+    /// # Safety
+    /// None is needed.
     #[expect(unsafe_code, reason = "as the one that launches")]
     pub unsafe fn attend(&self, _call: SkvAttend, _stream: *mut c_void) -> Result<()> {
         match *self {}
     }
 
     /// Never called.
+    ///
+    /// # Safety
+    /// None is needed.
     #[expect(unsafe_code, reason = "as the one that launches")]
     pub unsafe fn store(&self, _call: SkvStore, _stream: *mut c_void) -> Result<()> {
         match *self {}

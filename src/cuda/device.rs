@@ -118,7 +118,8 @@ impl Device {
         let most_shared = context.attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let none = std::ptr::null_mut();
         let [attend_8, attend_16, combine, store] = [none; 4];
-        let mut device = Device { context, modules: vec![], attend_8, attend_16, combine, store, multiprocessors, shared_bytes: 0, store_shared_bytes: 0 };
+        let mut device =
+            Device { context, modules: vec![], attend_8, attend_16, combine, store, multiprocessors, shared_bytes: 0, store_shared_bytes: 0 };
         let _entered = device.context.enter()?;
         let what = format!("load the kernels on device {ordinal} (compute capability {major}.{minor})");
         let attend = device.load(ATTEND, &what)?;
@@ -235,7 +236,9 @@ impl DeviceLayer {
         let launch = StoreLaunch::new(&self.heads)?;
         let (need, allowed) = (launch.shared_bytes, self.device.store_shared_bytes);
         if need > allowed {
-            return Err(Error::Device(format!("storing these heads needs {need} bytes of shared memory in a block, and the device allows {allowed}")));
+            return Err(Error::Device(format!(
+                "storing these heads needs {need} bytes of shared memory in a block, and the device allows {allowed}"
+            )));
         }
         call.layer = self.constants;
         let _entered = self.device.context.enter()?;
@@ -257,7 +260,13 @@ impl Drop for DeviceLayer {
 ///
 /// # Safety
 /// The kernel does, all of it is true, and the context of kernel and stream is current.
-unsafe fn start<T>(kernel: sys::CUfunction, grid: (u32, u32, u32), (threads, shared): (usize, usize), stream: *mut c_void, call: &mut T) -> Result<()> {
+unsafe fn start<T>(
+    kernel: sys::CUfunction,
+    grid: (u32, u32, u32),
+    (threads, shared): (usize, usize),
+    stream: *mut c_void,
+    call: &mut T,
+) -> Result<()> {
     let mut arguments = [(&raw mut *call).cast::<c_void>()];
     // SAFETY: the caller's contract; the driver copies the argument before it returns.
     let started = unsafe { result::launch_kernel(kernel, grid, (threads as u32, 1, 1), shared as u32, stream.cast(), &mut arguments) };

@@ -240,7 +240,11 @@ mod tests {
             let l = StoreLaunch::new(&h).unwrap();
             assert!(l.blocks as usize == h.n_head_kv && l.shared_bytes <= SHARED_EVERYWHERE, "{h:?}: {l:?}");
         }
-        assert!(StoreLaunch::new(&heads(8, 2, 512)).is_ok() && StoreLaunch::new(&heads(8, 2, 514)).is_err() && StoreLaunch::new(&heads(8, 3, 64)).is_err());
+        assert!(
+            StoreLaunch::new(&heads(8, 2, 512)).is_ok()
+                && StoreLaunch::new(&heads(8, 2, 514)).is_err()
+                && StoreLaunch::new(&heads(8, 3, 64)).is_err()
+        );
     }
 
     #[test]

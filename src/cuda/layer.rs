@@ -219,8 +219,8 @@ mod tests {
     use super::*;
     use crate::cache::arena::{keep_former, set_pieces, Pieces};
     use crate::config::{Config, LayerShape};
-    use crate::layout::geometry::KINDS;
     use crate::layout::gain::gain_code;
+    use crate::layout::geometry::KINDS;
     use crate::layout::quant::{self, level};
     use crate::rope::RopeParams;
 

@@ -395,7 +395,8 @@ impl skv_cuda_step {
         // SAFETY: the caller's contract.
         let rows = unsafe { DeviceRows::take(self.residual, "step.residual")? };
         let floats = i32::try_from(self.n_residual).ok().filter(|_| rows.n == n);
-        let floats = floats.ok_or_else(|| Failure::argument(format!("{} rows of {} floats of the residual stream for {n} tokens", rows.n, self.n_residual)))?;
+        let floats = floats
+            .ok_or_else(|| Failure::argument(format!("{} rows of {} floats of the residual stream for {n} tokens", rows.n, self.n_residual)))?;
         Ok((rows, floats))
     }
 }

@@ -60,7 +60,9 @@ pub fn compare(g: &Geometry, plan: &Plan, cpu: &[u8], device: &[u8]) -> Tally {
             }
             if plan.records().len() > 0 {
                 let pairs = floats(&cpu[norms.clone()]).into_iter().zip(floats(&device[norms.clone()]));
-                pairs.for_each(|(a, b)| assert!(a.to_bits() == b.to_bits() || (a - b).abs() <= 1e-6 * a.abs(), "layer {layer}, head {head}: norms {a} and {b}"));
+                pairs.for_each(|(a, b)| {
+                    assert!(a.to_bits() == b.to_bits() || (a - b).abs() <= 1e-6 * a.abs(), "layer {layer}, head {head}: norms {a} and {b}")
+                });
                 same[norms].fill(false);
             }
             if plan.changes().next().is_none() {
@@ -70,7 +72,8 @@ pub fn compare(g: &Geometry, plan: &Plan, cpu: &[u8], device: &[u8]) -> Tally {
             for tile in written(plan) {
                 let (kind, place) = pieces.place(tile);
                 let words = format!("layer {layer}, head {head}, tile {tile}");
-                compare_tile(pieces.form(kind), [&cpu[place.clone()], &device[place.clone()]], &mut same[place], &mut tally, &words);
+                let both = [&cpu[place.clone()], &device[place.clone()]];
+                compare_tile(pieces.form(kind), both, &mut same[place], &mut tally, (apart(plan, tile), &words));
             }
         }
     }
@@ -88,7 +91,8 @@ fn whose(g: &Geometry, at: usize) -> String {
     for (layer, heads) in g.layers.iter().enumerate() {
         for head in 0..heads.n_head_kv {
             let r = g.head(layer, head);
-            let all = [("record", r.record), ("bases", r.bases), ("plain", r.plain), ("recent", r.recent), ("exact", r.exact), ("queries", r.queries)];
+            let all =
+                [("record", r.record), ("bases", r.bases), ("plain", r.plain), ("recent", r.recent), ("exact", r.exact), ("queries", r.queries)];
             if let Some((name, range)) = all.iter().find(|(_, range)| range.contains(&at)) {
                 return format!("layer {layer}, head {head}, {name} from {} on", range.start);
             }
@@ -97,21 +101,31 @@ fn whose(g: &Geometry, at: usize) -> String {
     format!("of the pool, whose bands begin at {:?}", [0, 1, 2].map(|band| g.band_offset(band)))
 }
 
-/// Rounding may choose the other of two levels, or gains, that are nearly as near.
-fn compare_tile(form: &TileForm, [cpu, device]: [&[u8]; 2], same: &mut [bool], tally: &mut Tally, words: &str) {
+/// How far apart codes and gains of a tile may be: rounding chooses the one or the other of two that are nearly as near. What it chose in a tile that was coded
+/// again in the same step makes more of a difference.
+fn apart(plan: &Plan, tile: usize) -> u8 {
+    let again = |change| matches!(change, Change::Recode { from, to } if to == tile && written(plan).contains(&from));
+    if plan.changes().any(again) {
+        4
+    } else {
+        1
+    }
+}
+
+fn compare_tile(form: &TileForm, [cpu, device]: [&[u8]; 2], same: &mut [bool], tally: &mut Tally, (most, words): (u8, &str)) {
     let mut other_rows = BTreeSet::new();
     for part in form.parts() {
         let (gains, codes) = ([part.gains(cpu), part.gains(device)], [part.codes(cpu), part.codes(device)]);
         for row in 0..TILE {
             let [a, b] = gains.map(|gains| gains[row]);
-            assert!(a.abs_diff(b) <= 1, "{words}, row {row}: gains {a} and {b}");
+            assert!(a.abs_diff(b) <= most, "{words}, row {row}: gains {a} and {b}");
             tally.gains += 1;
             tally.other_gains += usize::from(a != b);
             for j in 0..part.rank() {
                 let (width, at) = part.widths.place(j);
                 let [a, b] = codes.map(|codes| quant::get(width, &codes[at..], row));
                 let apart = if width == 8 { (a as i8).abs_diff(b as i8) } else { a.abs_diff(b) };
-                assert!(apart <= 1, "{words}, row {row}, coefficient {j} of {width} bits: {a} and {b}");
+                assert!(apart <= most, "{words}, row {row}, coefficient {j} of {width} bits: {a} and {b}");
                 tally.codes += 1;
                 tally.other_codes += usize::from(a != b);
                 if a != b {

@@ -68,7 +68,7 @@ impl Life {
         let g = self.s.table.geometry().clone();
         self.tally.add(&compare(&g, &plan, self.s.arena(), &device));
         self.compare_rows(&plan, &device);
-        if seed % 8 == 0 {
+        if seed.is_multiple_of(8) {
             self.compare_attention(seed, &device);
         }
     }
@@ -160,7 +160,13 @@ impl Life {
         let (cpu, device) = (errors(&self.s), self.with(device, errors));
         for (i, (cpu, device)) in cpu.iter().zip(device).enumerate() {
             self.worst[0] = self.worst[0].max(device / cpu);
-            assert!(device <= 1.02 * cpu + 1e-9, "{}: layer {}, {}: errors of {cpu} on the CPU, {device} on the device", self.name, i / 2, ["keys", "values"][i % 2]);
+            assert!(
+                device <= 1.02 * cpu + 1e-9,
+                "{}: layer {}, {}: errors of {cpu} on the CPU, {device} on the device",
+                self.name,
+                i / 2,
+                ["keys", "values"][i % 2]
+            );
         }
     }
 
@@ -182,7 +188,10 @@ impl Life {
     /// What there was must have been all of this, and hardly anything is other.
     pub fn end(self, did: &[Did]) {
         let t = &self.tally;
-        println!("{}: {:?} steps, {t:?}, errors at most {:.4} and {:.4} times the CPU's, {:?}", self.name, self.steps, self.worst[0], self.worst[1], self.did);
+        println!(
+            "{}: {:?} steps, {t:?}, errors at most {:.4} and {:.4} times the CPU's, {:?}",
+            self.name, self.steps, self.worst[0], self.worst[1], self.did
+        );
         assert!(did.iter().all(|d| self.did.contains(d)), "{}: {:?}", self.name, self.did);
         assert!(100 * t.other_codes <= t.codes && 50 * t.other_gains <= t.gains && 25 * t.other_nibbles <= t.nibbles, "{}: {t:?}", self.name);
     }
@@ -191,7 +200,7 @@ impl Life {
 /// Rows of the residual stream; every fifth step has none.
 fn residual(seed: u64, n: usize) -> Vec<f32> {
     let mut r = Random::new(seed ^ 0x5eed);
-    (0..if seed % 5 == 0 { 0 } else { n * RESIDUAL }).map(|_| r.normal()).collect()
+    (0..if seed.is_multiple_of(5) { 0 } else { n * RESIDUAL }).map(|_| r.normal()).collect()
 }
 
 /// Keys and values of all cells as the model gave them, zeros where there is none.

@@ -51,7 +51,12 @@ fn a_whole_life() {
 #[test]
 fn rows_wait_for_a_fit_and_are_coded_step_by_step_after_it() {
     for (bits, ratio) in [(8, 2.0), (6, 8.0)] {
-        let mut life = Life::new(format!("waiting in {bits} bits"), &Config { n_cells: 4096, n_seqs: 1, window: 32, ratio, ..Config::default() }, &[shape(2, 64, 48)], plain);
+        let mut life = Life::new(
+            format!("waiting in {bits} bits"),
+            &Config { n_cells: 4096, n_seqs: 1, window: 32, ratio, ..Config::default() },
+            &[shape(2, 64, 48)],
+            plain,
+        );
         assert_eq!(life.s.table.geometry().waiting_bits, bits);
         life.append(1, 0, 40, 8);
         // The first tiles of waiting rows, several at once.
@@ -96,12 +101,31 @@ fn tiles_in_former_bases_are_coded_again_step_by_step() {
     }
     assert_eq!((life.s.former(), life.s.waiting()), (0, 0));
     life.append(999, 0, 128, 64);
-    life.end(&[Did::Recode(FORMER, 2), Did::Recode(FORMER + 1, 2), Did::Recode(FORMER + 2, 2), Did::Recode(WAITING, 0), Did::Recode(WAITING, 1), Did::Seal(0)]);
+    life.end(&[
+        Did::Recode(FORMER, 2),
+        Did::Recode(FORMER + 1, 2),
+        Did::Recode(FORMER + 2, 2),
+        Did::Recode(WAITING, 0),
+        Did::Recode(WAITING, 1),
+        Did::Seal(0),
+    ]);
 }
 
 #[test]
 fn head_sizes_and_rotations() {
-    let shapes = [(1, 64, 64), (2, 80, 80), (4, 96, 64), (7, 128, 128), (8, 64, 80), (1, 256, 256), (2, 20, 36), (3, 34, 18), (1, 2, 6), (2, 128, 96), (1, 320, 272)];
+    let shapes = [
+        (1, 64, 64),
+        (2, 80, 80),
+        (4, 96, 64),
+        (7, 128, 128),
+        (8, 64, 80),
+        (1, 256, 256),
+        (2, 20, 36),
+        (3, 34, 18),
+        (1, 2, 6),
+        (2, 128, 96),
+        (1, 320, 272),
+    ];
     for (i, (group, d_k, d_v)) in shapes.into_iter().enumerate() {
         let mut life = Life::new(format!("heads of {d_k} and {d_v}"), &config(), &[shape(group, d_k, d_v)], |d| ropes(d).swap_remove(i % 7));
         life.append(1, 0, 90, 90);
@@ -135,7 +159,8 @@ fn sequences_holes_shifts_and_moves() {
     for round in 0..12 {
         // Holes in all tiles, of one sequence or the other; what is left moves together.
         let seq = round % 2;
-        let gone: Vec<u32> = life.s.cells_of(seq).into_iter().enumerate().filter(|(i, _)| i % 4 == 1 || (20..50).contains(i)).map(|(_, c)| c).collect();
+        let gone: Vec<u32> =
+            life.s.cells_of(seq).into_iter().enumerate().filter(|(i, _)| i % 4 == 1 || (20..50).contains(i)).map(|(_, c)| c).collect();
         life.s.remove(seq, &gone);
         shift(&mut life, seq, 60, if round % 3 == 0 { 1500 } else { -7 });
         append_both(&mut life, 100 + u64::from(round), 60);
@@ -181,7 +206,8 @@ fn scale_rows(x: &mut [f32], d: usize, octaves: i32) {
 
 #[test]
 fn adversarial_magnitudes() {
-    let cases: [(&str, fn(&Heads, &mut Input)); 7] = [
+    type Alter = fn(&Heads, &mut Input);
+    let cases: [(&str, Alter); 7] = [
         ("gains over many octaves", |g, x| (scale_rows(&mut x.v, g.d_v, 12), scale_rows(&mut x.k, g.d_k, 10)).1),
         ("a large mean", |g, x| x.k.iter_mut().enumerate().for_each(|(i, x)| *x += if i % g.d_k % 16 == 3 { 300.0 } else { 0.0 })),
         ("huge", |_, x| x.k.iter_mut().chain(&mut x.v).for_each(|x| *x *= 4000.0)),
@@ -208,9 +234,9 @@ fn adversarial_magnitudes() {
 fn residuals_of_one_coefficient() {
     let mut life = Life::new("one coefficient", &Config { bits: 0.5, ..config() }, &[shape(2, 64, 64)], |_| RopeParams::none());
     life.s.append(1, 0, 600, 100).unwrap();
-    // Of least variance: it is not coded.
-    life.s.alter = |g, x| (0..x.v.len()).filter(|i| i % g.d_v == g.d_v - 1).for_each(|i| x.v[i] += 40.0);
-    life.append(2, 0, 200, 50);
+    // Of least variance, so that it is not coded, and larger than the others by more and less.
+    life.s.alter = |g, x| (0..x.v.len()).filter(|i| i % g.d_v == g.d_v - 1).for_each(|i| x.v[i] += 0.25 * 1.5f32.powi((i / g.d_v % 9) as i32));
+    life.append(2, 0, 400, 50);
     life.end(&[Did::Seal(0), Did::Recode(0, 1)]);
 }
 
@@ -261,7 +287,10 @@ fn rows_move_with_all_that_they_have() {
     change(&mut life, moves(&[(at(0, other + 1), at(1, to[0])), (at(0, from[0]), at(1, to[0] ^ 1)), (at(0, from[1]), at(1, to[1] ^ 1))]));
     // One after another, and then all of the tile in the next band's form of nothing but itself.
     let all: Vec<_> = (0..TILE).map(|row| (at(1, row), at(2, TILE - 1 - row))).collect();
-    change(&mut life, [moves(&all), vec![Change::Recode { from: tiles[2], to: tiles[3] }], moves(&[(at(3, 5), at(1, 6)), (at(1, 6), at(0, 63))])].concat());
+    change(
+        &mut life,
+        [moves(&all), vec![Change::Recode { from: tiles[2], to: tiles[3] }], moves(&[(at(3, 5), at(1, 6)), (at(1, 6), at(0, 63))])].concat(),
+    );
     life.end(&[Did::Move(2), Did::Recode(2, 2)]);
 }
 
