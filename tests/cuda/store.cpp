@@ -5,55 +5,10 @@
 
 #include "../../kernels/store.cu"
 
+#include "file.h"
 #include "shim/launch.h"
 
-#include <stdio.h>
-#include <stdlib.h>
-#include <string>
-
 namespace {
-
-[[noreturn]] void fail(const std::string &what) {
-    fprintf(stderr, "%s\n", what.c_str());
-    exit(1);
-}
-
-/// What stands in a file: numbers, and buffers, each with its bytes in front.
-struct File {
-    std::vector<uint8_t> bytes;
-    size_t at = 0;
-
-    explicit File(const char *path) {
-        FILE *f = fopen(path, "rb");
-        if (f == nullptr)
-            fail(std::string("cannot open ") + path);
-        fseek(f, 0, SEEK_END);
-        bytes.resize(size_t(ftell(f)));
-        rewind(f);
-        if (fread(bytes.data(), 1, bytes.size(), f) != bytes.size())
-            fail(std::string("cannot read ") + path);
-        fclose(f);
-    }
-    int64_t number() {
-        int64_t x;
-        if (bytes.size() - at < sizeof x)
-            fail("the file ends early");
-        memcpy(&x, &bytes[at], sizeof x);
-        at += sizeof x;
-        return x;
-    }
-    /// A buffer of its own, so that what lies outside of it is seen to be touched.
-    template <class T> std::vector<T> buffer() {
-        const size_t n = size_t(number());
-        if (n % sizeof(T) != 0 || bytes.size() - at < n)
-            fail("the file ends early");
-        std::vector<T> out(n / sizeof(T));
-        if (n != 0)
-            memcpy(static_cast<void *>(out.data()), &bytes[at], n);
-        at += n;
-        return out;
-    }
-};
 
 /// One layer's part of a step, and how it is launched.
 struct Part {
