@@ -262,8 +262,8 @@ skv_status skv_cuda_layer_append(const struct skv_cuda_layer *layer,
                                  void *stream);
 
 /**
- * For programs that launch the kernels themselves, where there is no device: write `struct SkvLayer` of kernels/layer.h into `buffer`, rope and scoring as they are now,
- * and its bytes to `*size`. With `buffer` NULL and `capacity` 0 only `*size` is set. No device is needed, nor a library that was built with CUDA.
+ * For programs that launch the kernels themselves, where there is no device: write `struct SkvLayer` of kernels/layer.h into `buffer`, rope and scoring as
+ * they are now, and its bytes to `*size`. With `buffer` NULL and `capacity` 0 only `*size` is set. Works in every build, without a device.
  */
 skv_status skv_layer_cuda_constants(const skv_layer *layer,
                                     uint8_t *buffer,

@@ -98,9 +98,13 @@ impl Findings {
 /// The bytes of codes that the layers up to one have in a block of a band, when each gets what its elements are of all.
 fn code_bytes(g: &Geometry, band: usize, layers: usize) -> usize {
     let sum = |n: usize, of: fn(&crate::layout::Heads) -> usize| g.layers[..n].iter().map(|h| h.n_head_kv * of(h)).sum::<usize>();
-    let codes = g.block_bytes[band].saturating_sub(sum(g.layers.len(), overhead_bytes));
+    let codes = g.shared_bytes[band].saturating_sub(sum(g.layers.len(), overhead_bytes));
+    if layers == g.layers.len() {
+        return codes;
+    }
     let (part, all) = (sum(layers, |h| h.elements()), sum(g.layers.len(), |h| h.elements()));
-    (codes as u128 * part as u128 / all as u128) as usize
+    // Pieces begin at whole words of 8 bytes, and so do the layers' parts.
+    (codes as u128 * part as u128 / all as u128) as usize / 8 * 8
 }
 
 /// The shares of all heads of some layers, of the part of a tile that is theirs by their elements: by the errors that coding makes.

@@ -89,6 +89,8 @@ pub struct Geometry {
     pub arena_bytes: usize,
     /// Bytes of a tile of each band, all heads.
     pub block_bytes: [usize; BANDS],
+    /// How many of these are shared out among the heads; the rest is none's.
+    pub shared_bytes: [usize; BANDS],
     /// Where each layer's heads begin.
     offsets: Vec<usize>,
     /// Where the pool begins and how long it is.
@@ -206,6 +208,7 @@ impl Geometry {
             layers,
             arena_bytes: 0,
             block_bytes: [0; BANDS],
+            shared_bytes: [0; BANDS],
             offsets: Vec::new(),
             pool: 0..0,
         };
@@ -222,7 +225,8 @@ impl Geometry {
         g.fit_rows = if config.calibrated { 1 } else { g.best_fit_rows() };
         g.waiting = if config.calibrated { 0 } else { g.fit_rows.div_ceil(TILE) };
         g.place();
-        g.block_bytes = g.blocks();
+        g.shared_bytes = g.blocks();
+        g.block_bytes = g.shared_bytes.map(|bytes| align(bytes, BLOCK_ALIGN));
         g.place();
         if !config.calibrated {
             g.find_room_to_wait();
@@ -245,9 +249,7 @@ impl Geometry {
             let few = nominal.min(FEW_BITS) * (LEAST_RATE + (1.0 - LEAST_RATE) * overheads);
             (left / self.tiles as f64 * 8.0 / block_elements).max(few.max(LEAST_RATE * nominal))
         };
-        let bytes = |bits: f64| bits * block_elements / 8.0;
-        let whole = |bits: f64| (bytes(bits) as usize / BLOCK_ALIGN * BLOCK_ALIGN).max(align(bytes(least) as usize, BLOCK_ALIGN));
-        rates(mean.clamp(least, MAX_BITS), &self.band_tiles).map(whole)
+        rates(mean.clamp(least, MAX_BITS), &self.band_tiles).map(|bits| (bits.max(least) * block_elements / 8.0) as usize)
     }
 
     /// Rows that a fit is best made on.
