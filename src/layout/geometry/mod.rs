@@ -227,6 +227,11 @@ impl Geometry {
         g.place();
         g.shared_bytes = g.blocks();
         g.block_bytes = g.shared_bytes.map(|bytes| align(bytes, BLOCK_ALIGN));
+        if config.bits == 0.0 {
+            // Who asks for a ratio pays for no padding.
+            g.shared_bytes = g.shared_bytes.map(|bytes| (bytes / BLOCK_ALIGN * BLOCK_ALIGN).max(align(g.least_bytes(), BLOCK_ALIGN)));
+            g.block_bytes = g.shared_bytes;
+        }
         g.place();
         if !config.calibrated {
             g.find_room_to_wait();
@@ -237,9 +242,8 @@ impl Geometry {
     /// Bytes of a block of each band, from the bits asked for or those that the ratio leaves.
     fn blocks(&self) -> [usize; BANDS] {
         let c = &self.config;
-        let block_elements = (TILE * self.layers.iter().map(|l| l.n_head_kv * l.elements()).sum::<usize>()) as f64;
-        let overhead = self.layers.iter().map(|l| l.n_head_kv * overhead_bytes(l)).sum::<usize>() as f64 * 8.0 / block_elements;
-        let least = overhead + LEAST_CODES;
+        let block_elements = self.block_elements();
+        let least = self.least_bytes() as f64 * 8.0 / block_elements;
         let mean = if c.bits > 0.0 {
             f64::from(c.bits)
         } else {
@@ -250,6 +254,17 @@ impl Geometry {
             (left / self.tiles as f64 * 8.0 / block_elements).max(few.max(LEAST_RATE * nominal))
         };
         rates(mean.clamp(least, MAX_BITS), &self.band_tiles).map(|bits| (bits.max(least) * block_elements / 8.0) as usize)
+    }
+
+    /// Elements of all rows of a tile.
+    fn block_elements(&self) -> f64 {
+        (TILE * self.layers.iter().map(|l| l.n_head_kv * l.elements()).sum::<usize>()) as f64
+    }
+
+    /// The least that a block has.
+    fn least_bytes(&self) -> usize {
+        let overhead: usize = self.layers.iter().map(|l| l.n_head_kv * overhead_bytes(l)).sum();
+        overhead + (LEAST_CODES * self.block_elements() / 8.0) as usize
     }
 
     /// Rows that a fit is best made on.
