@@ -196,9 +196,9 @@ fn a_call_is_two_launches_and_nothing_else() {
         ["device", "layer", "use", "attend", "refused", "attend", "refused", "free", "last error: buffer too small: 65536 needed, 65535 given"]
     );
     let lines = |i: usize| parts[i].1.iter().map(String::as_str).collect::<Vec<_>>();
-    let kernels = ["skv_attend_8", "skv_attend_16", "skv_combine"];
-    let limits = ["skv_attend_8 may have 231424 bytes", "skv_attend_16 may have 231424 bytes"];
-    assert_eq!(lines(0), [&["cuInit", "cuDeviceGet", "retain", "enter", "load"][..], &kernels, &limits, &["leave"]].concat());
+    let kernels = ["load", "skv_attend_8", "skv_attend_16", "skv_combine", "load", "skv_store"];
+    let limits = ["skv_attend_8 may have 231424 bytes", "skv_attend_16 may have 231424 bytes", "skv_store may have 231424 bytes"];
+    assert_eq!(lines(0), [&["cuInit", "cuDeviceGet", "retain", "enter"][..], &kernels, &limits, &["leave"]].concat());
     assert_eq!(lines(1), ["enter", "allocate", "upload", "synchronize", "leave"]);
     // A layer keeps its device.
     assert_eq!(lines(2), [""; 0]);
@@ -209,7 +209,7 @@ fn a_call_is_two_launches_and_nothing_else() {
     assert_eq!([&got[..1], &got[2..]].concat(), ["enter", one, "launch", combine, one, "launch", "leave"]);
     assert!(lines(5)[1].starts_with("skv_attend_16: grid 8 16 2, ") && lines(5)[4].starts_with("skv_combine: grid 512 1 1, "), "{:?}", lines(5));
     assert!(lines(5)[1].ends_with(" bytes, stream 0") && lines(4).is_empty() && lines(6).is_empty());
-    assert_eq!(lines(7), ["enter", "free", "leave", "enter", "unload", "leave", "release"]);
+    assert_eq!(lines(7), ["enter", "free", "leave", "enter", "unload", "unload", "leave", "release"]);
 }
 
 #[cfg(target_os = "linux")]
