@@ -2,6 +2,7 @@
 // scores.cuh, the values' half in values.cuh, and attend.cu puts them together. Must not know how scores and sums are computed.
 #pragma once
 
+#include "arithmetic.cuh"
 #include "codes.cuh"
 #include "plan.cuh"
 
@@ -10,19 +11,6 @@ namespace {
 constexpr int WARPS = SKV_THREADS / 32;
 /// Pairs of rows of f16 in shared memory: 32 of a tile, and 4 more that keep columns apart.
 constexpr int PAIRS = 36;
-constexpr float LOG2_E = 1.44269504f;
-
-__device__ float sum_of_warp(float x) {
-    for (int step = 16; step > 0; step /= 2)
-        x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-}
-
-__device__ float largest_of_warp(float x) {
-    for (int step = 16; step > 0; step /= 2)
-        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
-    return x;
-}
 
 /// One block's attention; see attend.cu. Members are the same for all threads unless they say otherwise.
 template <int COLUMNS> struct Block {

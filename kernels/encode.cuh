@@ -5,6 +5,7 @@
 // as precise as f32; the basis is f16 as it is stored. Every sum has its order. Must not know where rows come from, nor why a tile is coded.
 #pragma once
 
+#include "arithmetic.cuh"
 #include "quantise.cuh"
 
 namespace {
@@ -42,18 +43,6 @@ struct Decoder {
         return basis.has_mean() ? sum + basis.mean(e) : sum;
     }
 };
-
-__device__ float max_of_warp(float x) {
-    for (int step = 16; step > 0; step /= 2)
-        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
-    return x;
-}
-
-__device__ float sum_of_warp(float x) {
-    for (int step = 16; step > 0; step /= 2)
-        x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-}
 
 /// One block's work on tiles of a head. Members are the same for all threads unless they say otherwise.
 struct Coder {
@@ -212,7 +201,7 @@ __device__ __forceinline__ void Coder::split(int d) {
         for (int e = lane; e < d; e += 32)
             largest = fmaxf(largest, fabsf(x[e]));
         int exponent = 0;
-        frexpf(max_of_warp(largest), &exponent);
+        frexpf(largest_of_warp(largest), &exponent);
         const int up = min(15 - exponent, 120);
         const float factor = ldexpf(1.0f, up);
         for (int e = lane; e < rounded(d, 16); e += 32) {
@@ -295,7 +284,7 @@ __device__ __forceinline__ void Coder::weigh(int kind, int side) {
     if (kind == WAITING)
         for (int e = lane; e < size(side); e += 32)
             largest = fmaxf(largest, fabsf(plain(side, true)[e]));
-    largest = max_of_warp(largest);
+    largest = largest_of_warp(largest);
     for (int j = thread; j < size(side); j += SKV_STORE_THREADS) {
         const float share = kind == WAITING ? plain(side, true)[j] / largest : 0.0f;
         weights[j] = kind == WAITING ? fmaxf(share * share, LEAST_NORMAL) : as_float(stored(kind, side).bytes + BASIS_HEADER + 4 * (3 * size(side) + j));

@@ -1,4 +1,4 @@
-// What attention reads of a plan (src/cache/plan.rs): which rows there are, in which cells, and by how much queries are turned for them. Must not know what is
+// What a plan looks like, and what attention reads of one (src/cache/plan.rs): which rows there are, in which cells, and by how much queries are turned for them. Must not know what is
 // in the rows.
 #pragma once
 

@@ -6,8 +6,6 @@
 
 namespace {
 
-constexpr double PI = 3.14159265358979323846;
-
 /// Scores of all units of the batch: once for each turn among the rows, of which there is nearly always one.
 template <int COLUMNS> __device__ __forceinline__ void Block<COLUMNS>::score_batch() {
     for (int i = 0; i < 4; i++)
@@ -69,9 +67,7 @@ template <int COLUMNS> __device__ __forceinline__ int Block<COLUMNS>::rotation(i
     if (turn == 0 || l.pairing == 0 || in < 0 || in >= l.rope_dims)
         return element;
     const bool adjacent = l.pairing == 1, second = adjacent ? in % 2 == 1 : in >= pairs;
-    const double angle = -double(turn) * l.omega[adjacent ? in / 2 : second ? in - pairs : in] * (1.0 / PI);
-    // A turn more or less changes nothing, and what is left is as precise as f32 can be.
-    sincospif(float(angle - 2.0 * rint(0.5 * angle)), &sin, &cos);
+    angle_of(-double(turn), l.omega[adjacent ? in / 2 : second ? in - pairs : in], cos, sin);
     const int apart = adjacent ? 1 : pairs;
     sin = second ? sin : -sin;
     return second ? element - apart : element + apart;

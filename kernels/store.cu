@@ -8,12 +8,13 @@
 // Must not know how plans are made, nor how a tile is coded.
 
 #include "encode.cuh"
+#include "plan.cuh"
 
 namespace {
 
 constexpr int PLAN_MAGIC = 0x534b5650, PLAN_VERSION = 6;
-/// Ints of a plan's header, of a tile in it, and of each kind of change.
-constexpr int PLAN_HEADER = 17, PLAN_TILE = 1 + 2 * TILE, WITNESSES = 16;
+constexpr int WITNESSES = 16;
+/// Kinds of changes, and their ints.
 constexpr int MOVE = 0, RECODE = 1, MOVE_INTS = 3, SEAL_INTS = 2 + 2 * TILE + WITNESSES;
 /// In place of a witness that is not there.
 constexpr int NOBODY = INT32_MIN;
@@ -22,8 +23,6 @@ constexpr int QUERY_SLOTS = 64, RECENT_QUERIES = 16;
 constexpr int QUERIES = 4;
 /// The least scale of a channel of waiting rows, in medians of their sizes.
 constexpr float LEAST_CHANNEL = 0.1f;
-constexpr float LOG2_E = 1.44269504f;
-constexpr double PI = 3.14159265358979323846;
 
 /// What a plan has for who stores.
 struct Plan {
@@ -254,9 +253,7 @@ __device__ __forceinline__ void Store::turn_into_frame(const int32_t *filling) {
         for (int r = first; r < first + 16; r++) {
             const int turn = filling[2 * r + 1];
             if (turn != last) {
-                const double angle = double(turn) * l.omega[pair] * (1.0 / PI);
-                // A turn more or less changes nothing, and what is left is as precise as f32 can be.
-                sincospif(float(angle - 2.0 * rint(0.5 * angle)), &sin, &cos);
+                angle_of(turn, l.omega[pair], cos, sin);
                 last = turn;
             }
             if (turn == 0)
@@ -299,7 +296,7 @@ __device__ __forceinline__ void Store::add_masses(const Query (&queries)[QUERIES
             s *= l.scale;
             s = l.softcap > 0.0f ? l.softcap * tanhf(s / l.softcap) : s;
         }
-        const float largest = max_of_warp(fmaxf(score[i][0], score[i][1]));
+        const float largest = largest_of_warp(fmaxf(score[i][0], score[i][1]));
         const float low = skv_exp2((score[i][0] - largest) * LOG2_E), high = skv_exp2((score[i][1] - largest) * LOG2_E);
         const float sum = sum_of_warp(low + high);
         mass[0] += there[i] ? (low / sum) * (low / sum) : 0.0f;
@@ -446,7 +443,7 @@ __device__ __forceinline__ void Store::keep_queries(uint8_t *kept, int slots, co
         float largest = LEAST_NORMAL;
         for (int e = lane; e < l.d_k; e += 32)
             largest = fmaxf(largest, fabsf(q[e]));
-        const float scale = max_of_warp(largest) / 127.0f;
+        const float scale = largest_of_warp(largest) / 127.0f;
         if (lane == 0)
             scales[at] = scale;
         for (int e = lane; e < l.d_k; e += 32)
